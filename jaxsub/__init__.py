@@ -1,0 +1,50 @@
+"""jaxsub: what do the weights of a collection of trained models share, and is it more than chance or descent?
+
+    report = jaxsub.analyze(jaxsub.open_collection("runs/zoo"))
+    print(report.table())
+"""
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "analyze", "open_collection"]
+
+
+def open_collection(paths, **options):
+    """A collection of models, from headers only; see `jaxsub.collection.open_collection`.
+
+    Args:
+        paths: a folder, a glob, a text file of paths, or a list of them.
+        **options: layers, exclude_layers, match, allow_roots, max_quarantined, strict.
+
+    Returns:
+        Collection.
+
+    Raises:
+        InputError: fewer than three models can be read, or too many had to be set aside.
+    """
+    from jaxsub import collection
+
+    return collection.open_collection(paths, **options)
+
+
+def analyze(models, workdir=None, **options):
+    """Spectra, nulls, held-out errors, lineages and one verdict a layer.
+
+    Args:
+        models: a Collection, or what `open_collection` takes.
+        workdir: folder for the statistics and the report; None keeps everything in memory.
+        **options: fields of `jaxsub.pipelines.analyze.Config`.
+
+    Returns:
+        Report, as report.json; `.table()` is text, `.save(folder)` writes it.
+
+    Raises:
+        ConfigError, InputError, WorkdirError, ResourceError.
+    """
+    from jaxsub import config
+    from jaxsub.pipelines import analyze as pipeline
+
+    if isinstance(models, (str, bytes)) or not hasattr(models, "groups"):
+        paths = [models] if isinstance(models, str) else [str(m) for m in models]
+        return pipeline.run(config.freeze(pipeline.Config, {"collection": tuple(paths), **options}), workdir)
+    return pipeline.analyze(models, config.freeze(pipeline.Config, options), workdir)

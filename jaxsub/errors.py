@@ -1,0 +1,70 @@
+"""Every exception a user can meet, and the wording they share.
+
+An error says what was found, where (file, key), and what to do. Programs print the message without a
+traceback and exit with the class's `exit_code`; anything else that escapes is a bug (exit 70).
+"""
+
+import difflib
+
+
+class JaxsubError(Exception):
+    """Base of all documented errors."""
+
+    exit_code = 70
+
+
+class ConfigError(JaxsubError):
+    """Wrong usage or configuration: unknown option, wrong type, impossible value."""
+
+    exit_code = 2
+
+
+class InputError(JaxsubError):
+    """A model file, or a whole collection, that is refused.
+
+    Attributes:
+        file: path of the offending file or folder, as text.
+        key: tensor, field or shard name inside it; None when the whole file is at fault.
+        reason: what was found, one clause.
+        hint: what to do about it; may be empty.
+        rule: short id of the class of fault ("H3", "N1", ...), for quarantine.json.
+    """
+
+    exit_code = 4
+
+    def __init__(self, file, reason, *, key=None, hint="", rule=""):
+        self.file, self.key, self.reason, self.hint, self.rule = str(file), key, reason, hint, rule
+        super().__init__(self.message())
+
+    def message(self):
+        """One line: file, key, reason, hint; names quoted so that no control character survives."""
+        where = quote(self.file) + (f", {quote(self.key)}" if self.key is not None else "")
+        return f"{where}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
+
+
+class InputChangedError(InputError):
+    """An input changed while it was being read: the run stops, earlier layers used other bytes."""
+
+
+class WorkdirError(JaxsubError):
+    """The output folder is in use or belongs to a different run."""
+
+    exit_code = 5
+
+
+class ResourceError(JaxsubError):
+    """Not enough memory or disk."""
+
+    exit_code = 6
+
+
+def quote(text, limit=200):
+    """`text` with control and non-ASCII characters escaped and cut to `limit`, safe on a terminal."""
+    shown = ascii(str(text))[1:-1]
+    return shown if len(shown) <= limit else f"{shown[: limit - 20]}... ({len(shown)} characters)"
+
+
+def nearest(name, known):
+    """'; did you mean X?' for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,78 @@
+"""Model files: from paths to `descriptors.Model`, headers first, and from tensors to arrays. No jax.
+
+A reader is a module of this folder with `claims(path)` and `open(path, *, root, allow_roots)`; the file name is
+its registration. A path has one reader, chosen by layout and ending; a file it refuses is not tried by another.
+"""
+
+import os
+
+import numpy as np
+
+from jaxsub import descriptors, errors, plugins
+from jaxsub.formats import _files, _hints, _sniff
+
+EXTENSIONS = frozenset(_sniff.EXTENSIONS)
+
+
+def open_model(path, *, root=None, allow_roots=()):
+    """The Model at a path: one file, or one folder.
+
+    Args:
+        path: file or folder.
+        root: the collection's folder; links may lead anywhere inside it. Default: the model's own folder.
+        allow_roots: more folders that links may lead into.
+
+    Raises:
+        InputError: nothing there, unknown, damaged, hostile, or of a kind that is not supported.
+    """
+    path = os.fspath(path)
+    for name in plugins.available("formats"):
+        reader = plugins.load("formats", name)
+        if reader.claims(path):
+            return reader.open(path, root=root, allow_roots=allow_roots)
+    raise _unknown(path, root, allow_roots)
+
+
+def _unknown(path, root, allow_roots):
+    known = ", ".join(sorted(EXTENSIONS))
+    if os.path.isdir(path):
+        return errors.InputError(path, "holds no model", hint="give a folder with weights", rule="H12")
+    file = _files.identify(path, root=root, allow_roots=allow_roots)  # missing, a pipe, ...: says so itself
+    seems = _hints.explain(_files.head(file), file.size)
+    return errors.InputError(path, "is no model file that is known", hint=seems or f"known endings: {known}", rule="H8")
+
+
+def is_model(path):
+    """Whether a path is one model: a file with a known ending, or a folder laid out as one model.
+
+    A folder that merely holds weight files is a collection, not a model, unless their names say otherwise.
+    """
+    if not os.path.isdir(path):
+        return _sniff.extension(path) in EXTENSIONS and not os.path.basename(os.fspath(path)).startswith(".")
+    stems = [os.path.join(path, stem) for stem in _sniff.WEIGHT_FILES]
+    layouts = [stem + end for stem in stems for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")]
+    layouts += [os.path.join(path, name) for name in ("adapter_config.json", *_sniff.ADAPTER_FILES)]
+    return any(os.path.lexists(name) for name in layouts)
+
+
+def read(model, tensor):
+    """One whole tensor in its storage dtype, row-major.
+
+    Args:
+        model: the Model that `tensor` came from.
+        tensor: a Tensor, plain or a LoRA factor.
+
+    Raises:
+        InputChangedError: the file is not the one whose header was read.
+    """
+    if tensor.extent is None:
+        return model.load(tensor.name)
+    array = np.empty(tensor.shape, descriptors.numpy_dtype(tensor.dtype))
+    if array.size:
+        _files.read_into(tensor.extent, 0, memoryview(array.reshape(-1).view(np.uint8)))
+    return array
+
+
+def read_into(extent, byte_start, view):
+    """Fills a writable buffer from `byte_start` bytes into an Extent; see `_files.read_into`."""
+    _files.read_into(extent, byte_start, view)

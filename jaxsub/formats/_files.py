@@ -1,0 +1,242 @@
+"""The only module that opens input files, and the only one that writes them whole.
+
+    identify(path) -> FileId            regular file, links checked
+    read_bytes(file, offset, n)         exactly n bytes, or an error
+    read_into(extent, start, view)      straight into a caller's buffer, the file unchanged since `identify`
+
+Files are read with pread, never mapped: a file that is cut while mapped kills the process. Each read opens
+the file anew and compares size, time and inode before and after, so no mixture of two versions is ever returned;
+an open costs about 10 microseconds and no descriptor outlives a call.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+
+from jaxsub import descriptors, errors
+from jaxsub.formats import _hints
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git or sha256 digest: the names in a hub cache
+_MAX_PREAD = 1 << 30  # Linux moves at most 2^31 - 4096 bytes a call
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def identify(path, *, root=None, allow_roots=()):
+    """The FileId of a regular file.
+
+    Links are followed only to places inside `root` (default: the file's folder), inside one of `allow_roots`,
+    or from `snapshots/<revision>/` to `blobs/<digest>` of one hub cache.
+
+    Raises:
+        InputError: missing, not a regular file, unreadable, or a link that leaves the collection (rules H10, H12).
+    """
+    path = os.fspath(path)
+    _check_links(path, root, allow_roots)
+    with _opened(path) as fd:
+        return _file_id(path, os.fstat(fd))
+
+
+def read_bytes(file, offset, num_bytes):
+    """Exactly `num_bytes` bytes from `offset` of a FileId (or of a path, which is identified first)."""
+    file = file if isinstance(file, descriptors.FileId) else identify(file)
+    with reader(file) as opened:
+        return opened.read(offset, num_bytes)
+
+
+def read_into(extent, byte_start, view):
+    """Fills the writable `view` (contiguous, any item size) from `extent.offset + byte_start` on; releases the GIL.
+
+    Raises:
+        InputChangedError: the file is not the one whose header was read, or changed during this read.
+    """
+    view = memoryview(view).cast("B") if view.nbytes else view
+    file, position = extent.file, extent.offset + byte_start
+    try:
+        with _opened(file.path) as fd:
+            _require_unchanged(file, os.fstat(fd))
+            _fill(fd, position, view, file)
+            _require_unchanged(file, os.fstat(fd))
+    except errors.InputChangedError:
+        raise
+    except errors.InputError as error:  # it was readable when its header was read
+        raise errors.InputChangedError(file.path, error.reason, hint=_CHANGED_HINT, rule="F4") from error
+
+
+_CHANGED_HINT = "leave the inputs alone during a run, and start it again"
+
+
+class Reader:
+    """Many small reads of one file through one descriptor, while its structure is parsed."""
+
+    def __init__(self, fd, file):
+        self._fd, self.file = fd, file
+
+    def read(self, offset, num_bytes):
+        """Exactly `num_bytes` bytes; asking past the end is the file's fault (InputError)."""
+        if offset < 0 or num_bytes < 0 or offset + num_bytes > self.file.size:
+            raise _too_short(self.file, offset + num_bytes)
+        buffer = bytearray(num_bytes)
+        _fill(self._fd, offset, memoryview(buffer), self.file)
+        return bytes(buffer)
+
+    def blocks(self, offset, num_bytes, size=1 << 20):
+        """The bytes from `offset` on in blocks; the buffer is used again for the next one."""
+        if offset < 0 or num_bytes < 0 or offset + num_bytes > self.file.size:
+            raise _too_short(self.file, offset + num_bytes)
+        buffer = memoryview(bytearray(min(size, num_bytes)))
+        for start in range(0, num_bytes, size):
+            block = buffer[: min(size, num_bytes - start)]
+            _fill(self._fd, offset + start, block, self.file)
+            yield block
+
+
+@contextlib.contextmanager
+def reader(file):
+    """A Reader of an identified file."""
+    with _opened(file.path) as fd:
+        _require_unchanged(file, os.fstat(fd))
+        yield Reader(fd, file)
+        _require_unchanged(file, os.fstat(fd))
+
+
+def _too_short(file, end):
+    return errors.InputError(
+        file.path, f"ends at byte {file.size}, {end} expected", hint="it is cut short; get it again", rule="H7"
+    )
+
+
+def _fill(fd, position, view, file):
+    done = 0
+    while done < view.nbytes:
+        try:
+            count = os.preadv(fd, [view[done : done + _MAX_PREAD]], position + done)
+        except OSError as error:
+            raise errors.InputError(file.path, f"cannot be read: {error.strerror}", rule="F4") from error
+        if count == 0:
+            raise errors.InputChangedError(
+                file.path, f"ended at byte {position + done} while it was read", hint=_CHANGED_HINT, rule="F4"
+            )
+        done += count
+
+
+def _require_unchanged(file, status):
+    now = _file_id(file.path, status)
+    if now != file:
+        fields = ("size", "mtime_ns", "device", "inode")
+        changed = [f"{f} {getattr(file, f)} -> {getattr(now, f)}" for f in fields if getattr(file, f) != getattr(now, f)]
+        raise errors.InputChangedError(
+            file.path, f"changed since its header was read ({', '.join(changed)})", hint=_CHANGED_HINT, rule="F4"
+        )
+
+
+def _file_id(path, status):
+    return descriptors.FileId(path, status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """A descriptor of a regular file; never blocks on a pipe or a device."""
+    try:
+        fd = os.open(path, _FLAGS)
+    except (OSError, ValueError) as error:  # ValueError: NUL in a name
+        raise _open_error(path, error) from error
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            what = next((name for test, name in _KINDS if test(mode)), "a device")
+            raise errors.InputError(path, f"is {what}, not a regular file", hint="give the weight file itself", rule="H12")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _open_error(path, error):
+    code = getattr(error, "errno", None)
+    if code == errno.ENOENT and os.path.islink(path):
+        return errors.InputError(path, "is a link to nothing", hint="fetch the file again (a pruned cache?)", rule="H12")
+    if code == errno.ELOOP:
+        return errors.InputError(path, "is a loop of links", hint="give the weight file itself", rule="H12")
+    reason = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
+    return errors.InputError(path, reason, hint="check the path and its permissions", rule="H12")
+
+
+def _check_links(path, root, allow_roots):
+    try:
+        real = os.path.realpath(path)
+        if not os.path.exists(real):
+            return  # `_opened` says what is wrong with it
+        roots = [root if root is not None else os.path.dirname(path) or ".", *allow_roots]
+        if any(is_inside(real, os.path.realpath(r)) for r in roots) or _is_hub_blob(path, real):
+            return
+    except (OSError, ValueError) as error:
+        raise _open_error(path, error) from error
+    raise errors.InputError(
+        path,
+        f"is a link that leaves the collection (to {errors.quote(real)})",
+        hint="copy the file, or allow its folder with --allow_root",
+        rule="H10",
+    )
+
+
+def is_inside(path, folder):
+    """Whether `path` is `folder` or lies under it; both already resolved."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _is_hub_blob(path, real):
+    """Whether `path` is .../snapshots/<revision>/... and `real` is the digest-named blob of the same cache entry."""
+    blobs, name = os.path.split(real)
+    entry, last = os.path.split(blobs)
+    here = os.path.realpath(os.path.dirname(path) or ".")
+    inside = here.startswith(os.path.join(entry, "snapshots") + os.sep)
+    return last == "blobs" and bool(_BLOB.fullmatch(name)) and inside
+
+
+def head(file, num_bytes=512):
+    """The first bytes of a file, at most `num_bytes`, for `_hints`."""
+    return read_bytes(file, 0, min(num_bytes, file.size))
+
+
+def damaged(file, reason, *, key=None, rule="H7", hint=""):
+    """An InputError for a file that breaks its format, with what it seems to be instead, if that is plain."""
+    return errors.InputError(file.path, reason, key=key, hint=_hints.explain(head(file), file.size) or hint, rule=rule)
+
+
+def list_folder(path):
+    """Names in a folder in byte order, without our own unfinished writes ('.tmp-...')."""
+    try:
+        names = os.listdir(path)
+    except (OSError, ValueError) as error:
+        raise _open_error(os.fspath(path), error) from error
+    return sorted((n for n in names if not n.startswith(".tmp-")), key=os.fsencode)
+
+
+def write_atomic(path, chunks):
+    """Writes `chunks` (bytes-like) to `path`: temporary name in the same folder, fsync, rename, fsync of the folder.
+
+    The mode follows the umask. On any error the old file stays and the temporary one is removed.
+    """
+    path = os.path.abspath(os.fspath(path))
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        with os.fdopen(fd, "wb") as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,70 @@
+"""Puts a Model together from the tensors of a reader; the checks of names happen here, once for all formats."""
+
+import dataclasses
+import types
+from collections.abc import Callable
+from typing import Any
+
+from jaxsub import descriptors, errors
+from jaxsub.formats import _names
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Content:
+    """All that one weight file holds, before it is known what model it belongs to.
+
+    Attributes:
+        file: the FileId.
+        tensors: list of Tensor in file order, weights or not.
+        skipped: name -> reason, for those that are not weights.
+        metadata: strings beside the tensors.
+        load: reads a tensor without extent, by name.
+        notes: a dict that files of the same header share, to keep what follows from names alone; or None.
+    """
+
+    file: Any
+    tensors: list
+    skipped: dict
+    metadata: dict
+    load: Callable | None = None
+    notes: dict | None = None
+
+
+def from_content(path, form, content):
+    """The Model of one weight file."""
+    kept = {t.name: t for t in content.tensors if t.name not in content.skipped}
+    return build(path, form, kept, content.skipped, metadata=content.metadata, load=content.load)
+
+
+def build(path, form, kept, skipped, *, adapters=None, warnings=(), metadata=None, load=None):
+    """The Model of tensors that are sorted already into `kept` and `skipped` (name -> reason)."""
+    if not kept and not adapters:
+        found = "holds no tensors" if not skipped else "holds buffers only, no weights"
+        raise errors.InputError(path, found, hint="is this the right file?", rule="H7")
+    proxy = types.MappingProxyType
+    return descriptors.Model(
+        path=str(path),
+        format=form,
+        tensors=proxy(kept),
+        adapters=proxy(adapters or {}),
+        skipped=proxy(dict(skipped)),
+        warnings=tuple(warnings),
+        metadata=proxy(metadata or {}),
+        load=load,
+    )
+
+
+def check_all(names, file):
+    """Refuses hostile names, quantised weights, and too many tensors."""
+    _names.check_count(len(names), file)
+    for name in names:
+        _names.check(name, file)
+        _names.check_not_quantised(name, file)
+
+
+def require_float(tensor, file):
+    """Refuses a tensor that is no float where a float is needed (a LoRA factor)."""
+    if not tensor.is_float:
+        raise errors.InputError(
+            file, f"has dtype {tensor.dtype}, floats expected", key=tensor.name, hint="re-save it as float32", rule="H6"
+        )

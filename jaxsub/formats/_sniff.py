@@ -1,0 +1,52 @@
+"""Which reader a path is for. A known ending decides alone, so that no file is ever tried by two parsers."""
+
+import os
+
+from jaxsub import errors
+from jaxsub.formats import _files
+
+EXTENSIONS = {
+    ".safetensors": "safetensors",
+    ".pt": "torch_zip", ".pth": "torch_zip", ".bin": "torch_zip", ".ckpt": "torch_zip",
+    ".npz": "npz", ".npy": "npz",
+    ".h5": "keras", ".hdf5": "keras", ".keras": "keras",
+    ".msgpack": "flax_msgpack",
+}  # fmt: skip
+WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def extension(path):
+    """The ending of a path in lower case, with its dot."""
+    return os.path.splitext(os.fspath(path))[1].lower()
+
+
+def kind(path):
+    """Name of the reader for a path, or None: folders by the names in them, files by ending, then by content."""
+    if os.path.isdir(path):
+        return _folder_kind(path)
+    return EXTENSIONS.get(extension(path)) or _content_kind(path)
+
+
+def _folder_kind(path):
+    if extension(path) in EXTENSIONS and not os.listdir(path):
+        return None
+    adapter = ("adapter_config.json", *ADAPTER_FILES)
+    return "peft" if any(os.path.lexists(os.path.join(path, name)) for name in adapter) else "huggingface"
+
+
+def _content_kind(path):
+    """For endings that say nothing; a link with such an ending is not looked into."""
+    if os.path.islink(path):
+        return None
+    try:
+        file = _files.identify(path)
+        head = _files.head(file, 16)
+    except errors.InputError:
+        return None
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "keras"
+    if head.startswith(b"\x93NUMPY"):
+        return "npz"
+    length = int.from_bytes(head[:8], "little")
+    return "safetensors" if 0 < length <= file.size - 8 and head[8:9] == b"{" else None

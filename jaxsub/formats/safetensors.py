@@ -1,0 +1,82 @@
+"""Raw .safetensors files: one file, one model. Reads headers only; writes for every reader of the format."""
+
+import json
+import math
+import struct
+
+import numpy as np
+
+from jaxsub import errors
+from jaxsub.formats import _files, _header, _model, _sniff
+
+ALIGNMENT = 64  # bytes; the data starts on a cache line, so readers can use it in place
+_CODES = {name: code for code, (name, _) in _header.DTYPES.items() if name not in _header.PACKED}
+_LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".hada_w1_", ".lokr_w1", ".lora_embedding_A", ".lora.up.")
+
+
+def claims(path):
+    """Whether `path` is a safetensors file by its ending, or by its content where the ending says nothing."""
+    return _sniff.kind(path) == "safetensors"
+
+
+def open(path, *, root=None, allow_roots=()):
+    """The Model in one safetensors file, from its header.
+
+    Raises:
+        InputError: the file breaks the format, or holds the factors of an adapter without their configuration.
+    """
+    content = _header.content(path, root=root, allow_roots=allow_roots)
+    for tensor in content.tensors:
+        if any(mark in tensor.name for mark in _LORA):
+            raise errors.InputError(
+                path,
+                "is a factor of an adapter, and its scale is not in this file",
+                key=tensor.name,
+                hint="give the folder that holds adapter_config.json and adapter_model.safetensors",
+                rule="H13",
+            )
+    return _model.from_content(path, "safetensors", content)
+
+
+def write(path, tensors, metadata=None):
+    """Writes arrays to one safetensors file, atomically, the same bytes for the same content.
+
+    Args:
+        path: the file; replaced whole if it exists.
+        tensors: name -> array of any shape, memory order and storage dtype; values are kept exactly.
+        metadata: strings by name.
+
+    Raises:
+        TypeError: a dtype the format lacks, or metadata that is not text.
+    """
+    arrays = {name: _plain(name, array) for name, array in tensors.items()}
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # each dtype stays aligned
+    _files.write_atomic(path, _chunks(arrays, order, metadata or {}))
+
+
+def _plain(name, array):
+    """The array in row-major little-endian order, its shape kept (numpy's ascontiguousarray makes scalars 1-D)."""
+    array = np.asarray(array, order="C")
+    if array.dtype.name not in _CODES or not isinstance(name, str):
+        raise TypeError(f"tensor {name!r}: dtype {array.dtype} has no place in safetensors")
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _chunks(arrays, order, metadata):
+    if not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()):
+        raise TypeError("metadata must map names to strings")
+    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in order:
+        array = arrays[name]
+        end = position + math.prod(array.shape) * array.dtype.itemsize
+        header[name] = {"dtype": _CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > _header.MAX_HEADER:
+        raise TypeError(f"the header would have {len(text)} bytes, more than the format allows")
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        if arrays[name].size:
+            yield memoryview(arrays[name].reshape(-1).view(np.uint8))

@@ -1,0 +1,1 @@
+"""Kernels: arrays in, arrays out. They know no files, names or models."""

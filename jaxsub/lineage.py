@@ -1,0 +1,159 @@
+"""Who descends from whom, from the weights alone: near copies, shared starts and parents, untrained models.
+
+Two models from one start, x_i = s + d_i, keep a cosine of |s|^2 / |x_i| |x_j| however they are named. Groups are
+found by average linkage on the cosines and kept only where they stand apart: members of a lineage are clearly
+closer to one another than to anyone else. A shared low-dimensional subspace without a shared start gives cosines
+of both signs and no such gap, so it is not mistaken for a lineage.
+"""
+
+import math
+
+import numpy as np
+
+NEAR_COPY = 0.99  # cosine over all layers above which two models are near copies
+THRESHOLD = 0.15  # average cosine at which groups stop merging; real families begin at .19, their nearest outsiders end at .11
+KNOWN_STDS = (0.02,)  # the one common initialiser that does not depend on the width
+
+
+def cosines(gram):
+    """(N, N) cosines from an uncentred Gram matrix; 0 where a model is zero."""
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    return np.clip(gram * inverse[:, None] * inverse[None, :], -1.0, 1.0)
+
+
+def combine(layers, num_models):
+    """Mean cosine of each pair over the layers both have, weighted by features; NaN where they share none.
+
+    Args:
+        layers: iterable of (members, cosines (n, n), num_features).
+        num_models: N.
+
+    Returns:
+        (N, N) float64.
+    """
+    total, weight = np.zeros((num_models, num_models)), np.zeros((num_models, num_models))
+    for members, values, num_features in layers:
+        at = np.ix_(members, members)
+        total[at] += num_features * values
+        weight[at] += num_features
+    return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+
+
+def chance_threshold(num_features):
+    """Cosine that unrelated models of D features exceed once in a million pairs, 4.9 / sqrt(D)."""
+    return 4.9 / math.sqrt(max(num_features, 1))
+
+
+def groups(cosine, num_features, threshold=THRESHOLD):
+    """Lineages: groups of models that share a start or a parent.
+
+    Average linkage down to `threshold` (or the chance level of so few features, if higher); a group is kept if the
+    5th percentile of its members' cosines with one another lies above the 95th of theirs with all others, and above
+    half the threshold. Groups that overlap with their surroundings are a continuum, not a lineage.
+
+    Args:
+        cosine: (N, N) mean cosines, NaN read as 0.
+        num_features: features the cosines were computed from.
+        threshold: average cosine at which merging stops.
+
+    Returns:
+        list of sorted index lists of two or more models, largest first.
+
+    Fails where: lineages split into sub-families (only the outer one is reported), or kin have cosines under the
+    threshold. Source: UPGMA, Sokal and Michener 1958; cosine groups of the shared-initialisation critique.
+    """
+    from scipy.cluster import hierarchy
+    from scipy.spatial import distance
+
+    count = len(cosine)
+    if count < 2:
+        return []
+    similarity = np.nan_to_num(np.asarray(cosine, np.float64), nan=0.0)
+    similarity = (similarity + similarity.T) / 2
+    cut = max(threshold, chance_threshold(num_features))
+    condensed = distance.squareform(np.maximum(1.0 - similarity, 0.0), checks=False)
+    labels = hierarchy.fcluster(hierarchy.average(condensed), 1.0 - cut, criterion="distance")
+    found = []
+    for label in np.unique(labels):
+        inside = labels == label
+        members = np.flatnonzero(inside)
+        if len(members) < 2:
+            continue
+        own = similarity[np.ix_(members, members)][np.triu_indices(len(members), 1)]
+        others = similarity[np.ix_(members, np.flatnonzero(~inside))]
+        low = np.percentile(own, 5)
+        if low > cut / 2 and (not others.size or low > np.percentile(others, 95)):
+            found.append([int(m) for m in members])
+    return sorted(found, key=lambda g: (-len(g), g))
+
+
+def near_copies(cosine, threshold=NEAR_COPY):
+    """Pairs (i, j, cosine) above `threshold`, closest first."""
+    rows, columns = np.where(np.triu(np.nan_to_num(cosine, nan=0.0), 1) > threshold)
+    pairs = [(int(i), int(j), float(cosine[i, j])) for i, j in zip(rows, columns, strict=True)]
+    return sorted(pairs, key=lambda p: (-p[2], p[:2]))
+
+
+def order(cosine, lineages):
+    """Order of models for a picture: lineages first, largest first, then the others; each by similarity."""
+    from scipy.cluster import hierarchy
+    from scipy.spatial import distance
+
+    def sorted_members(members):
+        if len(members) < 3:
+            return list(members)
+        part = np.nan_to_num(cosine[np.ix_(members, members)], nan=0.0)
+        condensed = distance.squareform(np.maximum(1.0 - (part + part.T) / 2, 0.0), checks=False)
+        return [members[i] for i in hierarchy.leaves_list(hierarchy.average(condensed))]
+
+    placed = [m for g in lineages for m in sorted_members(g)]
+    rest = sorted(set(range(len(cosine))) - set(placed))
+    return placed + sorted_members(rest)
+
+
+def group_energy(gram, members):
+    """Share of the centred energy that lies in the group means, sum_g n_g |m_g - m|^2 / sum_i |x_i - m|^2.
+
+    Args:
+        gram: (N, N) centred Gram matrix.
+        members: list of index lists; models outside any group count in the denominator only.
+
+    Returns:
+        float, or None if there is no energy.
+    """
+    total = float(np.trace(gram))
+    if not total > 0:
+        return None
+    return float(sum(len(g) * gram[np.ix_(g, g)].mean() for g in members)) / total
+
+
+def looks_untrained(squares, fourths, shape, num_features):
+    """Whether entries look drawn from a common initialiser: its shape of distribution and its exact width.
+
+    Args:
+        squares: sum of the squared entries of one model in one layer.
+        fourths: sum of the fourth powers.
+        shape: weight shape, two or more axes; either of the first two may be the fan-in.
+        num_features: D, at least 1000 for a verdict.
+
+    Returns:
+        True, or False (also where the layer says nothing). Uniform (kurtosis 1.8), normal (3) and normal cut at two
+        standard deviations (2.37) with the widths of LeCun, He, Glorot and the uniform default of linear layers.
+    """
+    if num_features < 1000 or len(shape) < 2 or not squares > 0:
+        return False
+    std = math.sqrt(squares / num_features)
+    kurtosis = fourths * num_features / squares**2
+    field = math.prod(shape[2:])
+    fans = {shape[0], shape[1], shape[0] * field, shape[1] * field}
+    widths = {math.sqrt(g / f) for f in fans for g in (1.0, 2.0, 1.0 / 3.0)} | set(KNOWN_STDS)
+    widths.add(math.sqrt(2.0 / ((shape[0] + shape[1]) * field)))
+    for shape_kurtosis, spread in ((1.8, 0.9), (3.0, 4.9), (2.37, 1.9)):
+        # Three standard errors of a sample kurtosis and of a sample standard deviation.
+        if abs(kurtosis - shape_kurtosis) > 3 * spread / math.sqrt(num_features):
+            continue
+        slack = 3 * math.sqrt((shape_kurtosis - 1) / 4 / num_features)
+        if any(abs(std / width - 1) < slack for width in widths):
+            return True
+    return False

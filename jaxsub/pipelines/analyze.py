@@ -1,0 +1,397 @@
+"""`jaxsub analyze`: one pass over a collection's weights, then the truth about its joint subspace.
+
+    open (headers) -> distinct models -> plan -> layers (Statistics) -> figures -> report.json, report.html, table
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import resource
+import sys
+import time
+
+from jaxsub import config as configs, errors
+
+NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
+MAX_NEAR_COPIES = 1000
+log = logging.getLogger("jaxsub")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of an analysis; each can be set as --config.<field>=."""
+
+    collection: tuple[str, ...] = ()  # folders, globs, or text files of paths
+    layers: tuple[str, ...] = ()  # regular expressions; only layers that match one
+    exclude_layers: tuple[str, ...] = ()
+    base: str = ""  # a model to subtract from dense layers
+    view: str = "weights"  # weights, or lora_factors (A and B apart)
+    match: str = "exact"  # exact names, or order (run-numbered names)
+    strict: bool = False  # any model set aside is fatal
+    max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
+    allow_roots: tuple[str, ...] = ()  # folders that links may lead into
+    preflight: str = "stream"  # stream: check while reading; full: read everything once before
+    nulls: tuple[str, ...] = NULLS
+    draws: int = 20  # null draws a layer
+    splits: int = 20  # random halves for the stability of the subspace
+    precision: str = "auto"  # auto, float32, float64
+    max_host_bytes: int = 0  # memory for blocks; 0: the default of 256 MiB a block
+    max_device_bytes: int = 0
+    lineage_threshold: float = 0.15
+    devices: int = 0  # 0: all
+    seed: int = 0
+    dry_run: bool = False
+    restart: bool = False
+
+
+def run(config, workdir=None, *, stream=None):
+    """Analyses a collection and writes the report to `workdir` (nothing is written without one).
+
+    Args:
+        config: Config.
+        workdir: output folder, or None.
+        stream: text stream for progress, or None.
+
+    Returns:
+        report.Report; with `dry_run`, the plan as text.
+
+    Raises:
+        ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
+    """
+    from jaxsub import collection as collections
+
+    if not config.collection:
+        raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
+    opened = collections.open_collection(
+        list(config.collection),
+        layers=config.layers or None,
+        exclude_layers=config.exclude_layers or None,
+        match=config.match,
+        allow_roots=config.allow_roots,
+        max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
+        strict=config.strict,
+    )
+    return analyze(opened, config, workdir, stream=stream)
+
+
+def analyze(opened, config, workdir=None, *, stream=None):
+    """`run` on a Collection that is open already."""
+    from jaxsub.pipelines import workdir as workdirs
+
+    session = _Session(opened, config, workdir, stream)
+    if config.dry_run:
+        return session.plan_text()
+    if workdir is None:
+        return session.run()
+    digest_of = dataclasses.replace(config, restart=False, dry_run=False, max_host_bytes=0, max_device_bytes=0)
+    identity = {
+        "program": "analyze",
+        "config_digest": configs.digest(digest_of),
+        "collection": [errors.quote(p) for p in config.collection],
+        "collection_fingerprint": opened.fingerprint,
+    }
+    with workdirs.hold(workdir, identity, restart=config.restart):
+        report = session.run()
+        report.save(workdir)
+    return report
+
+
+class _Session:
+    """One analysis: the collection as it shrinks, the statistics as they grow."""
+
+    def __init__(self, opened, config, workdir, stream):
+        from jaxsub import formats, placement, plugins
+        from jaxsub.pipelines import layers
+
+        self.opened, self.config, self.workdir, self.stream = opened, config, workdir, stream
+        self.started, self.meter = time.perf_counter(), layers.Meter()
+        self.mesh = placement.make_mesh(config.devices)
+        view = "difference" if config.base and config.view == "weights" else config.view
+        self.view = plugins.load("views", view)
+        self.base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
+        block = min(b for b in (config.max_host_bytes // 3, 256 * 2**20) if b > 0)
+        self.options = layers.Options(precision=config.precision, block_bytes=block, seed=config.seed)
+        self.dropped = []  # models found not finite while reading
+        self.copies = []
+
+    # Models ---------------------------------------------------------------------------------------------------
+
+    def groups(self):
+        """Layer groups of the distinct models that are still in."""
+        out = {m for c in self.copies for m in c[1:]} | {d["member"] for d in self.dropped}
+        found = []
+        for group in self.view.groups(self.opened):
+            keep = [i for i, m in enumerate(group.members) if m not in out]
+            if keep:
+                members, entries = (tuple(x[i] for i in keep) for x in (group.members, group.entries))
+                found.append(dataclasses.replace(group, members=members, entries=entries))
+        return found
+
+    def drop(self, error, group):
+        """Sets a model aside whose weights are not finite; too many stop the run."""
+        member = group.members[error.member]
+        ref = self.opened.refs[member]
+        self.dropped.append({"id": ref.id, "member": member, "layer": error.key, "reason": error.message()})
+        log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
+        total = len(self.opened.refs) + len(self.opened.quarantined)
+        limit = self.config.max_quarantined if self.config.max_quarantined >= 0 else max(1, total // 20)
+        aside = len(self.opened.quarantined) + len(self.dropped)
+        left = len(self.opened.refs) - len(self.dropped)
+        if self.config.strict or aside > limit or left < 3:
+            raise errors.InputError(
+                error.file,
+                f"{aside} of {total} models set aside, the last because {error.reason}",
+                key=error.key,
+                hint=f"remove them, or allow more with --max_quarantined={aside}" if left >= 3 else "too few are left",
+                rule="N2",
+            )
+
+    # The pass -------------------------------------------------------------------------------------------------
+
+    def run(self):
+        from jaxsub.pipelines import copies, progress
+        from jaxsub.report import Report
+
+        self.check_memory()
+        self.copies = copies.find(self.groups(), self.opened.models, self.meter)
+        if self.config.preflight == "full":
+            self.preflight()
+        groups = self.groups()
+        total = sum(_bytes(g) for g in groups)
+        found = {}
+        with progress.Progress(total, len(groups), stream=self.stream) as bar:
+            for group in groups:
+                found[group.name, group.shape] = self.layer(group)
+                bar.layer(group.name, _bytes(group), f"N={len(group.members)}")
+        # A model that dropped out late is still in the layers before: those are read again without it.
+        for group in self.groups():
+            known = found[group.name, group.shape]
+            if known is None or known.model_ids != self.ids(group):
+                found[group.name, group.shape] = self.layer(group)
+        return Report(self.record([s for s in found.values() if s is not None]))
+
+    def preflight(self):
+        from jaxsub import formats, placement
+        from jaxsub.pipelines import layers
+
+        for group in self.groups():
+            for position, (member, entry) in enumerate(zip(group.members, group.entries, strict=True)):
+                if any(d["member"] == member for d in self.dropped):
+                    continue
+                model = self.opened.models[member]
+                try:
+                    for tensor in (entry,) if hasattr(entry, "extent") else (entry.a, entry.b):
+                        layers._finite(formats.read(model, tensor), position, model, tensor)
+                        self.meter.bytes_read += tensor.num_bytes
+                except placement.NonFiniteError as error:
+                    self.drop(error, group)
+
+    def ids(self, group):
+        return tuple(self.opened.refs[m].id for m in group.members)
+
+    def layer(self, group):
+        """Statistics of one layer: from the workdir if they are there, else read, dropping models not finite."""
+        from jaxsub import placement
+        from jaxsub.pipelines import layers
+
+        while True:
+            out = {d["member"] for d in self.dropped}
+            keep = [i for i, m in enumerate(group.members) if m not in out]
+            members, entries = (tuple(x[i] for i in keep) for x in (group.members, group.entries))
+            group = dataclasses.replace(group, members=members, entries=entries)
+            if not members:
+                return None
+            path, digest = self.saved_at(group)
+            known = _load(path, digest)
+            if known is not None:
+                return known
+            models = [(self.opened.refs[m].id, self.opened.models[m]) for m in members]
+            try:
+                stats = layers.statistics(
+                    group, models, self.mesh, self.options, base=self.base, meter=self.meter
+                )
+            except placement.NonFiniteError as error:
+                self.drop(error, group)
+                continue
+            stats.digest = digest
+            if path:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                stats.save(path)
+            return stats
+
+    def saved_at(self, group):
+        """(path, digest) of a layer's statistics file; names come from a hash, never from a key."""
+        from jaxsub import __version__
+
+        files = [_identity(e) for e in group.entries]
+        base = [self.base.path] + [_identity(t) for n, t in self.base.tensors.items() if n == group.name] if self.base else []
+        record = [
+            __version__, group.name, group.shape, self.ids(group), files, base, self.view.__name__,
+            dataclasses.astuple(self.options), self.mesh.size, self.mesh.devices.flat[0].platform,
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
+        if self.workdir is None:
+            return None, digest
+        name = hashlib.sha256(f"{group.name}\0{group.shape}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return os.path.join(self.workdir, "statistics", f"layer_{name}.safetensors"), digest
+
+    # The plan -------------------------------------------------------------------------------------------------
+
+    def plans(self):
+        from jaxsub import placement
+        from jaxsub.pipelines import layers
+
+        return [
+            layers.plan_lora(g, self.mesh, self.options)
+            if g.parametrisation == "lora"
+            else placement.plan_dense(g, self.mesh.size, self.options)
+            for g in self.groups()
+        ]
+
+    def check_memory(self):
+        peak = max((p.host_bytes for p in self.plans()), default=0)
+        free = _available_bytes()
+        bound = self.config.max_host_bytes or free
+        if bound and peak > bound:
+            worst = max(self.plans(), key=lambda p: p.host_bytes)
+            raise errors.ResourceError(
+                f"layer {errors.quote(worst.name)} needs {_size(peak)} on the host, {_size(bound)} are allowed or free; "
+                "lower --config.max_host_bytes for smaller blocks, or leave the layer out with --exclude_layers"
+            )
+
+    def plan_text(self):
+        plans = self.plans()
+        lines = [f"{len(self.opened.refs)} models, {len(plans)} layers, {self.mesh.size} device(s)"]
+        lines.append(f"{'layer':42} {'shape':>18} {'models':>7} {'to read':>10} {'blocks':>7} {'host':>10}")
+        for p in plans:
+            shape = "x".join(map(str, p.shape))
+            lines.append(
+                f"{errors.quote(p.name, 42):42} {shape:>18} {p.num_models:>7} {_size(p.bytes_read):>10} "
+                f"{p.num_blocks:>7} {_size(p.host_bytes):>10}"
+            )
+        lines.append(
+            f"to read: {_size(sum(p.bytes_read for p in plans))}; peak host memory beyond the program's own: "
+            f"{_size(max((p.host_bytes for p in plans), default=0))}"
+        )
+        return "\n".join(lines)
+
+    # The report -----------------------------------------------------------------------------------------------
+
+    def record(self, all_stats):
+        from jaxsub.pipelines import figures, kinship
+
+        kin = kinship.find(all_stats, [r.id for r in self.opened.refs], self.config.lineage_threshold)
+        options = figures.Options(self.config.nulls, self.config.draws, self.config.splits, self.config.seed)
+        records = []
+        for stats in all_stats:
+            position = {m: i for i, m in enumerate(stats.model_ids)}
+            lineages = [[position[m] for m in g if m in position] for g in kin.lineages]
+            records.append(figures.layer(stats, lineages, options))
+        duplicates = [[self.opened.refs[m].id for m in c] for c in self.copies]
+        return {
+            "schema": "jaxsub.report/1",
+            "provenance": self.provenance(),
+            "collection": self.collection_record(kin, duplicates, records),
+            "layers": records,
+        }
+
+    def collection_record(self, kin, duplicates, records):
+        opened = self.opened
+        out = {d["member"] for d in self.dropped}
+        refs = [r for i, r in enumerate(opened.refs) if i not in out]
+        warnings = list(opened.warnings) + kin.warnings
+        warnings += [f"{errors.quote(m.path)}: {w}" for m in opened.models for w in m.warnings][:20]
+        if duplicates:
+            extra = sum(len(d) - 1 for d in duplicates)
+            warnings.append(f"{extra} models are bit-identical copies of others and are left out of every figure")
+        for record in records:
+            warnings += [f"{errors.quote(record['name'])}: {w}" for w in record["warnings"][:2]]
+        return {
+            "num_models": len(refs),
+            "num_distinct": len(refs) - sum(len(d) - 1 for d in duplicates),
+            "models": [{"id": r.id, "path": r.path, "format": r.format} for r in refs],
+            "duplicates": duplicates,
+            "near_duplicates": [[a, b, c] for a, b, c in kin.near_copies[:MAX_NEAR_COPIES]],
+            "lineages": kin.lineages,
+            "lineage_threshold": kin.threshold,
+            "lineage_threshold_chance": kin.chance,
+            "lora_starts": kin.lora_starts,
+            "untrained": kin.untrained,
+            "identical_layers": [r["name"] for r in records if "identical" in r["flags"]],
+            "cosine": kin.picture,
+            "quarantined": [dict(q) for q in opened.quarantined]
+            + [{k: d[k] for k in ("id", "layer", "reason")} for d in self.dropped],
+            "skipped_layers": [dict(s) for s in opened.skipped_layers],
+            "warnings": warnings[:200],
+        }
+
+    def provenance(self):
+        import jax
+        import numpy
+
+        from jaxsub import __version__
+
+        total = time.perf_counter() - self.started
+        return {
+            "command": [errors.quote(a) for a in sys.argv],
+            "config": configs.to_dict(self.config),
+            "config_digest": configs.digest(self.config),
+            "collection_fingerprint": self.opened.fingerprint,
+            "jaxsub_version": __version__,
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "numpy": numpy.__version__},
+            "platform": jax.default_backend(),
+            "devices": [str(d) for d in self.mesh.devices.flat],
+            "mesh": dict(self.mesh.shape),
+            "seed": self.config.seed,
+            "precision": self.config.precision,
+            "seconds": {
+                "read": round(self.meter.read_seconds, 3),
+                "compute": round(self.meter.compute_seconds, 3),
+                "total": round(total, 3),
+            },
+            "bytes_read": self.meter.bytes_read,
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+def _load(path, digest):
+    from jaxsub.statistics import Statistics
+
+    if not path or not os.path.exists(path):
+        return None
+    try:
+        stats = Statistics.load(path)
+    except errors.InputError as error:
+        log.warning("statistics are read again: %s", error)
+        return None
+    return stats if stats.digest == digest else None
+
+
+def _identity(entry):
+    if hasattr(entry, "a"):
+        return (_identity(entry.a), _identity(entry.b), entry.scale)
+    file = entry.extent.file if entry.extent is not None else None
+    return (entry.name, entry.dtype, *((file.path, file.size, file.mtime_ns, entry.extent.offset) if file else ()))
+
+
+def _bytes(group):
+    return sum(sum(t.num_bytes for t in ((e.a, e.b) if hasattr(e, "a") else (e,))) for e in group.entries)
+
+
+def _size(num_bytes):
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return ""
+
+
+def _available_bytes():
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0

@@ -1,0 +1,280 @@
+"""Every figure of a layer from its Statistics alone: spectra, nulls, held-out errors, the verdict. No weights."""
+
+import dataclasses
+import zlib
+
+import numpy as np
+
+from jaxsub import heldout, lineage, plugins, spectrum, verdict
+from jaxsub.nulls import _observed
+
+HELD_OUT = (1, 2, 4, 8, 16, 32)
+STABILITY = (1, 2, 4, 8, 16)
+KEPT_VALUES = 512  # singular values written to the report
+CONSTANT = {"float64": 1e-40, "float32": 1e-21}  # centred over uncentred energy that rounding of the mean leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Null models, draws and splits."""
+
+    nulls: tuple[str, ...] = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
+    draws: int = 20
+    splits: int = 20
+    seed: int = 0
+
+
+def layer(stats, lineages, options):
+    """The report's record of one layer.
+
+    Args:
+        stats: Statistics of the distinct models.
+        lineages: index lists into the layer's models; two or more each.
+        options: Options.
+
+    Returns:
+        dict as in report.json, "layers".
+    """
+    return _Layer(stats, lineages, options).record()
+
+
+def generator(seed, *names):
+    """NumPy generator of a layer's draw; depends on the names alone, not on what was drawn before."""
+    return np.random.default_rng([seed, *(zlib.crc32(n.encode("utf-8", "surrogatepass")) for n in names)])
+
+
+class _Layer:
+    def __init__(self, stats, lineages, options):
+        self.stats, self.options = stats, options
+        self.num_models, self.num_features = stats.num_models, stats.num_features
+        self.uncentred, self.gram = stats.uncentred(), stats.centred()
+        total = float(np.trace(self.uncentred))
+        self.constant = not float(np.trace(self.gram)) > CONSTANT[stats.dtype] * max(total, 0.0)
+        if self.constant:
+            self.gram = np.zeros_like(self.gram)
+        self.ks = [k for k in HELD_OUT if k <= self.num_models - 2]
+        self.lineages = [g for g in lineages if len(g) > 1]
+        self.one_lineage = len(self.lineages) == 1 and len(self.lineages[0]) == self.num_models
+        self.values = spectrum.energies(self.gram)[: max(self.num_models - 1, 0)]
+        self.total = float(np.trace(self.gram))
+        self.mean = self.num_models * float(self.uncentred.mean()) / total if total > 0 else None
+
+    def record(self):
+        stats, n = self.stats, self.num_models
+        first = float(np.sqrt(self.values[0])) if len(self.values) else 0.0
+        floor = stats.floor(first) if not self.constant else 0.0
+        above = self.values[np.sqrt(self.values) > floor] if not self.constant else self.values[:0]
+        ranks = spectrum.rank_at(above, self.total)
+        held_out = self._curve(self.gram)
+        within, leverage = self._within()
+        nulls = self._nulls(within, leverage)
+        k = verdict.deciding_rank(n)
+        held_within = self._curve(within, leverage) if within is not None and not self.one_lineage else None
+        if self.one_lineage:
+            held_within = held_out
+        saturated = not self.constant and ranks["0.9"] is None
+        overall = verdict.gain(held_out, nulls, k) if k else None
+        inner = None
+        if held_within and within is not None:
+            k_within = verdict.deciding_rank(min(n, len(within)))
+            inner = verdict.gain(held_within, nulls, k_within, "held_out_within") if k_within else None
+        word, why = verdict.decide(
+            num_models=n,
+            num_features=self.num_features,
+            saturated=saturated,
+            constant=self.constant,
+            lineages=len(self.lineages),
+            one_lineage=self.one_lineage,
+            overall=overall,
+            within=inner,
+            mean=self.mean,
+            mean_chance=1.0 / max(n, 1),
+            k=k,
+        )
+        grouped = bool(self.lineages) and not self.one_lineage
+        return {
+            "name": stats.name,
+            "shape": list(stats.shape),
+            "parametrisation": stats.parametrisation,
+            "num_models": n,
+            "num_features": self.num_features,
+            "mean_energy": self.mean,
+            "mean_energy_chance": 1.0 / max(n, 1),
+            "singular_values": _roots(self.values[:KEPT_VALUES], stats.scale),
+            "uncentred_singular_values": _roots(spectrum.energies(self.uncentred)[:KEPT_VALUES], stats.scale),
+            "floor": floor * stats.scale,
+            "total_energy": self.total * stats.scale**2,
+            "rank_at": ranks,
+            "energy_at": spectrum.energy_at(self.values, self.total),
+            "held_out": held_out,
+            "held_out_within": held_within,
+            "held_out_lineage": self._lineage_curve() if grouped else None,
+            "lineage_energy": lineage.group_energy(self.gram, self.lineages) if self.lineages else None,
+            "lineages": len(self.lineages),
+            "modes": [_mode(m) for m in stats.modes],
+            "effective_rank": spectrum.effective_ranks(self.values),
+            "mp_count": spectrum.marchenko_pastur_count(self.values, n, self.num_features),
+            "stability": self._stability(),
+            "nulls": nulls,
+            "deciding_rank": k,
+            "gain": dataclasses.asdict(overall) if overall else None,
+            "gain_within": dataclasses.asdict(inner) if inner else None,
+            "storage_dtype": stats.storage,
+            "compute_dtype": stats.dtype,
+            "verdict": word,
+            "why": why,
+            "flags": self._flags(saturated, above, nulls, held_out, k),
+            "warnings": self._warnings(),
+        }
+
+    def _curve(self, gram, leverage=None):
+        ks = [k for k in self.ks if k <= len(gram) - 2]
+        if not ks or not float(np.trace(gram)) > 0:
+            return {}
+        values = heldout.leave_one_out(gram, ks, leverage=leverage)
+        return {str(k): float(v) for k, v in zip(ks, values, strict=True)}
+
+    def _within(self):
+        if not self.lineages or self.constant or sum(map(len, self.lineages)) < 4:
+            return None, None
+        return heldout.within_groups(self.gram, self.lineages)
+
+    def _lineage_curve(self):
+        outside = self.num_models - max(map(len, self.lineages))
+        ks = [k for k in self.ks if k <= outside - 2]
+        if not ks or self.constant:
+            return None
+        values = heldout.leave_group_out(self.gram, self.lineages, ks)
+        return {str(k): float(v) for k, v in zip(ks, values, strict=True)}
+
+    def _stability(self):
+        ks = [k for k in STABILITY if k <= self.num_models // 2 - 2]
+        if not ks or self.constant:
+            return {}
+        rng = generator(self.options.seed, self.stats.name, "stability")
+        found = heldout.split_half(self.gram, ks, self.num_features, num_splits=self.options.splits, rng=rng)
+        return {str(k): {n: float(x) for n, x in v.items()} for k, v in found.items()}
+
+    def _observed(self, norms=None):
+        stats = self.stats
+        lora = stats.parametrisation == "lora"
+        plain = norms is None
+        return _observed.Observed(
+            num_features=self.num_features,
+            shape=stats.shape,
+            norms=stats.norms() if plain else norms,
+            entry_means=stats.row_sums / self.num_features if plain else np.zeros(len(norms)),
+            mean_energy_total=float(self.uncentred.mean()) if plain else 0.0,
+            variance_total=self.total / self.num_models,
+            variance_squares=stats.variance_squares,
+            model_singular_values=stats.model_singular_values if plain else None,
+            parametrisation=stats.parametrisation,
+            lora_ranks=stats.ranks if lora else None,
+            b_overlap=stats.b_overlap if lora and plain else None,
+            a_width=stats.shape[-1] if lora else None,
+        )
+
+    def _nulls(self, within, leverage):
+        if self.constant or not self.ks:
+            return {}
+        found = {}
+        observed = self._observed()
+        for name in self.options.nulls:
+            module = plugins.load("nulls", name)
+            if module.applies(observed) is not None:
+                continue
+            options = module.Options(draws=self.options.draws)
+            rng = generator(self.options.seed, self.stats.name, name)
+            found[name] = self._summary(module.sample(observed, options, rng))
+        if within is not None and not self.one_lineage and "gaussian" in found:
+            found["gaussian"] |= self._null_within(within, leverage)
+        return found
+
+    def _null_within(self, within, leverage):
+        """Gaussian rows whose residuals about the lineage means have the norms of the real ones."""
+        module = plugins.load("nulls", "gaussian")
+        ends = np.cumsum([len(g) for g in self.lineages])
+        groups = [list(range(end - len(g), end)) for g, end in zip(self.lineages, ends, strict=True)]
+        norms = np.sqrt(np.maximum(np.diag(within), 0.0) * leverage)
+        rng = generator(self.options.seed, self.stats.name, "gaussian", "within")
+        curves = []
+        for gram in module.sample(self._observed(norms), module.Options(draws=self.options.draws), rng):
+            residual, alpha = heldout.within_groups(spectrum.centred(gram), groups)
+            curves.append(self._curve(residual, alpha))
+        mean, sd = _mean_sd(curves)
+        return {"held_out_within": mean, "held_out_within_sd": sd}
+
+    def _summary(self, draws):
+        curves, means, values = [], [], []
+        for uncentred in draws:
+            gram = spectrum.centred(uncentred)
+            eigen = heldout.decompose(gram)
+            held = heldout.leave_one_out(gram, self.ks, eigen=eigen)
+            curves.append({str(k): float(v) for k, v in zip(self.ks, held, strict=True)})
+            means.append(self.num_models * uncentred.mean() / np.trace(uncentred))
+            values.append(eigen[0][: self.num_models - 1])
+        held, sd = _mean_sd(curves)
+        energy = np.mean(values, axis=0)
+        roots = np.sqrt(values) * self.stats.scale
+        return {
+            "draws": len(curves),
+            "mean_energy": float(np.mean(means)),
+            "rank_at": spectrum.rank_at(energy),
+            "energy_at": spectrum.energy_at(energy),
+            "held_out": held,
+            "held_out_sd": sd,
+            "singular_values": roots.mean(axis=0)[:KEPT_VALUES].tolist(),
+            "singular_values_sd": roots.std(axis=0)[:KEPT_VALUES].tolist(),
+        }
+
+    def _flags(self, saturated, above, nulls, held_out, k):
+        flags = []
+        cap = min(self.num_models - 1, self.num_features)
+        if self.constant:
+            flags.append("identical")
+        if saturated:
+            flags.append("saturated")
+        if not self.constant and len(above) < cap:
+            flags.append("rank_deficient")
+        if self.one_lineage:
+            flags.append("one_lineage")
+        shuffle = nulls.get("shuffle")
+        if k and shuffle and held_out.get(str(k)) is not None:
+            key = str(k)
+            hardest = verdict.Gain(1 - held_out[key], 1 - shuffle["held_out"][key], shuffle["held_out_sd"][key], "")
+            overall = verdict.gain(held_out, nulls, k)
+            if overall and overall.beats and not hardest.beats:
+                flags.append("coordinate_spread")
+        return flags
+
+    def _warnings(self):
+        found = []
+        zero = [i for i, norm in zip(self.stats.model_ids, self.stats.norms(), strict=True) if norm == 0]
+        if zero and len(zero) < self.num_models:
+            found.append(f"{len(zero)} models are zero in this layer, {zero[0]!r} among them")
+        if self.stats.storage == "float64":
+            found.append("weights are float64; all products were made in float64")
+        if self.stats.exponent:
+            found.append(f"weights were scaled by 2**{-self.stats.exponent} before any product; figures are unscaled")
+        return found
+
+
+def _mode(mode):
+    return {
+        "axis": mode.axis,
+        "size": mode.size,
+        "rank_at": spectrum.rank_at(mode.values, mode.total),
+        "energy_at": spectrum.energy_at(mode.values, mode.total),
+        "sketched": {"columns": mode.columns} if mode.columns else False,
+        "centred": mode.centred,
+    }
+
+
+def _roots(values, scale):
+    return (np.sqrt(values) * scale).tolist()
+
+
+def _mean_sd(curves):
+    keys = curves[0].keys() if curves else ()
+    mean = {key: float(np.mean([c[key] for c in curves])) for key in keys}
+    return mean, {key: float(np.std([c[key] for c in curves])) for key in keys}

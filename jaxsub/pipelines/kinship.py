@@ -1,0 +1,93 @@
+"""Kinship of a collection's models from the statistics of all its layers."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxsub import lineage
+
+PICTURED = 200  # models in the cosine picture
+LORA_START = 0.5  # cosine of A factors; real groups were the same from .15 to .6
+
+
+@dataclasses.dataclass
+class Kinship:
+    """Model ids, grouped; see `report.json`, "collection"."""
+
+    lineages: list
+    near_copies: list
+    lora_starts: list
+    untrained: list
+    threshold: float
+    chance: float
+    picture: dict
+    warnings: list
+
+
+def find(all_stats, ids, threshold):
+    """Kinship of the models that appear in `all_stats`.
+
+    Args:
+        all_stats: Statistics of every layer.
+        ids: ids of all models, in row order.
+        threshold: cosine at which lineages stop merging.
+    """
+    present = {i for s in all_stats for i in s.model_ids}
+    ids = [i for i in ids if i in present]
+    row = {i: n for n, i in enumerate(ids)}
+    layers, starts = [], []
+    for stats in all_stats:
+        members = [row[i] for i in stats.model_ids]
+        layers.append((members, lineage.cosines(stats.uncentred()), stats.num_features))
+        if stats.a_cosines is not None:
+            starts.append((members, stats.a_cosines, stats.num_features))
+    cosine = lineage.combine(layers, len(ids))
+    features = max((s.num_features for s in all_stats), default=1)
+    groups = lineage.groups(cosine, features, threshold)
+    start_groups = lineage.groups(lineage.combine(starts, len(ids)), features, LORA_START) if starts else []
+    near = lineage.near_copies(cosine)
+    untrained = _untrained(all_stats, ids)
+    warnings = []
+    if len(near) > 1000:
+        warnings.append(f"{len(near)} pairs are near copies (cosine above {lineage.NEAR_COPY}); the 1000 closest are listed")
+    if start_groups:
+        held = sum(len(g) for g in start_groups)
+        warnings.append(f"{held} adapters keep the start of another's A factor: stacked A factors would look shared")
+    if untrained:
+        warnings.append(f"{len(untrained)} models look untrained, {untrained[0]!r} among them")
+    return Kinship(
+        lineages=[[ids[m] for m in g] for g in groups],
+        near_copies=[(ids[a], ids[b], c) for a, b, c in near],
+        lora_starts=[[ids[m] for m in g] for g in start_groups],
+        untrained=untrained,
+        threshold=max(threshold, lineage.chance_threshold(features)),
+        chance=lineage.chance_threshold(features),
+        picture=_picture(cosine, groups, ids),
+        warnings=warnings,
+    )
+
+
+def _untrained(all_stats, ids):
+    """Ids of models all of whose matrices that can tell look drawn from an initialiser, or that are zero throughout."""
+    votes = {i: [] for i in ids}
+    for stats in all_stats:
+        squares = np.diag(stats.uncentred())
+        for i, square, fourth in zip(stats.model_ids, squares, stats.row_fourths, strict=True):
+            if square <= 0:
+                votes[i].append(True)
+            elif len(stats.shape) > 1 and stats.num_features >= 1000 and np.isfinite(fourth):
+                power = stats.scale
+                looks = lineage.looks_untrained(square * power**2, fourth * power**4, stats.shape, stats.num_features)
+                votes[i].append(looks)
+            elif stats.parametrisation == "lora":
+                votes[i].append(False)
+    return [i for i in ids if votes[i] and all(votes[i])]
+
+
+def _picture(cosine, groups, ids):
+    order = lineage.order(cosine, groups) if len(ids) > 1 else list(range(len(ids)))
+    if len(order) > PICTURED:
+        order = [order[i] for i in np.linspace(0, len(order) - 1, PICTURED).round().astype(int)]
+    part = cosine[np.ix_(order, order)]
+    matrix = [[None if np.isnan(x) else round(float(x), 3) for x in line] for line in part]
+    return {"ids": [ids[i] for i in order], "matrix": matrix}

@@ -1,0 +1,278 @@
+"""The one loop over layers: each layer's stack is read once and leaves its Statistics behind."""
+
+import dataclasses
+import math
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from jaxsub import formats, placement, precision
+from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
+from jaxsub.linalg.gram import FEATURES
+from jaxsub.statistics import ModeEnergies, Statistics
+
+MIXTURES, COLUMNS = 16, 32  # of one half of a sketch: 512 test columns an axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What decides the bits of a layer's statistics, beside the weights and the mesh."""
+
+    precision: str = "auto"  # auto, float32 or float64: dtype of the products (float64 weights always keep theirs)
+    block_bytes: int = 256 * 2**20  # stored bytes of one block of a stack
+    mode_work: int = 2**36  # multiply-adds (N * D * d) above which a weight axis of size d is sketched
+    mode_width: int = 2048  # axes wider than this are sketched
+    strength_width: int = 128  # matrices with a shorter side up to this keep each model's singular values
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Meter:
+    """Bytes and seconds of a run, for the report's provenance."""
+
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+def layer_key(name, seed):
+    """The layer's own PRNG key: independent of which layers come before, fold_in(seed, crc32(name))."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode("utf-8", "surrogatepass")))
+
+
+def statistics(group, models, mesh, options, *, base=None, meter=None):
+    """Statistics of one layer group.
+
+    Args:
+        group: LayerGroup; its entries are Tensors (dense) or LoraPairs (lora), one a member.
+        models: (id, Model) of each member, same order.
+        mesh: mesh with the axis "features".
+        options: Options.
+        base: Model to subtract from dense layers, or None.
+        meter: Meter to add to.
+
+    Raises:
+        NonFiniteError: naming the first model with a NaN or an Inf.
+    """
+    meter = meter or Meter()
+    with jax.enable_x64(True):
+        if group.parametrisation == "lora":
+            return _lora(group, models, mesh, options, meter)
+        return _dense(group, models, mesh, options, base, meter)
+
+
+
+
+def _dense(group, models, mesh, options, base, meter):
+    plan = placement.plan_dense(group, mesh.size, options)
+    ids = tuple(i for i, _ in models)
+    stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
+    key = layer_key(group.name, options.seed)
+    sums = {axis: 0.0 for axis in plan.exact_axes}
+    halves = {axis: [] if axis == 0 else 0.0 for axis in plan.sketched_axes}
+    stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base)
+    exponent = 0
+    while True:
+        started = time.perf_counter()
+        block = next(stream, None)
+        meter.read_seconds += time.perf_counter() - started
+        if block is None:
+            break
+        started = time.perf_counter()
+        dense = gram_kernels.dense_gram(block.x, mesh=mesh, dtype=plan.dtype)
+        if plan.sketched_axes:
+            tests = mode_kernels.sketch(
+                block.x, key, jnp.int32(block.row), mesh=mesh, shape=block.shape, axes=plan.sketched_axes,
+                mixtures=MIXTURES, columns=COLUMNS, dtype="float32" if plan.storage != "float64" else "float64",
+            )  # fmt: skip
+        # Modes and sketches keep the scale of the layer's first block.
+        step = block.exponent - exponent if block.row else 0
+        exponent = exponent if block.row else block.exponent
+        for axis in plan.exact_axes:
+            found = mode_kernels.mode_gram(block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, axis))
+            sums[axis] = sums[axis] + np.ldexp(np.asarray(found), 2 * step)
+        for axis, test in zip(plan.sketched_axes, tests if plan.sketched_axes else (), strict=True):
+            test = np.ldexp(np.asarray(test), step)
+            halves[axis] = [*halves[axis], test] if axis == 0 else halves[axis] + test
+        if plan.strengths:
+            small = mode_kernels.model_grams(block.x, shape=block.shape, dtype="float64")
+            strengths = np.sqrt(np.maximum(np.linalg.eigvalsh(np.asarray(small))[:, ::-1], 0.0))
+            stats.model_singular_values = strengths
+        stats.add(jax.device_get(dense), block.exponent)
+        meter.compute_seconds += time.perf_counter() - started
+    meter.bytes_read += plan.bytes_read
+    total = float(np.trace(stats.centred()))
+    shift = exponent - stats.exponent
+    stats.modes = tuple(
+        [_exact_mode(axis, np.ldexp(k, 2 * shift)) for axis, k in sums.items()]
+        + [_sketched_mode(axis, h, total) for axis, h in halves.items()]
+    )
+    stats.modes = tuple(sorted(stats.modes, key=lambda m: m.axis))
+    return stats
+
+
+def _mode_dtype(plan, axis):
+    work = plan.num_models * math.prod(plan.shape) * plan.shape[axis]
+    return precision.compute_dtype(plan.storage, work)
+
+
+def _exact_mode(axis, k, *, centred=True):
+    values = np.maximum(np.linalg.eigvalsh(k)[::-1], 0.0)
+    return ModeEnergies(axis, len(k), values, float(np.trace(k)), 0, centred)
+
+
+def _sketched_mode(axis, halves, total, *, centred=True):
+    """Energies of directions found in one half of a sketch and measured in the other, both ways, averaged."""
+    tests = np.concatenate(halves, axis=1) if isinstance(halves, list) else np.asarray(halves)
+    first, second = _shares(tests[0], tests[1]), _shares(tests[1], tests[0])
+    return ModeEnergies(axis, tests.shape[1], total * (first + second) / 2, total, tests.shape[2], centred)
+
+
+def _shares(found, scored):
+    small = found.T @ found if found.shape[0] >= found.shape[1] else found @ found.T
+    values, vectors = np.linalg.eigh(small)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    keep = values > values[0] * 1e-10 if values[0] > 0 else np.zeros(len(values), bool)
+    basis = vectors
+    if found.shape[0] >= found.shape[1]:
+        basis = np.divide(found @ vectors, np.sqrt(np.where(keep, values, 1.0)))
+    energy = np.square(basis.T @ scored).sum(axis=1) * keep
+    total = np.square(scored).sum()
+    return energy / total if total > 0 else energy
+
+
+def _lora(group, models, mesh, options, meter):
+    started = time.perf_counter()
+    pairs = group.entries
+    storage = precision.widest(t.dtype for e in pairs for t in (e.a, e.b))
+    ranks = np.array([e.rank for e in pairs])
+    rank = int(ranks.max())
+    width_a, width_b = math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]
+    work = len(pairs) ** 2 * rank**2 * (width_a + width_b)
+    dtype = precision.compute_dtype(storage, work, options.precision)
+    read_dtype = precision.host_dtype("float64" if storage == "float64" else "float32")
+    a = np.zeros((len(pairs), rank, _padded(width_a, mesh)), read_dtype)
+    bt = np.zeros((len(pairs), rank, _padded(width_b, mesh)), read_dtype)
+    for n, ((_, model), pair) in enumerate(zip(models, pairs, strict=True)):
+        a[n, : pair.rank, :width_a] = _finite(formats.read(model, pair.a), n, model, pair.a).reshape(pair.rank, width_a)
+        b = _finite(formats.read(model, pair.b), n, model, pair.b).reshape(width_b, pair.rank)
+        bt[n, : pair.rank, :width_b] = b.T
+    scales = np.array([e.scale for e in pairs])
+    powers = [_safe_exponent(x) for x in (a, bt)]
+    for x, power in zip((a, bt), powers, strict=True):
+        if power:
+            np.ldexp(x, -power, out=x)
+    meter.read_seconds += time.perf_counter() - started
+    meter.bytes_read += sum(e.a.num_bytes + e.b.num_bytes for e in pairs)
+
+    started = time.perf_counter()
+    sharding = NamedSharding(mesh, P(None, None, FEATURES))
+    sums = jax.device_get(
+        gram_kernels.lora_gram(jax.device_put(a, sharding), jax.device_put(bt, sharding), mesh=mesh, dtype=dtype)
+    )
+    outer = scales[:, None] * scales[None, :]
+    stats = Statistics.empty(group.name, pairs[0].shape, "lora", tuple(i for i, _ in models), storage, dtype)
+    stats.exponent = sum(powers)
+    stats.gram = sums.gram * outer
+    stats.row_sums = scales * np.einsum("nr,nr->n", a.sum(axis=2, dtype=np.float64), bt.sum(axis=2, dtype=np.float64))
+    stats.variance_squares = math.nan  # not to be had from the factors alone
+    stats.row_fourths = np.full(len(pairs), math.nan)
+    stats.ranks = ranks.astype(np.float64)
+    stats.b_overlap = sums.b_overlap * outer
+    norms = np.sqrt(np.maximum(np.diag(sums.a_cosines), 1e-300))
+    stats.a_cosines = sums.a_cosines / norms[:, None] / norms[None, :]
+    roots_a, roots_b = _roots(sums.a_gram), _roots(sums.b_gram)
+    cores = np.linalg.svd(roots_b @ roots_a, compute_uv=False)
+    stats.model_singular_values = cores * np.abs(scales)[:, None]
+    sides = ((a, roots_b, width_a, True), (bt, roots_a, width_b, False))
+    key = layer_key(group.name, options.seed)
+    found = [_lora_mode(x, root, scales, width, side, group, options, key) for x, root, width, side in sides]
+    stats.modes = tuple(sorted(found, key=lambda m: m.axis))
+    meter.compute_seconds += time.perf_counter() - started
+    return stats
+
+
+def _lora_mode(x, roots, scales, width, is_input, group, options, key):
+    """Energies of C_in = sum s^2 A.T (B.T B) A or C_out = sum s^2 B (A A.T) B.T; uncentred, as centring factors
+    would depend on the gauge. From the rows (B.T B)^(1/2) A, never from a matrix of updates."""
+    rows = np.asarray(_weighted_rows(roots * scales[:, None, None], x[:, :, :width]))
+    rows = rows.reshape(-1, width)
+    shorter = min(rows.shape)
+    total = float(np.square(rows, dtype=np.float64).sum())
+    transposed = group.entries[0].transposed
+    axis = 1 if is_input != transposed else 0
+    if rows.size * shorter <= options.mode_work and shorter <= options.mode_width:
+        values = np.asarray(_row_energies(rows))[::-1]
+        return ModeEnergies(axis, width, np.maximum(values, 0.0), total, 0, False)
+    test = jax.random.normal(jax.random.fold_in(key, axis), (2, rows.shape[0], MIXTURES * COLUMNS), dtype=rows.dtype)
+    tests = np.asarray(jnp.einsum("rw,hrc->hwc", rows, test, precision="highest"), np.float64)
+    return _sketched_mode(axis, tests, total, centred=False)
+
+
+@jax.jit
+def _weighted_rows(roots, x):
+    return jnp.einsum("nrs,nsw->nrw", roots.astype(x.dtype), x, precision="highest")
+
+
+@jax.jit
+def _row_energies(rows):
+    rows = rows.astype(jnp.float64)
+    gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
+    return jnp.linalg.eigvalsh(gram)
+
+
+def _roots(grams):
+    values, vectors = np.linalg.eigh(grams)
+    return np.einsum("nij,nj,nkj->nik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
+
+
+def _padded(width, mesh):
+    return -(-width // (8 * mesh.size)) * 8 * mesh.size
+
+
+def _safe_exponent(x):
+    largest = float(np.abs(x).max(initial=0.0))
+    exponent = math.frexp(largest)[1]
+    return exponent if largest and abs(exponent) > precision.SAFE_EXPONENT // 2 else 0
+
+
+def _finite(array, member, model, tensor):
+    wide = array if array.dtype.itemsize >= 4 else array.astype(np.float32)
+    if not np.isfinite(wide).all():
+        bad = np.flatnonzero(~np.isfinite(wide.reshape(-1)))
+        raise placement.NonFiniteError(member, model, tensor.name, len(bad), int(bad[0]))
+    return wide
+
+
+
+
+def plan_lora(group, mesh, options):
+    """LayerPlan of a LoRA group: the factors of all models are held at once, in float32 (float64 if stored so)."""
+    pairs = group.entries
+    storage = precision.widest(t.dtype for e in pairs for t in (e.a, e.b))
+    rank = max(e.rank for e in pairs)
+    widths = [math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]]
+    n, itemsize = len(pairs), 8 if storage == "float64" else 4
+    work = n**2 * rank**2 * sum(widths)
+    dtype = precision.compute_dtype(storage, work, options.precision)
+    held = n * rank * sum(_padded(w, mesh) for w in widths)
+    host = held * itemsize + held * (8 if dtype == "float64" else 4) + n * rank * max(widths) * itemsize + 40 * 8 * n**2
+    return placement.LayerPlan(
+        name=group.name,
+        shape=tuple(group.shape),
+        num_models=n,
+        storage=storage,
+        dtype=dtype,
+        rows=0,
+        width=0,
+        num_blocks=1,
+        exact_axes=(),
+        sketched_axes=(),
+        strengths=True,
+        bytes_read=sum(e.a.num_bytes + e.b.num_bytes for e in pairs),
+        host_bytes=host,
+    )

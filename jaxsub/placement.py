@@ -1,0 +1,232 @@
+"""From files to devices: the mesh, the memory plan, and the blocks of a layer's stack, read ahead.
+
+    layer group --blocks--> (N, columns) host buffers --device_put--> rows on the mesh, features sharded
+
+A block holds the same columns of every model. Two buffers: one is read by threads while the other is computed.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from jaxsub import errors, formats, precision
+from jaxsub.linalg.gram import FEATURES
+
+ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
+READERS = 4  # threads; pread releases the interpreter lock
+
+
+def make_mesh(num_devices=None):
+    """One-dimensional mesh over the first `num_devices` devices (all by default), axis "features"."""
+    devices = jax.devices()
+    count = len(devices) if num_devices in (None, 0) else num_devices
+    if count > len(devices):
+        raise errors.ConfigError(f"devices={count}, but JAX sees {len(devices)} ({devices[0].platform})")
+    return jax.sharding.Mesh(np.asarray(devices[:count]), (FEATURES,))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is read and computed; all sizes known from headers.
+
+    `rows` leading-axis rows of every model make a block of `width` columns (padded); `exact_axes` get a full mode
+    Gram, `sketched_axes` a sketch; `strengths` says whether each model's own singular values are taken.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_models: int
+    storage: str
+    dtype: str
+    rows: int
+    width: int
+    num_blocks: int
+    exact_axes: tuple[int, ...]
+    sketched_axes: tuple[int, ...]
+    strengths: bool
+    bytes_read: int
+    host_bytes: int
+
+
+def plan_dense(group, num_devices, options):
+    """LayerPlan of a dense group; `options` is a `statistics.Options`."""
+    shape = group.shape or (1,)
+    num_models, size = len(group.members), math.prod(shape)
+    storage = precision.widest(t.dtype for t in group.entries)
+    dtype = precision.compute_dtype(storage, num_models**2 * size, options.precision)
+    itemsize = precision.host_dtype(storage).itemsize
+    row = size // shape[0] if shape[0] else 0
+    rows = max(1, min(shape[0], options.block_bytes // max(1, num_models * row * itemsize)))
+    width = _bucket(rows * row, num_devices)
+    num_blocks = max(1, -(-shape[0] // rows))
+    axes = tuple(a for a in range(len(shape)) if len(shape) > 1 and shape[a] > 1)
+    cheap = {a for a in axes if num_models * size * shape[a] <= options.mode_work and shape[a] <= options.mode_width}
+    exact = tuple(a for a in axes if a in cheap and (num_blocks == 1 or a > 0))
+    strengths = len(shape) == 2 and num_blocks == 1 and min(shape) <= options.strength_width
+    buffers = 1 if num_blocks == 1 else 2
+    host = buffers * num_models * width * itemsize + 12 * 8 * (num_models + 1) ** 2
+    host += sum(8 * shape[a] ** 2 for a in exact) + num_models * width * itemsize // 4
+    return LayerPlan(
+        name=group.name,
+        shape=shape,
+        num_models=num_models,
+        storage=storage,
+        dtype=dtype,
+        rows=rows,
+        width=width,
+        num_blocks=num_blocks,
+        exact_axes=exact,
+        sketched_axes=tuple(a for a in axes if a not in exact),
+        strengths=strengths,
+        bytes_read=sum(t.num_bytes for t in group.entries),
+        host_bytes=host,
+    )
+
+
+def _bucket(columns, num_devices):
+    """Columns padded so that few distinct shapes are compiled: a power of two, or a multiple of 64 chunks."""
+    step = 64 * num_devices
+    if columns <= 65536:
+        power = 1 << max(0, columns - 1).bit_length()
+        return -(-max(power, step) // step) * step
+    step = math.lcm(step, 4096 * num_devices)
+    return -(-columns // step) * step
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One block of a layer: `x` (N, width) on the mesh, `shape` of its tensor part, first row, power-of-two scale.
+
+    The values in `x` are the stored ones times 2**-exponent; `exponent` is 0 unless products could overflow.
+    """
+
+    x: jax.Array
+    shape: tuple[int, ...]
+    row: int
+    exponent: int
+
+
+class NonFiniteError(errors.InputError):
+    """A model holds NaN or Inf; `member` is its index in the group."""
+
+    def __init__(self, member, model, key, count, first):
+        self.member = member
+        super().__init__(
+            model.path, f"{count} entries are not finite, the first at flat index {first}", key=key, rule="N1"
+        )
+
+
+def blocks(group, models, plan, mesh, *, base=None):
+    """Yields the `Block`s of a dense group in order, the next one being read meanwhile.
+
+    Args:
+        group: LayerGroup with `entries`, one Tensor a member.
+        models: the Model of each member, same order.
+        plan: LayerPlan of the group.
+        mesh: mesh with the axis "features".
+        base: Model to subtract, or None; its tensor must have the group's name and shape.
+
+    Raises:
+        NonFiniteError: at the first block with a NaN or an Inf, for the first such model.
+    """
+    sharding = NamedSharding(mesh, P(None, FEATURES))
+    sources = [_Source(m, t) for m, t in zip(models, group.entries, strict=True)]
+    base_source = _Source(base, _base_tensor(base, group)) if base is not None else None
+    buffers = [_aligned(plan) for _ in range(1 if plan.num_blocks == 1 else 2)]
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool, concurrent.futures.ThreadPoolExecutor(1) as ahead:
+
+        def fill(index):
+            return _fill(buffers[index % 2], index, sources, base_source, plan, group, pool)
+
+        pending = ahead.submit(fill, 0)
+        for index in range(plan.num_blocks):
+            shape, exponent = pending.result()
+            x = jax.device_put(buffers[index % 2], sharding)
+            if index + 1 < plan.num_blocks:
+                pending = ahead.submit(fill, index + 1)
+            # The consumer has the block's results before it asks for the next: only then is the buffer refilled.
+            yield Block(x, shape, index * plan.rows, exponent)
+
+
+def _base_tensor(base, group):
+    tensor = base.tensors.get(group.name)
+    if tensor is None or (tensor.shape or (1,)) != (group.shape or (1,)):
+        found = "lacks it" if tensor is None else f"has shape {tensor.shape}"
+        raise errors.InputError(
+            base.path, f"the base {found}, the models have shape {group.shape}", key=group.name, hint="use --layers"
+        )
+    return tensor
+
+
+class _Source:
+    """Rows of one model's tensor; tensors without an extent are loaded once and kept while the layer lasts."""
+
+    def __init__(self, model, tensor):
+        self.model, self.tensor, self.loaded = model, tensor, None
+        self.dtype = precision.host_dtype(tensor.dtype)
+
+    def read(self, start, count, out):
+        """Copies `count` entries from flat index `start` on into `out` (count,), converting exactly."""
+        if self.tensor.extent is not None and out.dtype == self.dtype:
+            formats.read_into(self.tensor.extent, start * self.dtype.itemsize, out.view(np.uint8))
+        elif self.tensor.extent is not None:
+            raw = np.empty(count, self.dtype)
+            formats.read_into(self.tensor.extent, start * self.dtype.itemsize, raw.view(np.uint8))
+            out[:] = raw
+        else:
+            if self.loaded is None:
+                self.loaded = np.ascontiguousarray(formats.read(self.model, self.tensor)).reshape(-1)
+            out[:] = self.loaded[start : start + count]
+
+
+def _aligned(plan):
+    dtype = precision.host_dtype(plan.storage)
+    size = plan.num_models * plan.width * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(plan.num_models, plan.width)
+
+
+def _fill(buffer, index, sources, base, plan, group, pool):
+    """Reads block `index` into `buffer`, checks it, scales it if it must be; returns (tensor shape, exponent)."""
+    row = index * plan.rows
+    rows = min(plan.rows, plan.shape[0] - row)
+    per_row = math.prod(plan.shape[1:])
+    start, count = row * per_row, rows * per_row
+    reference = None
+    if base is not None:
+        reference = np.empty(count, precision.host_dtype(base.tensor.dtype))
+        base.read(start, count, reference)
+
+    def one(member):
+        target = buffer[member, :count]
+        sources[member].read(start, count, target)
+        wide = target if target.dtype.itemsize >= 4 else target.astype(np.float32)
+        low, high = (float(wide.min()), float(wide.max())) if count else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = np.flatnonzero(~np.isfinite(wide))
+            return NonFiniteError(member, sources[member].model, group.name, len(bad), start + int(bad[0]))
+        if reference is not None:
+            # Exact for neighbours (Sterbenz), else one rounding of the storage dtype.
+            target[:] = wide - reference.astype(wide.dtype)
+            low, high = float(target.min()), float(target.max())
+        return max(-low, high)
+
+    results = list(pool.map(one, range(plan.num_models)))
+    for result in results:
+        if isinstance(result, NonFiniteError):
+            raise result
+    buffer[:, count:] = 0
+    largest = max(results, default=0.0)
+    exponent = math.frexp(largest)[1]
+    if largest == 0.0 or abs(exponent) <= precision.SAFE_EXPONENT:
+        exponent = 0
+    elif buffer.dtype.itemsize >= 4:
+        np.ldexp(buffer, -exponent, out=buffer)
+    else:  # 16-bit weights: every power of two would not fit, float32 products hold them as they are
+        exponent = 0
+    return (rows, *plan.shape[1:]), exponent

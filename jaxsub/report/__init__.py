@@ -1,0 +1,47 @@
+"""The report of an analysis: report.json for machines, report.html and a terminal table for people."""
+
+import os
+
+
+class Report:
+    """An analysis' result; `data` is what report.json holds.
+
+    report["layers"] reads like the dict; `table()` is the terminal table, `save(folder)` writes report.json and
+    report.html.
+    """
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, key):
+        return self.data[key]
+
+    @property
+    def layers(self):
+        """The records of all layers, in order."""
+        return self.data["layers"]
+
+    def verdicts(self):
+        """Layer name -> verdict."""
+        return {layer["name"]: layer["verdict"] for layer in self.layers}
+
+    def table(self, width=100):
+        """The terminal table as text, at most `width` columns."""
+        from jaxsub.report import table
+
+        return table.render(self.data, width)
+
+    def html(self):
+        """One self-contained page."""
+        from jaxsub.report import html
+
+        return html.render(self.data)
+
+    def save(self, folder):
+        """Writes report.json, report.html and log.txt into `folder`, each whole or not at all."""
+        from jaxsub.report import _write
+
+        os.makedirs(folder, exist_ok=True)
+        _write.write_json(os.path.join(folder, "report.json"), self.data)
+        _write.write_text(os.path.join(folder, "report.html"), self.html())
+        _write.write_text(os.path.join(folder, "log.txt"), self.table() + "\n")

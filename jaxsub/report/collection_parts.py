@@ -1,0 +1,202 @@
+"""The sections about the models: lineages with their picture, copies, what was set aside, what was left out."""
+
+from . import png, words
+from .markup import Markup, join, name, shorten, tag
+from .svg import text
+
+_MOST = 200  # items of a list written out; the rest is counted (report.json has all)
+_OPENLY = 8  # warnings shown without a click
+_SIDE = 520  # of the picture, in view-box units
+_MARGIN = 62  # for the brackets, left and above
+
+
+def lineages(collection):
+    """The lineage section: the cosine picture, and the members of each lineage folded."""
+    groups = collection["lineages"]
+    grouped = sum(len(group) for group in groups)
+    singles = (collection["num_distinct"] or 0) - grouped
+    if groups:
+        said = f"{words.plural(len(groups), 'lineage')} with {words.plural(grouped, 'model')}"
+        said += f"; {words.plural(max(singles, 0), 'model')} in none." if singles >= 0 else "."
+    else:
+        said = "No two models share a start or a parent, as far as their weights tell."
+    threshold, chance = collection["lineage_threshold"], collection["lineage_threshold_chance"]
+    if threshold is not None:
+        said += f" Groups are joined down to an average cosine of {words.amount(threshold)}"
+        said += f" (unrelated models reach {words.amount(chance)})." if chance is not None else "."
+    listed = [_members(f"L{i + 1}", group) for i, group in enumerate(groups[:_MOST])]
+    starts = [_members(f"Start {i + 1}", group) for i, group in enumerate(collection["lora_starts"][:_MOST])]
+    lists = tag("div", listed, class_="members") if listed else None
+    if starts:
+        heading = tag("h3", "Adapters that start from the same A")
+        lists = join([lists, heading, tag("div", starts, class_="members")])
+    return [tag("p", said), tag("div", _picture(collection), tag("div", lists), class_="beside")]
+
+
+def _members(title, group):
+    head = tag("summary", tag("b", title), f" {words.plural(len(group), 'model')}: ", name(group[0], 40))
+    return tag("details", head, _names(group))
+
+
+def _names(ids):
+    items = [tag("li", name(item, 70)) for item in ids[:_MOST]]
+    if len(ids) > _MOST:
+        items.append(tag("li", f"and {len(ids) - _MOST} more, in report.json"))
+    return tag("ul", items, class_="names")
+
+
+def _picture(collection):
+    """The heat map of cosines, models in the order of their lineages, a bracket on two sides for each lineage."""
+    cosine = collection["cosine"]
+    if not cosine or not cosine.get("matrix"):
+        return None
+    matrix = [[value or 0.0 for value in row] for row in cosine["matrix"]]
+    size = len(matrix)
+    ids = cosine.get("ids") or [""] * size
+    order = cosine.get("order") or range(size)
+    if sorted(order) != list(range(size)):  # a sub-sample may list places in the whole collection: keep as stored
+        order = range(size)
+    shown = [[matrix[i][j] for j in order] for i in order]
+    total = _MARGIN + _SIDE + 8
+    frame = tag("rect", x=_MARGIN, y=_MARGIN, width=_SIDE, height=_SIDE, class_="frame")
+    image = tag("image", href=png.data_uri(shown), x=_MARGIN, y=_MARGIN, width=_SIDE, height=_SIDE, class_="pixels")
+    title = tag("title", f"Cosine between the weights of {size} models, ordered by lineage")
+    brackets = _brackets([ids[i] for i in order], collection["lineages"], _SIDE / size)
+    chart = tag("svg", title, image, frame, brackets, class_="heat", viewBox=f"0 0 {total} {total}", role="img")
+    caption = f"Cosine between the weights of each pair of {words.plural(size, 'model')}"
+    caption += (
+        f" (a sample of {words.count(collection['num_distinct'])})" if size < (collection["num_distinct"] or 0) else ""
+    )
+    caption += ", ordered by lineage. Blank: unrelated."
+    return tag("figure", chart, tag("figcaption", _legend(), caption), class_="picture")
+
+
+def _brackets(ids, groups, cell):
+    lineage_of = {model: i for i, group in enumerate(groups) for model in group}
+    parts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        lineage = lineage_of.get(ids[start])
+        if end < len(ids) and lineage_of.get(ids[end]) == lineage:
+            continue
+        if lineage is not None and end - start > 1:
+            low, high = _MARGIN + start * cell, _MARGIN + end * cell
+            parts.append(_bracket(low, high, f"L{lineage + 1}", f"L{lineage + 1} ({len(groups[lineage])})"))
+        start = end
+    return Markup("".join(parts))
+
+
+def _bracket(low, high, short, label):
+    near, far = _MARGIN - 4, _MARGIN - 10
+    a, b, middle = f"{low + 1:.1f}", f"{high - 1:.1f}", (low + high) / 2
+    path = f"M{near} {a}H{far}V{b}H{near}M{a} {near}V{far}H{b}V{near}"
+    drawn = tag("path", d=path, class_="bracket")
+    if high - low < 14:
+        return drawn
+    above = label if high - low > 56 else short
+    return join([drawn, text(far - 5, middle + 4, label, "", "end"), text(middle, far - 6, above, "", "middle")])
+
+
+def _legend():
+    scale = png.data_uri([[i / 50 - 1 for i in range(101)]])
+    image = tag("image", href=scale, x=8, y=2, width=184, height=12, preserveAspectRatio="none", class_="pixels")
+    frame = tag("rect", x=8, y=2, width=184, height=12, class_="frame")
+    ticks = [text(8 + 184 * (value + 1) / 2, 28, shown, "", "middle") for value, shown in _LEGEND_TICKS]
+    title = tag("title", "Colour scale of the cosine, from -1 to 1")
+    return tag("svg", title, image, frame, ticks, class_="legend", viewBox="0 0 200 32", role="img")
+
+
+_LEGEND_TICKS = [(-1, "−1"), (-0.5, "−.5"), (0, "0"), (0.5, ".5"), (1, "1")]
+
+
+def copies(collection):
+    """Copies and near copies, or one sentence saying that there are none."""
+    duplicates, near = collection["duplicates"], collection["near_duplicates"]
+    if not duplicates and not near:
+        return [tag("p", "No copies, and no two models with a cosine above .99.")]
+    parts = []
+    if duplicates:
+        extra = sum(len(group) - 1 for group in duplicates)
+        parts.append(
+            tag(
+                "p",
+                f"{words.plural(extra, 'model')} identical to another in every layer analysed; one of each is kept.",
+            )
+        )
+        rows = [tag("li", _equals(group)) for group in duplicates[:_MOST]]
+        parts.append(tag("ul", rows, _rest(duplicates), class_="names"))
+    if near:
+        parts.append(
+            tag(
+                "p",
+                f"{words.plural(len(near), 'pair')} of near copies, kept as separate models (cosine over all layers):",
+            )
+        )
+        rows = [
+            tag("tr", tag("td", name(a, 48)), tag("td", name(b, 48)), tag("td", words.ratio(c, 4)))
+            for a, b, c in near[:_MOST]
+        ]
+        head = tag("tr", tag("th", "model"), tag("th", "near copy"), tag("th", "cosine"))
+        parts.append(tag("div", tag("table", tag("thead", head), tag("tbody", rows), class_="list"), class_="scroll"))
+        parts.append(_rest(near, "p"))
+    return [part for part in parts if part is not None]
+
+
+def _equals(group):
+    names = [name(item, 48) for item in group[:20]]
+    more = [f" and {len(group) - 20} more"] if len(group) > 20 else []
+    return join([names[0], *[join([" = ", other]) for other in names[1:]], *more])
+
+
+def _rest(items, element="li"):
+    return tag(element, f"and {len(items) - _MOST} more, in report.json") if len(items) > _MOST else None
+
+
+def set_aside(collection):
+    """What was not analysed and why: models, layers, groups of other shapes; warnings about the collection."""
+    parts = []
+    warnings = [tag("li", shorten(item, 600)) for item in collection["warnings"][:_MOST]]
+    if warnings:
+        parts += [tag("h3", "Warnings"), tag("ul", warnings[:_OPENLY], class_="remarks")]
+    if warnings[_OPENLY:]:
+        more = tag("summary", words.plural(len(warnings) - _OPENLY, "more warning"))
+        parts.append(tag("details", more, tag("ul", warnings[_OPENLY:], class_="remarks")))
+    quarantined = collection["quarantined"]
+    if quarantined:
+        rows = [
+            _cells(name(q["id"]), name(q["layer"] or "whole model"), shorten(q["reason"], 400))
+            for q in quarantined[:_MOST]
+        ]
+        parts += [
+            tag("h3", f"Models set aside: {len(quarantined)}"),
+            _list(("model", "where", "why"), rows),
+            _rest(quarantined, "p"),
+        ]
+    skipped = collection["skipped_layers"] or collection["groups"]
+    if skipped:
+        parts += [
+            tag("h3", f"Layers not analysed: {len(skipped)}"),
+            _list(("layer", "shape", "models", "why"), _skipped(skipped)),
+            _rest(skipped, "p"),
+        ]
+    if collection["identical_layers"]:
+        parts += [tag("h3", "Layers identical in all models"), _names(collection["identical_layers"])]
+    if collection["untrained"]:
+        parts += [tag("h3", "Models that look untrained"), _names(collection["untrained"])]
+    return [part for part in parts if part is not None] or [tag("p", "Nothing: every model and every layer was used.")]
+
+
+def _skipped(groups):
+    for group in groups[:_MOST]:
+        shape = shorten(words.shape(group.get("shape") or []), 40)
+        yield _cells(
+            name(group["name"]), shape, words.count(group.get("num_models")), shorten(group.get("reason") or "-", 400)
+        )
+
+
+def _cells(*cells):
+    return tag("tr", [tag("td", cell) for cell in cells])
+
+
+def _list(header, rows):
+    head = tag("thead", tag("tr", [tag("th", title, scope="col") for title in header]))
+    return tag("div", tag("table", head, tag("tbody", list(rows)), class_="list"), class_="scroll")

@@ -1,0 +1,179 @@
+"""What one pass over a layer leaves behind: small float64 arrays from which every figure is computed.
+
+    rows x_n = s + y_n,  s close to their mean:   gram = y y.T,  cross = y s,  mean_square = s s
+    uncentred <x_i, x_j> = gram_ij + cross_i + cross_j + mean_square;   centred = H gram H
+
+All are stored for weights times 2**-exponent, so that no square over- or underflows.
+"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+
+from jaxsub import errors, formats, precision, spectrum
+from jaxsub.formats import safetensors
+
+SCHEMA = "jaxsub.statistics/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModeEnergies:
+    """Energies along one weight axis, non-increasing, of `total`; `columns` is the sketch's width, 0 if exact."""
+
+    axis: int
+    size: int
+    values: np.ndarray
+    total: float
+    columns: int = 0
+    centred: bool = True
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Sums over the features of one layer's stack of N models; see the module docstring.
+
+    `add` takes further blocks of the same models; `merge` adds another device's or host's features.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parametrisation: str
+    model_ids: tuple[str, ...]
+    storage: str
+    dtype: str
+    gram: np.ndarray
+    cross: np.ndarray
+    mean_square: float
+    row_sums: np.ndarray
+    row_fourths: np.ndarray
+    variance_squares: float
+    exponent: int = 0
+    modes: tuple[ModeEnergies, ...] = ()
+    model_singular_values: np.ndarray | None = None
+    ranks: np.ndarray | None = None
+    b_overlap: np.ndarray | None = None
+    a_cosines: np.ndarray | None = None
+    digest: str = ""
+
+    @classmethod
+    def empty(cls, name, shape, parametrisation, model_ids, storage, dtype):
+        """Statistics of zero features."""
+        n = len(model_ids)
+        return cls(
+            name=name,
+            shape=tuple(shape),
+            parametrisation=parametrisation,
+            model_ids=tuple(model_ids),
+            storage=storage,
+            dtype=dtype,
+            gram=np.zeros((n, n)),
+            cross=np.zeros(n),
+            mean_square=0.0,
+            row_sums=np.zeros(n),
+            row_fourths=np.zeros(n),
+            variance_squares=0.0,
+        )
+
+    @property
+    def num_models(self):
+        """N."""
+        return len(self.model_ids)
+
+    @property
+    def num_features(self):
+        """D, entries of one model in this layer."""
+        return math.prod(self.shape)
+
+    @property
+    def scale(self):
+        """What a norm in these units is multiplied by to get the weights' own units."""
+        return math.ldexp(1.0, self.exponent)
+
+    def add(self, sums, exponent=0):
+        """Adds a block's DenseSums, computed on weights times 2**-exponent. Powers of two: exact."""
+        step = exponent - self.exponent
+        if step > 0 and not self.gram.any() and not self.mean_square:
+            self.exponent, step = exponent, 0
+        if step > 0:
+            self._rescale(exponent)
+            step = 0
+        for name, power in _SUMS:
+            setattr(self, name, getattr(self, name) + np.ldexp(np.asarray(getattr(sums, name)), power * step))
+
+    def merge(self, other):
+        """Adds the sums over other features of the same models."""
+        if other.model_ids != self.model_ids:
+            raise ValueError("statistics of different models cannot be merged over features")
+        self.add(other, other.exponent)
+
+    def _rescale(self, exponent):
+        for name, power in _SUMS:
+            setattr(self, name, np.ldexp(getattr(self, name), power * (self.exponent - exponent)))
+        self.exponent = exponent
+
+    def centred(self):
+        """(N, N) Gram matrix of the rows minus their mean."""
+        return spectrum.centred(self.gram)
+
+    def uncentred(self):
+        """(N, N) Gram matrix of the rows."""
+        return self.gram + self.cross[:, None] + self.cross[None, :] + self.mean_square
+
+    def norms(self):
+        """(N,) Euclidean norms of the rows."""
+        return np.sqrt(np.maximum(np.diag(self.uncentred()), 0.0))
+
+    def floor(self, largest):
+        """Singular values under this are noise of the arithmetic or of the stored dtype."""
+        return max(
+            precision.gram_floor(largest, self.num_models, self.dtype),
+            precision.storage_floor(self.norms(), self.num_features, self.storage),
+        )
+
+    def save(self, path):
+        """Writes one safetensors file, atomically."""
+        arrays = {n: np.asarray(getattr(self, n), np.float64) for n in _ARRAYS if getattr(self, n) is not None}
+        for mode in self.modes:
+            arrays[f"mode_{mode.axis}"] = mode.values
+        described = [{**dataclasses.asdict(m), "values": None} for m in self.modes]
+        record = {n: getattr(self, n) for n in _FIELDS} | {"modes": described, "schema": SCHEMA}
+        safetensors.write(str(path), arrays, {"jaxsub": json.dumps(record, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path):
+        """Statistics from a file written by `save`.
+
+        Raises:
+            InputError: if the file is damaged or not of this schema.
+        """
+        model = formats.open_model(str(path))
+        try:
+            record = json.loads(model.metadata["jaxsub"])
+            if record.pop("schema") != SCHEMA:
+                raise ValueError("unknown schema")
+            arrays = {n: formats.read(model, t) for n, t in model.tensors.items()}
+            modes = tuple(
+                ModeEnergies(**{**m, "values": arrays[f"mode_{m['axis']}"]}) for m in record.pop("modes")
+            )
+            record["shape"], record["model_ids"] = tuple(record["shape"]), tuple(record["model_ids"])
+            fields = {n: arrays.get(n) for n in _ARRAYS}
+            for n in ("mean_square", "variance_squares"):
+                fields[n] = float(fields[n])
+            return cls(**record, **fields, modes=modes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise errors.InputError(path, f"not a statistics file of this version ({error})") from error
+
+
+# Additive sums and the power of the scale they carry.
+_SUMS = (
+    ("gram", 2),
+    ("cross", 2),
+    ("mean_square", 2),
+    ("row_sums", 1),
+    ("row_fourths", 4),
+    ("variance_squares", 4),
+)
+_ARRAYS = (*(n for n, _ in _SUMS), "model_singular_values", "ranks", "b_overlap", "a_cosines")
+_FIELDS = ("name", "shape", "parametrisation", "model_ids", "storage", "dtype", "exponent", "digest")

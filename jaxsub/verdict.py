@@ -1,0 +1,111 @@
+"""The one-line verdict of a layer and the rule behind it. Pure functions of numbers already computed.
+
+    k     the largest of 1, 2, 4, 8, 16 not above (N - 2) / 2
+    gain  1 - LOO(k), what k components of the other models explain of an unseen one
+    beats the null: gain exceeds the null's mean gain by max(.02, 4 sd over draws), for every null that decides
+"""
+
+import dataclasses
+
+MARGIN, SIGMAS, MEAN_FACTOR, FEWEST_MODELS = 0.02, 4.0, 3.0, 8
+# Nulls that must all be beaten. The others are shown beside the result: `shuffle` keeps each coordinate's spread and
+# so asks another question (is there more than a common set of strong coordinates?), answered by a flag.
+DECIDING = ("permutation", "gaussian", "strength", "fresh_init")
+
+MEANINGS = {
+    "shared": "models share a subspace beyond chance, and no separate lineages explain it",
+    "lineage+shared": "lineages explain part of it; within them there is still a shared subspace",
+    "lineage": "what is shared is common descent: within lineages nothing beats chance",
+    "common_mean": "models have a common mean and share nothing about it",
+    "chance": "no more is shared than unrelated models of these norms share",
+    "undetermined": "too few models or too few numbers to tell",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """A held-out gain at k with the null that came closest to it."""
+
+    value: float
+    null: float
+    sd: float
+    null_name: str
+
+    @property
+    def beats(self):
+        """Whether the gain exceeds the null's by the margin."""
+        return self.value - self.null > max(MARGIN, SIGMAS * self.sd)
+
+
+def deciding_rank(num_models):
+    """k of the module docstring; None below four models."""
+    return max((k for k in (1, 2, 4, 8, 16) if k <= (num_models - 2) / 2), default=None)
+
+
+def gain(held_out, nulls, k, curve="held_out"):
+    """Gain at k beside its hardest null.
+
+    Args:
+        held_out: dict from k as text to LOO(k).
+        nulls: name -> dict with `curve` and `curve + "_sd"`, dicts from k as text.
+        k: components.
+        curve: which curve of the nulls belongs to `held_out`.
+
+    Returns:
+        Gain, or None where the curve or every deciding null lacks k.
+    """
+    key = str(k)
+    if not held_out or held_out.get(key) is None:
+        return None
+    value = 1.0 - held_out[key]
+    found = [
+        Gain(value, 1.0 - n[curve][key], n[curve + "_sd"][key], name)
+        for name, n in nulls.items()
+        if name in DECIDING and n.get(curve) and n[curve].get(key) is not None
+    ]
+    return max(found, key=lambda g: g.null + max(MARGIN, SIGMAS * g.sd), default=None)
+
+
+def decide(*, num_models, num_features, saturated, constant, lineages, one_lineage, overall, within, mean, mean_chance, k):
+    """(verdict, why) of a layer.
+
+    Args:
+        num_models: N distinct models.
+        num_features: D.
+        saturated: whether the spectrum is cut before it could be read.
+        constant: whether all models are equal here.
+        lineages: number of lineages in the layer.
+        one_lineage: whether a single lineage holds every model.
+        overall: Gain of the layer, or None.
+        within: Gain of the residuals about the lineage means, or None.
+        mean: share of uncentred energy in the mean, or None for a zero layer.
+        mean_chance: what N unrelated models give.
+        k: the deciding rank.
+    """
+    if constant:
+        return "undetermined", f"all {num_models} distinct models are equal here: there is no variation to explain"
+    if num_models < FEWEST_MODELS:
+        return "undetermined", f"{num_models} distinct models; {FEWEST_MODELS} are needed"
+    if num_models - 1 >= num_features:
+        return "undetermined", f"{num_features} numbers a model cannot tell {num_models} models apart"
+    if saturated:
+        return "undetermined", "most of the variation lies under the noise floor of the stored numbers"
+    if overall is None:
+        return "undetermined", "no null model could be drawn for this layer"
+    facts = _facts(overall, k)
+    if overall.beats and lineages and not one_lineage:
+        if within is None:
+            return "lineage", f"{facts}; the {lineages} lineages are too small to look within"
+        inside = f"within the {lineages} lineages {_facts(within, k)}"
+        return ("lineage+shared" if within.beats else "lineage"), f"{facts}; {inside}"
+    if overall.beats:
+        under = "all models keep a common start" if one_lineage else "models keep no common start"
+        return "shared", f"{facts}; {under}"
+    if mean is not None and mean > MEAN_FACTOR * mean_chance:
+        return "common_mean", f"{facts}; the mean holds {mean:.1%} of the energy where unrelated models give {mean_chance:.1%}"
+    return "chance", facts
+
+
+def _facts(g, k):
+    verb = "against" if g.beats else "no better than"
+    return f"{k} components of the others explain {g.value:.1%} of an unseen model {verb} {g.null:.1%} by {g.null_name}"

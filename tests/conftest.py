@@ -1,0 +1,34 @@
+"""Eight host devices for every test, strict promotion, and the folders of optional data."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import pytest
+
+
+def shared_folder():
+    """Folder of real collections beside the checkout, or None."""
+    here = pathlib.Path(__file__).resolve().parents[1]
+    for folder in (os.environ.get("JAXSUB_SHARED", ""), here.parent / "shared"):
+        if folder and pathlib.Path(folder, "data").is_dir():
+            return pathlib.Path(folder)
+    return None
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real collections; skips where it is not there."""
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("no real collections: set JAXSUB_SHARED")
+    return folder
+
+
+@pytest.fixture
+def mesh1():
+    """A mesh of one device."""
+    from jaxsub import placement
+
+    return placement.make_mesh(1)

@@ -1,0 +1,99 @@
+"""Gram kernels against float64 twins, on one and on eight devices, where cancellation would show."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from jaxsub import placement, spectrum
+from jaxsub.linalg import gram, reference
+
+
+def run_dense(x, devices, dtype):
+    mesh = placement.make_mesh(devices)
+    with jax.enable_x64(True):
+        placed = jax.device_put(x, NamedSharding(mesh, P(None, "features")))
+        return jax.device_get(gram.dense_gram(placed, mesh=mesh, dtype=dtype))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("shape", [(2, 64), (7, 512), (130, 4096), (131, 3 * 4096 + 64), (33, 8 * 5000)])
+def test_dense_sums_equal_the_twin(shape, devices):
+    x = (np.random.default_rng(0).standard_normal(shape) + 1).astype(np.float32)
+    sums, expected = run_dense(x, devices, "float64"), reference.dense_sums(x)
+    # The kernel's mean is a float64 mean of float32 numbers: all that differs is the order of sums.
+    for got, want in zip(sums, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 3e-6), ("float64", 1e-10)])
+def test_a_common_base_does_not_cancel(dtype, tolerance):
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal(8192)
+    x = (base + 1e-4 * rng.standard_normal((16, 8192))).astype(np.float32)
+    y = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    exact = y @ y.T
+    got = spectrum.centred(run_dense(x, 1, dtype).gram)
+    assert np.abs(got - exact).max() < tolerance * exact.max()
+    # The weak variant: the raw float32 Gram matrix, centred afterwards.
+    weak = spectrum.centred((x @ x.T).astype(np.float64))
+    assert np.abs(weak - exact).max() > 0.1 * exact.max()
+
+
+def test_float32_sums_over_many_features_keep_float64_accuracy():
+    x = np.random.default_rng(2).standard_normal((8, 2**19), dtype=np.float32) + np.float32(3)
+    exact = reference.dense_sums(x)[3]
+    got = run_dense(x, 1, "float32").row_sums
+    assert np.abs(got / exact - 1).max() < 2e-7
+    weak = np.array([np.add.accumulate(row)[-1] for row in x[:2]])  # a running float32 sum
+    assert np.abs(weak / exact[:2] - 1).max() > 1e-6
+
+
+def test_zero_columns_do_not_show():
+    x = np.random.default_rng(3).standard_normal((5, 512)).astype(np.float32)
+    padded = np.zeros((5, 1024), np.float32)
+    padded[:, :512] = x
+    for got, want in zip(run_dense(padded, 1, "float64"), run_dense(x, 1, "float64"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-13)
+
+
+def test_one_all_reduce_a_block_and_no_gather():
+    mesh = placement.make_mesh(8)
+    x = jax.device_put(np.ones((16, 8 * 4096), np.float32), NamedSharding(mesh, P(None, "features")))
+    with jax.enable_x64(True):
+        text = gram._dense_gram.lower(x, mesh=mesh, dtype="float32").compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") <= 1
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("num_models", [3, 33, 70])
+def test_lora_gram_equals_dense_products(num_models, dtype, tolerance, devices):
+    rng = np.random.default_rng(4)
+    r, i, o = 4, 64, 128
+    a, b = rng.standard_normal((num_models, r, i)), rng.standard_normal((num_models, o, r))
+    a[::3, 2:] = 0  # mixed ranks are zero rows
+    b[::3, :, 2:] = 0
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    expected = reference.lora_gram(a.astype(np.float64), b.astype(np.float64), np.ones(num_models))
+    mesh = placement.make_mesh(devices)
+    with jax.enable_x64(True):
+        spec = NamedSharding(mesh, P(None, None, "features"))
+        bt = np.ascontiguousarray(np.swapaxes(b, 1, 2))
+        sums = jax.device_get(
+            gram.lora_gram(jax.device_put(a, spec), jax.device_put(bt, spec), mesh=mesh, dtype=dtype)
+        )
+    assert np.abs(sums.gram - expected).max() < tolerance * np.abs(expected).max()
+    overlap = np.square(np.einsum("nor,mos->nmrs", b.astype(np.float64), b.astype(np.float64))).sum((2, 3))
+    assert np.abs(sums.b_overlap - overlap).max() < tolerance * overlap.max()
+    flat = a.astype(np.float64).reshape(num_models, -1)
+    assert np.abs(sums.a_cosines - flat @ flat.T).max() < tolerance * np.abs(flat @ flat.T).max()
+    np.testing.assert_allclose(sums.b_gram[1], b[1].T.astype(np.float64) @ b[1], atol=1e-4)
+
+
+def test_eight_devices_equal_one():
+    x = np.random.default_rng(5).standard_normal((40, 8 * 4096)).astype(np.float32)
+    one, eight = run_dense(x, 1, "float32"), run_dense(x, 8, "float32")
+    # float32 products of 4096 terms, summed in float64: eps32 * sqrt(4096) of an entry's scale, |x_i| |x_j|
+    assert np.abs(one.gram - eight.gram).max() < 8e-6 * np.abs(one.gram).max()

@@ -1,0 +1,60 @@
+"""The table of verdicts, row by row and at its edges."""
+
+import pytest
+
+from jaxsub import verdict
+
+BASE = dict(
+    num_models=40, num_features=1000, saturated=False, constant=False, lineages=0, one_lineage=False,
+    overall=verdict.Gain(0.3, 0.01, 0.001, "gaussian"), within=None, mean=0.03, mean_chance=1 / 40, k=16,
+)  # fmt: skip
+WEAK = verdict.Gain(0.03, 0.011, 0.001, "permutation")
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, "shared"),
+        ({"lineages": 1, "one_lineage": True}, "shared"),
+        ({"num_models": 7}, "undetermined"),
+        ({"num_features": 39}, "undetermined"),
+        ({"num_features": 40}, "shared"),
+        ({"saturated": True}, "undetermined"),
+        ({"constant": True}, "undetermined"),
+        ({"lineages": 2, "within": WEAK}, "lineage"),
+        ({"lineages": 2, "within": verdict.Gain(0.2, 0.01, 0.001, "gaussian")}, "lineage+shared"),
+        ({"lineages": 2, "overall": WEAK, "within": WEAK}, "chance"),
+        ({"overall": WEAK}, "chance"),
+        ({"overall": WEAK, "mean": 0.0751}, "common_mean"),
+        ({"overall": WEAK, "mean": 0.0749}, "chance"),
+    ],
+)
+def test_rows_of_the_table(changes, expected):
+    word, why = verdict.decide(**(BASE | changes))
+    assert word == expected and why
+
+
+def test_the_margin_is_the_larger_of_two():
+    assert not verdict.Gain(0.119, 0.1, 0.0, "").beats and verdict.Gain(0.121, 0.1, 0.0, "").beats
+    assert not verdict.Gain(0.139, 0.1, 0.01, "").beats and verdict.Gain(0.141, 0.1, 0.01, "").beats
+
+
+def test_the_hardest_null_decides_and_shuffle_does_not():
+    nulls = {
+        "permutation": {"held_out": {"4": 0.9}, "held_out_sd": {"4": 0.001}},
+        "gaussian": {"held_out": {"4": 0.99}, "held_out_sd": {"4": 0.001}},
+        "shuffle": {"held_out": {"4": 0.1}, "held_out_sd": {"4": 0.001}},
+    }
+    found = verdict.gain({"4": 0.5}, nulls, 4)
+    assert found.null_name == "permutation" and found.null == pytest.approx(0.1) and found.beats
+    assert verdict.gain({"4": 0.5}, {"shuffle": nulls["shuffle"]}, 4) is None
+
+
+@pytest.mark.parametrize("n, k", [(3, None), (4, 1), (5, 1), (6, 2), (9, 2), (10, 4), (18, 8), (33, 8), (34, 16), (999, 16)])
+def test_deciding_rank(n, k):
+    assert verdict.deciding_rank(n) == k
+
+
+def test_every_verdict_is_explained():
+    words = {"shared", "lineage", "lineage+shared", "common_mean", "chance", "undetermined"}
+    assert set(verdict.MEANINGS) == words
