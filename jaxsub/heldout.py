@@ -78,8 +78,10 @@ def leave_one_out(gram, ks, *, leverage=None, eigen=None):
     values, energy = values / unit, energy / unit
     alpha = np.full(num_models, num_models / (num_models - 1.0)) if leverage is None else np.asarray(leverage)
     baseline = alpha**2 * energy
-    roots, projections = secular.downdate(values, values * vectors**2, alpha, rank=rank)
     floor = FLOOR_PER_MODEL * num_models * values[0]
+    # Rounding in place of a zero eigenvalue would enter the downdate through its square root, far above `floor`.
+    weights = np.where(values > floor, values, 0.0) * vectors**2
+    roots, projections = secular.downdate(values, weights, alpha, rank=rank)
     explained = np.where(roots > floor, alpha[:, None] ** 2 * projections, 0.0)
     if leverage is None:
         for i in _doubtful(baseline, explained, roots, floor):

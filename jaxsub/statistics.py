@@ -54,7 +54,9 @@ class Statistics:
     model_singular_values: np.ndarray | None = None
     ranks: np.ndarray | None = None
     b_overlap: np.ndarray | None = None
+    b_norms: np.ndarray | None = None
     a_cosines: np.ndarray | None = None
+    a_width: int | None = None
     digest: str = ""
 
     @classmethod
@@ -175,5 +177,5 @@ _SUMS = (
     ("row_fourths", 4),
     ("variance_squares", 4),
 )
-_ARRAYS = (*(n for n, _ in _SUMS), "model_singular_values", "ranks", "b_overlap", "a_cosines")
-_FIELDS = ("name", "shape", "parametrisation", "model_ids", "storage", "dtype", "exponent", "digest")
+_ARRAYS = (*(n for n, _ in _SUMS), "model_singular_values", "ranks", "b_overlap", "b_norms", "a_cosines")
+_FIELDS = ("name", "shape", "parametrisation", "model_ids", "storage", "dtype", "exponent", "a_width", "digest")

@@ -95,8 +95,8 @@ def decide(*, num_models, num_features, saturated, constant, lineages, one_linea
     facts = _facts(overall, k)
     if overall.beats and lineages and not one_lineage:
         if within is None:
-            return "lineage", f"{facts}; the {lineages} lineages are too small to look within"
-        inside = f"within the {lineages} lineages {_facts(within, k)}"
+            return "lineage", f"{facts}; too few models to look within {_count(lineages)}"
+        inside = f"within {_count(lineages)} {_facts(within, k)}"
         return ("lineage+shared" if within.beats else "lineage"), f"{facts}; {inside}"
     if overall.beats:
         under = "all models keep a common start" if one_lineage else "models keep no common start"
@@ -104,6 +104,10 @@ def decide(*, num_models, num_features, saturated, constant, lineages, one_linea
     if mean is not None and mean > MEAN_FACTOR * mean_chance:
         return "common_mean", f"{facts}; the mean holds {mean:.1%} of the energy where unrelated models give {mean_chance:.1%}"
     return "chance", facts
+
+
+def _count(lineages):
+    return "the lineage" if lineages == 1 else f"the {lineages} lineages"
 
 
 def _facts(g, k):

@@ -4,6 +4,7 @@ A reader is a module of this folder with `claims(path)` and `open(path, *, root,
 its registration. A path has one reader, chosen by layout and ending; a file it refuses is not tried by another.
 """
 
+import functools
 import os
 
 import numpy as np
@@ -26,11 +27,19 @@ def open_model(path, *, root=None, allow_roots=()):
         InputError: nothing there, unknown, damaged, hostile, or of a kind that is not supported.
     """
     path = os.fspath(path)
-    for name in plugins.available("formats"):
-        reader = plugins.load("formats", name)
+    if os.path.isdir(path):
+        root = path if root is None else root
+        path = _sniff.only_file(path) or path
+    for reader in _readers():
         if reader.claims(path):
             return reader.open(path, root=root, allow_roots=allow_roots)
     raise _unknown(path, root, allow_roots)
+
+
+@functools.cache
+def _readers():
+    """The plug-ins, looked up once: a collection opens thousands of files."""
+    return [plugins.load("formats", name) for name in plugins.available("formats")]
 
 
 def _unknown(path, root, allow_roots):
@@ -50,7 +59,9 @@ def is_model(path):
     if not os.path.isdir(path):
         return _sniff.extension(path) in EXTENSIONS and not os.path.basename(os.fspath(path)).startswith(".")
     stems = [os.path.join(path, stem) for stem in _sniff.WEIGHT_FILES]
-    layouts = [stem + end for stem in stems for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")]
+    layouts = [
+        stem + end for stem in stems for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+    ]
     layouts += [os.path.join(path, name) for name in ("adapter_config.json", *_sniff.ADAPTER_FILES)]
     return any(os.path.lexists(name) for name in layouts)
 

@@ -127,7 +127,9 @@ def _require_unchanged(file, status):
     now = _file_id(file.path, status)
     if now != file:
         fields = ("size", "mtime_ns", "device", "inode")
-        changed = [f"{f} {getattr(file, f)} -> {getattr(now, f)}" for f in fields if getattr(file, f) != getattr(now, f)]
+        changed = [
+            f"{f} {getattr(file, f)} -> {getattr(now, f)}" for f in fields if getattr(file, f) != getattr(now, f)
+        ]
         raise errors.InputChangedError(
             file.path, f"changed since its header was read ({', '.join(changed)})", hint=_CHANGED_HINT, rule="F4"
         )
@@ -148,7 +150,9 @@ def _opened(path):
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
             what = next((name for test, name in _KINDS if test(mode)), "a device")
-            raise errors.InputError(path, f"is {what}, not a regular file", hint="give the weight file itself", rule="H12")
+            raise errors.InputError(
+                path, f"is {what}, not a regular file", hint="give the weight file itself", rule="H12"
+            )
         yield fd
     finally:
         os.close(fd)
@@ -157,7 +161,9 @@ def _opened(path):
 def _open_error(path, error):
     code = getattr(error, "errno", None)
     if code == errno.ENOENT and os.path.islink(path):
-        return errors.InputError(path, "is a link to nothing", hint="fetch the file again (a pruned cache?)", rule="H12")
+        return errors.InputError(
+            path, "is a link to nothing", hint="fetch the file again (a pruned cache?)", rule="H12"
+        )
     if code == errno.ELOOP:
         return errors.InputError(path, "is a loop of links", hint="give the weight file itself", rule="H12")
     reason = f"cannot be opened: {getattr(error, 'strerror', None) or error}"

@@ -114,7 +114,7 @@ def _child(h5py, group, name, key, path):
     try:
         link = group.get(name, getlink=True)
         if type(link) is not h5py.HardLink:
-            raise _fault(path, key, f"is a {type(link).__name__}, which is not followed")
+            raise _fault(path, key, f"is a link ({type(link).__name__}), which is not followed")
         return group[name]
     except errors.InputError:
         raise

@@ -5,7 +5,6 @@
 Collections hold hundreds of files with the same header byte for byte, so what a header says is kept by its digest.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -68,7 +67,9 @@ def content(path, *, root=None, allow_roots=()):
 def _refuse_packed(path):
     def load(name):
         """Packed 4- and 6-bit floats have no extent, and no array type."""
-        raise errors.InputError(path, "has packed entries of under 8 bits", key=name, hint="re-save as bfloat16", rule="H6")
+        raise errors.InputError(
+            path, "has packed entries of under 8 bits", key=name, hint="re-save as bfloat16", rule="H6"
+        )
 
     return load
 
@@ -90,17 +91,23 @@ def _read(path, root, allow_roots):
     return file, layout
 
 
-_CACHE = collections.OrderedDict()
+_CACHE = {}
 _CACHE_TENSORS = 1_000_000  # entries kept in all, about 200 bytes each
+
+
+_CACHED = {"tensors": 0}
 
 
 def _cached(data, file):
     digest = hashlib.blake2b(data, digest_size=32).digest()
     layout = _CACHE.get(digest)
     if layout is None:
-        layout = _CACHE[digest] = parse(data, file.path)
-        while len(_CACHE) > 1 and sum(len(v.entries) for v in list(_CACHE.values())) > _CACHE_TENSORS:
-            _CACHE.popitem(last=False)
+        layout = parse(data, file.path)
+        if _CACHED["tensors"] + len(layout.entries) > _CACHE_TENSORS:
+            _CACHE.clear()
+            _CACHED["tensors"] = 0
+        _CACHE[digest] = layout
+        _CACHED["tensors"] += len(layout.entries)
     return layout
 
 
@@ -132,7 +139,9 @@ def _refuse(path, name, rule, reason):
 
 def _metadata(value, path):
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise errors.InputError(path, "must map names to strings", key="__metadata__", hint="re-save the file", rule="H2")
+        raise errors.InputError(
+            path, "must map names to strings", key="__metadata__", hint="re-save the file", rule="H2"
+        )
     return value
 
 

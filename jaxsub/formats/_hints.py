@@ -2,7 +2,10 @@
 
 _MAGIC = (
     (b"version https://git-lfs", "this is a Git LFS pointer, not the weights: run `git lfs pull`"),
-    (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9", "this is a torch file of before 2020: re-save it with a newer torch or as safetensors"),
+    (
+        b"\x80\x02\x8a\x0al\xfc\x9cF\xf9",
+        "this is a torch file of before 2020: re-save it with a newer torch or as safetensors",
+    ),
     (b"PK\x03\x04", "this is a zip archive (torch .pt, .npz and .keras are): give it its own ending"),
     (b"PK\x05\x06", "this is an empty zip archive"),
     (b"\x89HDF\r\n\x1a\n", "this is an HDF5 file: name it .h5"),

@@ -42,7 +42,9 @@ def content(path, read_shard, *, root=None, allow_roots=()):
 def _read(path, root, allow_roots):
     file = _files.identify(path, root=root, allow_roots=allow_roots)
     if file.size > MAX_INDEX:
-        raise errors.InputError(path, f"has {file.size} bytes, more than {MAX_INDEX}", hint="is it an index?", rule="H11")
+        raise errors.InputError(
+            path, f"has {file.size} bytes, more than {MAX_INDEX}", hint="is it an index?", rule="H11"
+        )
     index = _json.parse(_files.read_bytes(file, 0, file.size), path) if file.size else None
     where = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(where, dict) or not where:
@@ -70,7 +72,9 @@ def _require_bijection(where, contents, path):
         for tensor in shard.tensors:
             listed = where.get(tensor.name)
             if listed != name:
-                reason = f"is in {name}, and the index lists it in {listed}" if listed else f"is in {name} and not listed"
+                reason = (
+                    f"is in {name}, and the index lists it in {listed}" if listed else f"is in {name} and not listed"
+                )
                 raise errors.InputError(path, reason, key=tensor.name, hint="index and shards must agree", rule="H11")
             found[tensor.name] = name
     for key, name in where.items():

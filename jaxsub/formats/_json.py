@@ -11,6 +11,7 @@ import re
 from jaxsub import errors
 
 MAX_DEPTH = 64  # a safetensors header needs 3
+MAX_VALUES = 5_000_000  # texts, and as many other values; parsing them takes a second or two
 MAX_DIGITS = 19  # integers up to 64 bits
 _BRACKETS = b"[]{}"
 _OTHER = bytes(c for c in range(256) if c not in _BRACKETS)
@@ -39,7 +40,9 @@ def parse(data, file, *, rule="H2"):
     try:
         return _parse(data)
     except _Fault as fault:
-        raise errors.InputError(file, fault.reason, key=fault.key, hint="the file is damaged; get it again", rule=rule) from None
+        raise errors.InputError(
+            file, fault.reason, key=fault.key, hint="the file is damaged; get it again", rule=rule
+        ) from None
 
 
 def _parse(data):
@@ -67,9 +70,14 @@ def _bound_depth(data):
     Strings are cut out, then matching empty pairs are removed once for each level: what is left over is deeper
     than MAX_DEPTH, or unbalanced by so little that the parser can meet it safely.
     """
+    if data.count(b'"') > 2 * MAX_VALUES:
+        raise _Fault(f"holds more than {MAX_VALUES} texts")
     if b"\\" in data:
         data = _ESCAPE.sub(b"", data)
-    rest = b"".join(data.split(b'"')[::2]).translate(None, _OTHER)
+    rest = b"".join(data.split(b'"')[::2])
+    if rest.count(b",") > MAX_VALUES:
+        raise _Fault(f"holds more than {MAX_VALUES} values")
+    rest = rest.translate(None, _OTHER)
     for _ in range(MAX_DEPTH):
         if not rest:
             return

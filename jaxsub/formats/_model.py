@@ -5,8 +5,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from jaxsub import descriptors, errors
-from jaxsub.formats import _names
+from jaxsub.formats import _files, _names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ def build(path, form, kept, skipped, *, adapters=None, warnings=(), metadata=Non
     if not kept and not adapters:
         found = "holds no tensors" if not skipped else "holds buffers only, no weights"
         raise errors.InputError(path, found, hint="is this the right file?", rule="H7")
+    for name in kept:
+        _names.check_no_factor(name, path)
     proxy = types.MappingProxyType
     return descriptors.Model(
         path=str(path),
@@ -68,3 +72,18 @@ def require_float(tensor, file):
         raise errors.InputError(
             file, f"has dtype {tensor.dtype}, floats expected", key=tensor.name, hint="re-save it as float32", rule="H6"
         )
+
+
+def blocks(tensor, load, first=4096, size=1 << 20):
+    """Flat arrays that together are the whole tensor, in order: a short one first, for questions answered early."""
+    if tensor.extent is None:
+        yield load(tensor.name).reshape(-1)
+        return
+    dtype = descriptors.numpy_dtype(tensor.dtype)
+    position = 0
+    while position < tensor.size:
+        count = max(1, (first if not position else size) // dtype.itemsize)
+        flat = np.empty(min(count, tensor.size - position), dtype)
+        _files.read_into(tensor.extent, position * dtype.itemsize, memoryview(flat.view(np.uint8)))
+        position += flat.size
+        yield flat

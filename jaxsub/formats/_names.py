@@ -23,8 +23,13 @@ _BUFFERS = {
     "masked_bias": "a fixed attention mask, not a weight",
 }
 _TOP = {
-    **dict.fromkeys(("optimizer", "optimizer_state_dict", "optimizer_states", "optimizer_weights", "opt_state"), "optimiser state, not a weight"),
-    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedulers", "scheduler_state_dict"), "learning rate schedule, not a weight"),
+    **dict.fromkeys(
+        ("optimizer", "optimizer_state_dict", "optimizer_states", "optimizer_weights", "opt_state"),
+        "optimiser state, not a weight",
+    ),
+    **dict.fromkeys(
+        ("scheduler", "lr_scheduler", "lr_schedulers", "scheduler_state_dict"), "learning rate schedule, not a weight"
+    ),
     "batch_stats": "a running statistic of batch norm, not a weight",
 }
 _QUANTISED = re.compile(
@@ -32,11 +37,18 @@ _QUANTISED = re.compile(
     r"weight_scale_inv|weight_scale|weight_packed|weight_format)$"
 )
 
+_FACTOR = re.compile(
+    r"[._](lora_(A|B|down|up|mid|embedding_A|embedding_B|magnitude_vector)|hada_w[12]|lokr_w[12]|lora_linear_layer)"
+    r"([._]|$)|[._]lora\.(up|down)\."
+)
+
 
 def check(name, file):
     """Refuses a tensor name that could forge a log line, reorder text or break a file name (rule H16)."""
     if not name:
-        raise errors.InputError(file, "a tensor has an empty name", key=name, hint="rename it and save again", rule="H16")
+        raise errors.InputError(
+            file, "a tensor has an empty name", key=name, hint="rename it and save again", rule="H16"
+        )
     if len(name) > MAX_NAME:
         reason = f"a tensor's name has {len(name)} characters, more than {MAX_NAME}"
         raise errors.InputError(file, reason, key=name, hint="rename it and save again", rule="H16")
@@ -51,7 +63,10 @@ def check_count(num_tensors, file):
     """Refuses more than MAX_TENSORS tensors in one file (rule H19)."""
     if num_tensors > MAX_TENSORS:
         raise errors.InputError(
-            file, f"holds {num_tensors} tensors, more than {MAX_TENSORS}", hint="split the model into shards", rule="H19"
+            file,
+            f"holds {num_tensors} tensors, more than {MAX_TENSORS}",
+            hint="split the model into shards",
+            rule="H19",
         )
 
 
@@ -64,6 +79,18 @@ def check_not_quantised(name, file):
             key=name,
             hint="use the model before quantisation",
             rule="H6",
+        )
+
+
+def check_no_factor(name, file):
+    """Refuses a LoRA factor among plain tensors: without its partner and its scale it means nothing."""
+    if _FACTOR.search(name):
+        raise errors.InputError(
+            file,
+            "is a factor of an adapter, and its scale is not given in a way that is read",
+            key=name,
+            hint="give a PEFT folder (adapter_config.json, adapter_model.safetensors), or merge the adapter",
+            rule="H13",
         )
 
 

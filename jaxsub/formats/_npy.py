@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxsub import errors
 
-
 MAX_HEADER = 65536  # bytes
 MAX_DIM, MAX_DIMS = 2**48 - 1, 32
 _VALUE = r"(?:'[^'\\]*'|\"[^\"\\]*\"|True|False|\([0-9, L]*\))"
@@ -51,7 +50,9 @@ def parse(head, size, path, key):
         fail(f"has a shape of {len(shape)} sizes up to {max(shape)}")
     declared = math.prod(shape) * dtype.itemsize
     if declared != size - len(head):
-        fail(f"declares {declared} bytes of data and has {size - len(head)}", "it is cut short or damaged; get it again")
+        fail(
+            f"declares {declared} bytes of data and has {size - len(head)}", "it is cut short or damaged; get it again"
+        )
     return dtype, tuple(shape), fields["fortran_order"] == "True"
 
 
@@ -70,7 +71,9 @@ def _dtype(descr, fail):
     if "O" in descr:
         fail("holds Python objects, which are a pickle and never read", "save plain arrays")
     if "V" in descr:
-        fail(f"holds raw bytes of type {errors.quote(descr, 20)}: np.savez writes bfloat16 so", "save it as safetensors")
+        fail(
+            f"holds raw bytes of type {errors.quote(descr, 20)}: np.savez writes bfloat16 so", "save it as safetensors"
+        )
     match = _DESCR.fullmatch(descr)
     if not match or (int(match[3] or 0)) not in _SIZES[match[2]]:
         fail(f"has the type {errors.quote(descr, 20)!r}, which is no number")
@@ -81,5 +84,3 @@ def array(data, dtype, shape, fortran):
     """The array in `data`, row-major, native byte order."""
     flat = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
     return np.array(flat, dtype=dtype.newbyteorder("="), order="C")
-
-

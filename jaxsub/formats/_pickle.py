@@ -10,7 +10,7 @@ import struct
 
 from jaxsub import errors
 
-MAX_OPCODES = 10_000_000
+MAX_OPCODES = 5_000_000  # seconds; a tensor takes about 30
 MAX_STACK = 1_000_000
 MAX_NUMBER = 255  # bytes of an integer
 MAX_DIMS = 32
@@ -39,7 +39,10 @@ GLOBALS = (
     {("torch", name): Global("storage", dtype) for name, dtype in _STORAGES.items()}
     | {("torch", name): Global("dtype", dtype) for name, dtype in _DTYPES.items()}
     | {("torch.storage", "UntypedStorage"): Global("storage", None)}
-    | {("torch._utils", n): Global("call", n) for n in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")}
+    | {
+        ("torch._utils", n): Global("call", n)
+        for n in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
+    }
     | {("torch", "Size"): Global("call", "Size"), ("collections", "OrderedDict"): Global("call", "OrderedDict")}
 )
 
@@ -188,7 +191,9 @@ def _put(machine, index):
 def _global(machine, module, name):
     found = GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
     if found is None:
-        raise Fault(f"it asks for {errors.quote(module, 60)}.{errors.quote(name, 60)}, which is no part of a state dict")
+        raise Fault(
+            f"it asks for {errors.quote(module, 60)}.{errors.quote(name, 60)}, which is no part of a state dict"
+        )
     machine.push(found)
 
 

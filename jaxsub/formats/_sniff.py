@@ -16,6 +16,16 @@ WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
+def only_file(path):
+    """The one weight file of a folder whose names follow no layout, or None."""
+    names = set(_files.list_folder(path))
+    stems = [stem + end for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
+    if names & {"adapter_config.json", *ADAPTER_FILES, *stems, *(stem + ".index.json" for stem in stems)}:
+        return None
+    found = [name for name in names if extension(name) in EXTENSIONS]
+    return os.path.join(path, found[0]) if len(found) == 1 else None
+
+
 def extension(path):
     """The ending of a path in lower case, with its dot."""
     return os.path.splitext(os.fspath(path))[1].lower()
@@ -29,8 +39,6 @@ def kind(path):
 
 
 def _folder_kind(path):
-    if extension(path) in EXTENSIONS and not os.listdir(path):
-        return None
     adapter = ("adapter_config.json", *ADAPTER_FILES)
     return "peft" if any(os.path.lexists(os.path.join(path, name)) for name in adapter) else "huggingface"
 

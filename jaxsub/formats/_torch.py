@@ -1,7 +1,7 @@
 """Torch zip files (.pt, .pth, .bin, .ckpt of torch 1.6 or later), read without torch.
 
-    <root>/data.pkl        names, shapes, and which bytes of which record each tensor is (`_pickle`)
-    <root>/data/<key>      the records, stored as they are: tensors that fill theirs in order get an extent
+<root>/data.pkl        names, shapes, and which bytes of which record each tensor is (`_pickle`)
+<root>/data/<key>      the records, stored as they are: tensors that fill theirs in order get an extent
 """
 
 import math

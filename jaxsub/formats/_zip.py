@@ -17,6 +17,7 @@ MAX_RATIO = 256  # declared over stored bytes of a deflated member; weights defl
 RATIO_SLACK = 1 << 20  # bytes that a member may hold beyond the ratio
 STORED, DEFLATED = 0, 8
 _FLAGS = 0x0808  # sizes follow the data; names are UTF-8
+_LEVELS = 0x0006  # how hard the deflater tried
 _UNSAFE = re.compile(r"^[/\\]|^[A-Za-z]:|\\|(^|/)\.\.?(/|$)|//|[\x00-\x1f\x7f]")
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
@@ -102,10 +103,10 @@ def _entry(reader, data, at):
     if sign != b"PK\1\2" or len(data) - at < n + m + k:
         raise fault(reader, "has a damaged directory entry")
     name = _name(reader, data[at : at + n])
-    if flags & ~_FLAGS:
-        raise fault(reader, f"has the flags {flags:#06x} (encrypted?)", name)
     if method not in (STORED, DEFLATED):
         raise fault(reader, f"is compressed by method {method}", name)
+    if flags & ~(_FLAGS | (_LEVELS if method == DEFLATED else 0)):
+        raise fault(reader, f"has the flags {flags:#06x} (encrypted?)", name)
     stored, size, header = _zip64(reader, name, data[at + n : at + n + m], [size, stored, header, disk])
     if method == STORED and stored != size:
         raise fault(reader, f"is stored in {stored} bytes and declared as {size}", name)

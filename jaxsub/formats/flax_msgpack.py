@@ -1,4 +1,4 @@
-"""Flax msgpack files (.msgpack): nested dicts of arrays, names joined by slashes. Walked by `_msgpack`, without flax."""
+"""Flax msgpack files (.msgpack): nested dicts of arrays, names joined by slashes. Needs no flax."""
 
 import functools
 

@@ -1,6 +1,6 @@
 """Hugging Face model folders: one weight file, or an index and its shards; safetensors before torch files.
 
-A folder with exactly one weight file of any name is read as that file. Nothing else in the folder is opened.
+Nothing else in the folder is opened.
 """
 
 import os
@@ -43,14 +43,7 @@ def _choose(path, names):
             if {name, name + ".index.json"} <= set(names):
                 raise _refuse(path, f"{name} and an index beside it: which one is the model?", name)
             return found[0], ending
-    return _only_file(path, names)
-
-
-def _only_file(path, names):
     files = [n for n in names if _sniff.extension(n) in _sniff.EXTENSIONS]
-    endings = [n for n in files if _sniff.extension(n) in _READERS]
-    if len(files) == 1 and endings:
-        return os.path.splitext(files[0])
     if not files:
         raise errors.InputError(path, "holds no weights", hint="give a folder with model.safetensors", rule="H12")
     shown = ", ".join(errors.quote(n) for n in files[:3])

@@ -60,7 +60,9 @@ def _tensor(reader, name, member):
 
 def _prefix(reader, member, num_bytes):
     data = b""
-    for block in _zip.inflate(reader, member) if member.method else [reader.read(member.offset, min(num_bytes, member.size))]:
+    for block in (
+        _zip.inflate(reader, member) if member.method else [reader.read(member.offset, min(num_bytes, member.size))]
+    ):
         data += block
         if len(data) >= num_bytes:
             break

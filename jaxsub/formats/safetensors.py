@@ -6,12 +6,10 @@ import struct
 
 import numpy as np
 
-from jaxsub import errors
 from jaxsub.formats import _files, _header, _model, _sniff
 
 ALIGNMENT = 64  # bytes; the data starts on a cache line, so readers can use it in place
 _CODES = {name: code for code, (name, _) in _header.DTYPES.items() if name not in _header.PACKED}
-_LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".hada_w1_", ".lokr_w1", ".lora_embedding_A", ".lora.up.")
 
 
 def claims(path):
@@ -23,18 +21,9 @@ def open(path, *, root=None, allow_roots=()):
     """The Model in one safetensors file, from its header.
 
     Raises:
-        InputError: the file breaks the format, or holds the factors of an adapter without their configuration.
+        InputError: the file breaks the format, or holds what is no weight by itself (see `_names`).
     """
     content = _header.content(path, root=root, allow_roots=allow_roots)
-    for tensor in content.tensors:
-        if any(mark in tensor.name for mark in _LORA):
-            raise errors.InputError(
-                path,
-                "is a factor of an adapter, and its scale is not in this file",
-                key=tensor.name,
-                hint="give the folder that holds adapter_config.json and adapter_model.safetensors",
-                rule="H13",
-            )
     return _model.from_content(path, "safetensors", content)
 
 

@@ -32,48 +32,54 @@ class DenseSums(NamedTuple):
     variance_squares: jax.Array  # () sum over columns of (mean over models of y**2) squared
 
 
-def dense_gram(x, *, mesh, dtype):
-    """Sums of a block of dense rows; see `DenseSums`.
+def dense_gram(x, weights, *, mesh, dtype):
+    """Sums of a block of dense rows, see `DenseSums`, and mixtures of its centred rows.
 
     Args:
         x: (N, D) rows in storage dtype, D a multiple of the number of devices, features sharded; zero columns
             at the end are exact padding.
+        weights: (m, N) coefficients of the mixtures, m >= 0.
         mesh: mesh with an axis "features".
         dtype: "float32" or "float64", the dtype of the products.
 
     Returns:
-        DenseSums in float64, replicated.
+        DenseSums in float64, replicated, and weights @ y (m, D) in `dtype`, features sharded.
 
     Fails on: non-finite entries, which spread to everything. The caller refuses them before.
     Source: method of snapshots, Sirovich 1987; centring before the product, Chan, Golub and LeVeque 1983.
     """
-    return _dense_gram(x, mesh=mesh, dtype=dtype)
+    return _dense_gram(x, weights, mesh=mesh, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
-def _dense_gram(x, *, mesh, dtype):
-    def local(x):
-        return jax.lax.psum(_dense_local(x, dtype), FEATURES)
+def _dense_gram(x, weights, *, mesh, dtype):
+    def local(x, weights):
+        sums, mixed = _dense_local(x, weights.astype(dtype), dtype)
+        return jax.lax.psum(sums, FEATURES), mixed
 
-    return jax.shard_map(local, mesh=mesh, in_specs=P(None, FEATURES), out_specs=P(), check_vma=False)(x)
+    features = P(None, FEATURES)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(features, P()), out_specs=(P(), features), check_vma=False
+    )(x, weights)
 
 
-def _dense_local(x, dtype):
+def _dense_local(x, weights, dtype):
     num_models, width = x.shape
     chunk = min(CHUNK, width)
     whole = width // chunk
     # Two row blocks skip a quarter of the product, which is symmetric; XLA has no symmetric product on CPU.
     half = num_models // 2 if num_models >= 128 else 0
+    wide = jnp.float64
 
-    def step(columns, sums):
-        z = columns.astype(dtype)
+    def step(start, size, carry):
+        sums, mixed = carry
+        z = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(dtype)
         mean = jnp.mean(z, axis=0)
         y = products.row_major(z - mean)
-        wide = jnp.float64
         lower = products.matmul(y[half:], y.T).astype(wide)
         upper = products.matmul(y[:half], y[:half].T).astype(wide)
         variance = jnp.mean(jnp.square(y), axis=0).astype(wide)
-        return (
+        sums = (
             sums[0] + lower,
             sums[1] + upper,
             sums[2] + products.matmul(y, mean).astype(wide),
@@ -82,19 +88,23 @@ def _dense_local(x, dtype):
             sums[5] + jnp.sum(jnp.square(jnp.square(z)), axis=1).astype(wide),
             sums[6] + jnp.sum(jnp.square(variance)),
         )
+        if weights.shape[0]:
+            mixture = products.row_major(products.matmul(weights, y))
+            mixed = jax.lax.dynamic_update_slice_in_dim(mixed, mixture, start, axis=1)
+        return sums, mixed
 
-    zeros = functools.partial(jnp.zeros, dtype=jnp.float64)
+    zeros = functools.partial(jnp.zeros, dtype=wide)
     sums = (zeros((num_models - half, num_models)), zeros((half, half)), zeros(num_models), zeros(()))
     sums = (*sums, zeros(num_models), zeros(num_models), zeros(()))
-    sums = jax.lax.fori_loop(
-        0, whole, lambda j, s: step(jax.lax.dynamic_slice_in_dim(x, j * chunk, chunk, axis=1), s), sums
-    )
+    carry = (sums, jnp.zeros((weights.shape[0], width), dtype))
+    carry = jax.lax.fori_loop(0, whole, lambda j, c: step(j * chunk, chunk, c), carry)
     if width % chunk:
-        sums = step(x[:, whole * chunk :], sums)
+        carry = step(whole * chunk, width % chunk, carry)
+    sums, mixed = carry
     lower, upper = sums[0], sums[1]
     top = jnp.concatenate([upper, lower[:, :half].T], axis=1)
     gram = jnp.concatenate([top, lower], axis=0)
-    return DenseSums((gram + gram.T) / 2, *sums[2:])
+    return DenseSums((gram + gram.T) / 2, *sums[2:]), mixed
 
 
 class LoraSums(NamedTuple):

@@ -8,10 +8,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxsub.linalg import products
-from jaxsub.linalg.gram import FEATURES
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "axis", "dtype"))
@@ -47,57 +45,48 @@ def model_grams(x, *, shape, dtype):
     return products.einsum(spec, w, w).astype(jnp.float64)
 
 
-def sketch(x, key, row, *, mesh, shape, axes, mixtures, columns, dtype):
-    """Random test products of a block for each axis, in two independent halves.
+def mixtures(key, num_models, count):
+    """(2 * count, N) Gaussian weights of the two halves' mixtures, float32; a half's rows are `count` in a row.
 
-    Each half draws `mixtures` Gaussian combinations of the centred models, Z_s = sum_n g_sn Y_n, and multiplies
-    each by `columns` Gaussian vectors over the other axes. E[T T.T] / (mixtures * columns) is the mode Gram.
+    Sums over models, sum_n g_sn Y_n, have the mode Gram of the stack as their mean mode Gram. The rows sum to zero:
+    the models need no further centring.
+    """
+    weights = jax.random.normal(key, (2 * count, num_models), dtype=jnp.float32)
+    return weights - jnp.mean(weights, axis=1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "axes", "columns"))
+def sketch(z, key, row, *, shape, axes, columns):
+    """Random test products of a block's mixtures for each axis, in two independent halves.
+
+    Each mixture Z_s is multiplied by `columns` random sign vectors over the other axes. E[T T.T] / (count * columns)
+    is the mode Gram.
 
     Args:
-        x: (N, D') rows, features sharded; the first prod(shape) columns are leading-axis rows `row ...` of the layer.
-        key: typed PRNG key of the layer; the same for all blocks.
+        z: (2 * count, D') mixtures of the block's centred rows; the first prod(shape) columns are the leading-axis
+            rows `row ...` of the layer.
+        key: typed PRNG key of the layer; the same for all its blocks.
         row: () int32, first row of the block in the layer's leading axis.
         shape: shape of the block, rows first.
         axes: weight axes to sketch.
+        columns: test vectors a mixture.
 
     Returns:
-        tuple over axes of (2, d, mixtures * columns) float64. For axis 0, d counts the block's rows: concatenate
+        tuple over axes of (2, d, count * columns) float64. For axis 0, d counts the block's rows: concatenate
         over blocks; for other axes add over blocks.
     """
-    x = jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, P(None, FEATURES)))
-    return _sketch(x, key, row, mesh=mesh, shape=shape, axes=axes, mixtures=mixtures, columns=columns, dtype=dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh", "shape", "axes", "mixtures", "columns", "dtype"))
-def _sketch(x, key, row, *, mesh, shape, axes, mixtures, columns, dtype):
-    num_models = x.shape[0]
-    used = _product(shape)
-    weights = jax.random.normal(key, (2 * mixtures, num_models), dtype=dtype)
-    weights = weights - jnp.mean(weights, axis=1, keepdims=True)  # the same as centring the models
-
-    def mix(x):
-        chunk = min(16384, x.shape[1])
-        parts = [
-            products.matmul(weights, products.row_major(x[:, j : j + chunk].astype(dtype)))
-            for j in range(0, x.shape[1], chunk)
-        ]
-        return jnp.concatenate(parts, axis=1)
-
-    z = jax.shard_map(mix, mesh=mesh, in_specs=P(None, FEATURES), out_specs=P(None, FEATURES), check_vma=False)(x)
-    # The mixtures are 2 * mixtures rows however many models there are: small enough to be held whole everywhere.
-    z = jax.lax.with_sharding_constraint(z, jax.sharding.NamedSharding(mesh, P()))[:, :used]
+    total = z.shape[0]
+    z = z[:, : _product(shape)]
     results = []
     for axis in axes:
         before, size, after = _split(shape, axis)
-        y = z.reshape(2 * mixtures, before, size, after)
-        if axis == 0:
-            test_key = jax.random.fold_in(key, 1)  # one test matrix for all blocks: rows of one sketch
-        else:
-            test_key = jax.random.fold_in(jax.random.fold_in(key, 2 + axis), row)
-        test = jax.random.normal(test_key, (2 * mixtures, before * after, columns), dtype=dtype)
-        y = jnp.transpose(y, (0, 2, 1, 3)).reshape(2 * mixtures, size, before * after)
-        t = products.einsum("sdp,spc->sdc", y, test).reshape(2, mixtures, size, columns)
-        results.append(jnp.transpose(t, (0, 2, 1, 3)).reshape(2, size, mixtures * columns).astype(jnp.float64))
+        # Axis 0 has one test matrix for all blocks: its blocks are rows of one sketch.
+        own = jax.random.fold_in(key, 1 + axis)
+        own = own if axis == 0 else jax.random.fold_in(own, row)
+        signs = jax.random.rademacher(own, (total, before * after, columns), dtype=z.dtype)
+        y = jnp.transpose(z.reshape(total, before, size, after), (0, 2, 1, 3)).reshape(total, size, before * after)
+        t = products.einsum("sdp,spc->sdc", y, signs).reshape(2, total // 2, size, columns)
+        results.append(jnp.transpose(t, (0, 2, 1, 3)).reshape(2, size, total // 2 * columns).astype(jnp.float64))
     return tuple(results)
 
 

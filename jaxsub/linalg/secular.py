@@ -112,9 +112,7 @@ def _start(poles, gaps, weights, inverse_leverage):
     upper = np.where(from_upper, 0.0, gaps)
     below, above = weights[:, k + 1], weights[:, k]
     rest = h + 2.0 * (below - above) / gaps
-    guess = _root(
-        rest, rest * (lower + upper) + below + above, rest * lower * upper + below * upper + above * lower
-    )
+    guess = _root(rest, rest * (lower + upper) + below + above, rest * lower * upper + below * upper + above * lower)
     lo, hi = np.where(from_upper, -0.5 * gaps, 0.0), np.where(from_upper, 0.0, 0.5 * gaps)
     inside = np.isfinite(guess) & (guess > lo) & (guess < hi)
     return from_upper, lower, upper, np.where(inside, guess, 0.5 * (lo + hi))

@@ -23,6 +23,7 @@ class Observed:
         b_overlap: (N, N) squared Frobenius norms of B_i^T B_j, scales folded into B, or None.
         a_width: number of columns of A, or None.
         b_norms: (N,) Frobenius norms of B_i, scales folded in, or None.
+        deviation_fourths: sum over coordinates and models of (x_id - mean_d)^4; None where it was not taken.
     """
 
     num_features: int
@@ -38,3 +39,4 @@ class Observed:
     b_overlap: np.ndarray | None = None
     a_width: int | None = None
     b_norms: np.ndarray | None = None
+    deviation_fourths: float | None = None

@@ -21,7 +21,7 @@ REFERENCE = "Haar frames by Gram-Schmidt of Gaussians: Stewart 1980; Gram matric
 @dataclasses.dataclass(frozen=True)
 class Options:
     draws: int = 20  # S
-    frames: int = 1000  # singular vectors drawn explicitly on each side, over all models (at least one a model)
+    frames: int = 500  # singular vectors drawn explicitly on each side, over all models (at least one a model)
 
 
 def applies(observed):
@@ -64,7 +64,7 @@ def _leading_gram(rng, leading, shape):
     left, right = (_draw.unit_frames(rng, num_models, size, dimension) for dimension in shape)
     strength = leading.reshape(-1, 1)
     product = (left * strength) @ left.T
-    product *= (right @ (right * strength).T)
+    product *= right @ (right * strength).T
     return product.reshape(num_models, size, num_models, size).sum((1, 3))
 
 

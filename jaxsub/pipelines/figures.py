@@ -1,7 +1,9 @@
 """Every figure of a layer from its Statistics alone: spectra, nulls, held-out errors, the verdict. No weights."""
 
 import dataclasses
+import os
 import zlib
+from concurrent import futures
 
 import numpy as np
 
@@ -113,7 +115,7 @@ class _Layer:
             "lineages": len(self.lineages),
             "modes": [_mode(m) for m in stats.modes],
             "effective_rank": spectrum.effective_ranks(self.values),
-            "mp_count": spectrum.marchenko_pastur_count(self.values, n, self.num_features),
+            "mp_count": spectrum.marchenko_pastur_count(self._unit_energies(), n, self.num_features),
             "stability": self._stability(),
             "nulls": nulls,
             "deciding_rank": k,
@@ -126,6 +128,10 @@ class _Layer:
             "flags": self._flags(saturated, above, nulls, held_out, k),
             "warnings": self._warnings(),
         }
+
+    def _unit_energies(self):
+        """Energies of the centred rows at unit norm: unequal norms alone would lift values over the edge."""
+        return spectrum.energies(lineage.cosines(self.gram))[: max(self.num_models - 1, 0)]
 
     def _curve(self, gram, leverage=None):
         ks = [k for k in self.ks if k <= len(gram) - 2]
@@ -171,21 +177,24 @@ class _Layer:
             parametrisation=stats.parametrisation,
             lora_ranks=stats.ranks if lora else None,
             b_overlap=stats.b_overlap if lora and plain else None,
-            a_width=stats.shape[-1] if lora else None,
+            a_width=stats.a_width,
+            b_norms=stats.b_norms if lora and plain else None,
         )
 
     def _nulls(self, within, leverage):
         if self.constant or not self.ks:
             return {}
-        found = {}
         observed = self._observed()
-        for name in self.options.nulls:
+
+        def one(name):
             module = plugins.load("nulls", name)
             if module.applies(observed) is not None:
-                continue
-            options = module.Options(draws=self.options.draws)
+                return name, None
             rng = generator(self.options.seed, self.stats.name, name)
-            found[name] = self._summary(module.sample(observed, options, rng))
+            return name, self._summary(module.sample(observed, module.Options(draws=self.options.draws), rng))
+
+        with futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # LAPACK and NumPy release the interpreter lock
+            found = {name: summary for name, summary in pool.map(one, self.options.nulls) if summary is not None}
         if within is not None and not self.one_lineage and "gaussian" in found:
             found["gaussian"] |= self._null_within(within, leverage)
         return found

@@ -74,6 +74,7 @@ def _dense(group, models, mesh, options, base, meter):
     key = layer_key(group.name, options.seed)
     sums = {axis: 0.0 for axis in plan.exact_axes}
     halves = {axis: [] if axis == 0 else 0.0 for axis in plan.sketched_axes}
+    weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
     stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base)
     exponent = 0
     while True:
@@ -83,19 +84,18 @@ def _dense(group, models, mesh, options, base, meter):
         if block is None:
             break
         started = time.perf_counter()
-        dense = gram_kernels.dense_gram(block.x, mesh=mesh, dtype=plan.dtype)
+        dense, mixed = gram_kernels.dense_gram(block.x, weights, mesh=mesh, dtype=plan.dtype)
+        tests = ()
         if plan.sketched_axes:
-            tests = mode_kernels.sketch(
-                block.x, key, jnp.int32(block.row), mesh=mesh, shape=block.shape, axes=plan.sketched_axes,
-                mixtures=MIXTURES, columns=COLUMNS, dtype="float32" if plan.storage != "float64" else "float64",
-            )  # fmt: skip
+            row = jnp.int32(block.row)
+            tests = mode_kernels.sketch(mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS)
         # Modes and sketches keep the scale of the layer's first block.
         step = block.exponent - exponent if block.row else 0
         exponent = exponent if block.row else block.exponent
         for axis in plan.exact_axes:
             found = mode_kernels.mode_gram(block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, axis))
             sums[axis] = sums[axis] + np.ldexp(np.asarray(found), 2 * step)
-        for axis, test in zip(plan.sketched_axes, tests if plan.sketched_axes else (), strict=True):
+        for axis, test in zip(plan.sketched_axes, tests, strict=True):
             test = np.ldexp(np.asarray(test), step)
             halves[axis] = [*halves[axis], test] if axis == 0 else halves[axis] + test
         if plan.strengths:
@@ -181,8 +181,9 @@ def _lora(group, models, mesh, options, meter):
     stats.row_sums = scales * np.einsum("nr,nr->n", a.sum(axis=2, dtype=np.float64), bt.sum(axis=2, dtype=np.float64))
     stats.variance_squares = math.nan  # not to be had from the factors alone
     stats.row_fourths = np.full(len(pairs), math.nan)
-    stats.ranks = ranks.astype(np.float64)
-    stats.b_overlap = sums.b_overlap * outer
+    stats.ranks, stats.a_width = ranks.astype(np.float64), width_a
+    stats.b_overlap = sums.b_overlap * outer**2
+    stats.b_norms = np.sqrt(np.trace(sums.b_gram, axis1=1, axis2=2)) * np.abs(scales)
     norms = np.sqrt(np.maximum(np.diag(sums.a_cosines), 1e-300))
     stats.a_cosines = sums.a_cosines / norms[:, None] / norms[None, :]
     roots_a, roots_b = _roots(sums.a_gram), _roots(sums.b_gram)

@@ -126,7 +126,7 @@ def deciding_rank(layer):
 
 
 def deciding_null(layer):
-    """(name, figures) of the null that the verdict was measured against: as reported, else permutation, else the first."""
+    """(name, figures) of the null that decided: as reported, else permutation, else the first; empty without nulls."""
     nulls, named = layer["nulls"], (layer["gain"] or {}).get("null_name")
     name = next((n for n in (named, "permutation", *nulls) if n in nulls), "")
     return name, nulls[name] if name else dict(_NULL)

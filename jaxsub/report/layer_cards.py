@@ -77,20 +77,27 @@ def _table(caption, header, rows):
 
 def _held_out_table(layer):
     counts = [f"{k:.0f}" for k, _ in fields.by_count(layer["held_out"])]
+    hardest = fields.deciding_null(layer)[1]
     rows = [("LOO(k)", *_errors(layer["held_out"], counts))]
     for title, null in layer["nulls"].items():
         rows.append((f"{shorten(title, 24)} null", *_errors(null["held_out"], counts)))
-        rows.append((f"{shorten(title, 24)} null, sd", *_errors(null["held_out_sd"], counts, 4)))
-    rows.append(("within lineages", *_errors(layer["held_out_within"], counts)))
-    for title, null in layer["nulls"].items():
+        if null is hardest:  # the spread of the others is in report.json
+            rows.append(("sd over draws", *_spreads(null["held_out_sd"], counts)))
+    if layer["held_out_within"]:
+        title, null = fields.within_null(layer)
+        rows.append(("within lineages", *_errors(layer["held_out_within"], counts)))
         rows.append((f"within, {shorten(title, 24)} null", *_errors(null["held_out_within"], counts)))
-        rows.append(("within, sd", *_errors(null["held_out_within_sd"], counts, 4)))
+        rows.append(("sd over draws", *_spreads(null["held_out_within_sd"], counts)))
     rows.append(("lineage left out", *_errors(layer["held_out_lineage"], counts)))
-    return _table("Held-out error; nulls: mean and sd over draws", ["k", *counts], rows)
+    return _table("Held-out error; nulls: mean over draws", ["k", *counts], rows)
 
 
-def _errors(figures, counts, digits=3):
-    return [words.ratio(figures.get(k), digits) for k in counts]
+def _errors(figures, counts):
+    return [words.ratio(figures.get(k)) for k in counts]
+
+
+def _spreads(figures, counts):
+    return [words.spread(figures.get(k)) for k in counts]
 
 
 def _rank_table(layer):

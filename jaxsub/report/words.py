@@ -88,7 +88,9 @@ GLOSSARY = [
         "null",
         "The same figure on weights that share nothing. permutation: the entries of every model are shuffled "
         "independently, which keeps each model's values and destroys their places. gaussian: Gaussian rows of the "
-        "models' norms. strength: the models' own singular values with random directions. A gain counts only when it "
+        "models' norms. strength: the models' own singular values with random directions. fresh_init (LoRA): B is "
+        "kept, A drawn anew. shuffle, which does not decide: every coordinate's values are permuted among the models, "
+        "so a common set of strong coordinates stays. A gain counts only when it "
         "beats the null's mean over draws by more than 0.02 and more than 4 standard deviations, and this for every "
         "null that decides; the one named and drawn is the hardest.",
     ),
@@ -183,6 +185,11 @@ def ratio(value, digits=3):
         return "-"
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text  # no "-0.000"
+
+
+def spread(value):
+    """A standard deviation in four digits; a smaller one as '<0.0001', None as a dash."""
+    return "<0.0001" if value is not None and 0 < value < 5e-5 else ratio(value, 4)
 
 
 def rank(value, never="not reached"):

@@ -13,7 +13,8 @@ def run_dense(x, devices, dtype):
     mesh = placement.make_mesh(devices)
     with jax.enable_x64(True):
         placed = jax.device_put(x, NamedSharding(mesh, P(None, "features")))
-        return jax.device_get(gram.dense_gram(placed, mesh=mesh, dtype=dtype))
+        weights = np.zeros((0, len(x)), np.float32)
+        return jax.device_get(gram.dense_gram(placed, weights, mesh=mesh, dtype=dtype)[0])
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -49,6 +50,18 @@ def test_float32_sums_over_many_features_keep_float64_accuracy():
     assert np.abs(weak / exact[:2] - 1).max() > 1e-6
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_mixtures_are_of_the_centred_rows(devices):
+    x = np.random.default_rng(6).standard_normal((9, 8 * 5000)).astype(np.float32) + 2
+    weights = np.random.default_rng(7).standard_normal((4, 9)).astype(np.float32)
+    mesh = placement.make_mesh(devices)
+    with jax.enable_x64(True):
+        placed = jax.device_put(x, NamedSharding(mesh, P(None, "features")))
+        got = np.asarray(gram.dense_gram(placed, weights, mesh=mesh, dtype="float32")[1])
+    want = weights.astype(np.float64) @ (x - x.astype(np.float64).mean(0))
+    assert np.abs(got - want).max() < 2e-6 * np.abs(want).max()
+
+
 def test_zero_columns_do_not_show():
     x = np.random.default_rng(3).standard_normal((5, 512)).astype(np.float32)
     padded = np.zeros((5, 1024), np.float32)
@@ -61,7 +74,7 @@ def test_one_all_reduce_a_block_and_no_gather():
     mesh = placement.make_mesh(8)
     x = jax.device_put(np.ones((16, 8 * 4096), np.float32), NamedSharding(mesh, P(None, "features")))
     with jax.enable_x64(True):
-        text = gram._dense_gram.lower(x, mesh=mesh, dtype="float32").compile().as_text()
+        text = gram._dense_gram.lower(x, np.ones((4, 16), np.float32), mesh=mesh, dtype="float32").compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") <= 1
 

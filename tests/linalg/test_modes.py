@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import placement
-from jaxsub.linalg import modes, reference
+from jaxsub.linalg import gram, modes, reference
 from jaxsub.pipelines import layers
 
 
@@ -40,13 +40,10 @@ def sketch(x, key, devices=1):
     mesh = placement.make_mesh(devices)
     with jax.enable_x64(True):
         flat = jax.device_put(x.reshape(len(x), -1), NamedSharding(mesh, P(None, "features")))
-        return [
-            np.asarray(t)
-            for t in modes.sketch(
-                flat, key, jnp.int32(0), mesh=mesh, shape=x.shape[1:], axes=(0, 1), mixtures=16, columns=32,
-                dtype="float32",
-            )
-        ]  # fmt: skip
+        weights = modes.mixtures(key, len(x), 16)
+        _, mixed = gram.dense_gram(flat, weights, mesh=mesh, dtype="float32")
+        found = modes.sketch(mixed, key, jnp.int32(0), shape=x.shape[1:], axes=(0, 1), columns=32)
+        return [np.asarray(t) for t in found]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -1,0 +1,277 @@
+"""What adapter_config.json means for the tensors beside it: pairs, scales and orientations of LoRA in PEFT.
+
+    Delta-W = s * B @ A,   s = alpha / r,  or alpha / sqrt(r) with use_rslora
+
+`r` and `alpha` may differ by module (rank_pattern, alpha_pattern); `r` must be that of the tensors. Everything here
+follows from names, shapes and the configuration, so it is worked out once for all files that share them.
+"""
+
+import dataclasses
+import math
+
+from jaxsub import descriptors, errors
+from jaxsub.formats import _json, _model, _names, _patterns
+
+PREFIX = "base_model.model."
+_SWITCHES = {  # field -> what to do when it is set
+    "use_dora": "DoRA needs the base weights: merge the adapter and give the merged model",
+    "lora_bias": "it also changes biases: merge the adapter and give the merged model",
+    "target_parameters": "it adapts parameters of experts: merge the adapter and give the merged model",
+    "layer_replication": "it adapts copies of layers: merge the adapter and give the merged model",
+    "trainable_token_indices": "it replaces rows of the embedding: merge the adapter and give the merged model",
+} | {
+    name: "only plain LoRA is read: merge the adapter and give the merged model"
+    for name in ("use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config", "arrow_config")
+    + ("velora_config", "monteclora_config")
+}
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_KNOWN = frozenset(
+    """peft_type r lora_alpha use_rslora rank_pattern alpha_pattern fan_in_fan_out target_modules bias task_type
+    base_model_name_or_path init_lora_weights modules_to_save auto_mapping peft_version revision inference_mode
+    exclude_modules lora_dropout layers_to_transform layers_pattern megatron_config megatron_core loftq_config
+    eva_config corda_config lora_ga_config qalora_group_size ensure_weight_tying runtime_config""".split()
+) | set(_SWITCHES)
+_FOREIGN = (
+    "lora_",
+    "hada_",
+    "lokr_",
+    "vera_",
+    "token_adapter",
+    "tinylora_",
+    "randlora_",
+    "vblora_",
+    "oft_",
+    "ia3_",
+    "ranknum",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """The checked configuration."""
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    transposed: bool
+    rank_pattern: dict
+    alpha_pattern: dict
+    targets: tuple | None
+    metadata: dict
+    unknown: tuple
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What becomes of the tensors of a file, by their position in it.
+
+    Attributes:
+        pairs: (layer, position of A, position of B, scale, shape of Delta-W, transposed).
+        plain: (position, name) of tensors that are full values.
+        skipped: name -> reason.
+        warnings, metadata: for the Model.
+    """
+
+    pairs: tuple
+    plain: tuple
+    skipped: dict
+    warnings: tuple
+    metadata: dict
+
+
+def parse(data, path):
+    """The Config in the bytes of an adapter_config.json.
+
+    Raises:
+        InputError: no LoRA of the plain kind, a wrong type, a number that is none (rule H13).
+    """
+    fields = _json.parse(data, path, rule="H13")
+    if not isinstance(fields, dict):
+        raise _refuse(path, None, "is no JSON object")
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise _refuse(
+            path, "peft_type", f"is {errors.quote(kind, 40)}, not LORA", "only LoRA adapters are read: merge it"
+        )
+    for name, cure in _SWITCHES.items():
+        if fields.get(name):
+            raise _refuse(path, name, "is set", cure)
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        cure = "convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        raise _refuse(
+            path, "init_lora_weights", f"is {errors.quote(start, 40)}: the base weights were changed too", cure
+        )
+    return Config(
+        r=_number(fields, "r", path, int),
+        alpha=float(_number(fields, "lora_alpha", path, (int, float))),
+        use_rslora=_flag(fields, "use_rslora", path),
+        transposed=_flag(fields, "fan_in_fan_out", path),
+        rank_pattern=_pattern(fields, "rank_pattern", path, int),
+        alpha_pattern=_pattern(fields, "alpha_pattern", path, (int, float)),
+        targets=_targets(fields.get("target_modules"), path),
+        metadata=_metadata(fields, path),
+        unknown=tuple(sorted(name for name, value in fields.items() if value and name not in _KNOWN)),
+    )
+
+
+def _refuse(path, key, reason, hint="correct the configuration, or save the adapter again with PEFT"):
+    return errors.InputError(path, reason, key=key, hint=hint, rule="H13")
+
+
+def _number(fields, name, path, kinds):
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise _refuse(path, name, f"is {errors.quote(repr(value), 40)}, a number was expected")
+    if kinds is int and value < 1:
+        raise _refuse(path, name, f"is {value}, at least 1 was expected")
+    return value
+
+
+def _flag(fields, name, path):
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _refuse(path, name, f"is {errors.quote(repr(value), 40)}, true or false was expected")
+    return bool(value)
+
+
+def _pattern(fields, name, path, kinds):
+    value = fields.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise _refuse(path, name, f"is {errors.quote(value, 40)}, a table was expected")
+    return {key: _number(value, key, path, kinds) for key in value or {}}
+
+
+def _targets(value, path):
+    if value is None or isinstance(value, str):  # one text is a regular expression over the base model's modules
+        return None
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        raise _refuse(path, "target_modules", "is neither a text nor a list of texts")
+    return tuple(value)
+
+
+def _metadata(fields, path):
+    found = {"r": str(fields.get("r"))}
+    for name in ("base_model_name_or_path", "task_type"):
+        value = fields.get(name)
+        if value is not None and not isinstance(value, str):
+            raise _refuse(path, name, f"is {errors.quote(value, 40)}, a text was expected")
+        if value:
+            found[name] = value
+    return found
+
+
+def plan(config, content, path):
+    """The Plan for the tensors of `content` (a Content) under `config`; `path` is that of the configuration.
+
+    Raises:
+        InputError: factors without partner, ranks that differ from the configuration, variants that are no LoRA.
+    """
+    file = content.file.path
+    factors, plain = _sort(content.tensors, file)
+    if not factors:
+        raise errors.InputError(file, "holds no LoRA factors", hint="is this the adapter's file?", rule="H13")
+    ranks = _patterns.table(config.rank_pattern, factors, path, "rank_pattern")
+    alphas = _patterns.table(config.alpha_pattern, factors, path, "alpha_pattern")
+    pairs = []
+    for layer, sides in factors.items():
+        r, alpha = ranks.get(layer, config.r), float(alphas.get(layer, config.alpha))
+        a, b, embedding = _partners(layer, sides, content.tensors, file)
+        if a.shape[0] != r:
+            reason = f"says rank {r} for {errors.quote(layer)}, the tensors have {a.shape[0]}"
+            raise _refuse(path, "rank_pattern" if layer in ranks else "r", reason)
+        scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        transposed = embedding or (config.transposed and len(a.shape) == 2)
+        shape = (b.shape[0], *a.shape[1:])
+        pairs.append((layer, *sides["positions"], scale, shape[::-1] if transposed else shape, transposed))
+    warnings = [*_target_faults(config, factors, path)]
+    if config.unknown:
+        shown = ", ".join(errors.quote(n, 40) for n in config.unknown[:5])
+        warnings.append(f"adapter_config.json sets {shown}, unknown here and not applied")
+    skipped = {name: reason for _, name in plain if (reason := _names.not_a_weight(name))}
+    return Plan(tuple(pairs), tuple(plain), skipped, tuple(warnings), config.metadata)
+
+
+def _sort(tensors, file):
+    """({layer: {'A': position, 'B': position, ...}}, [(position, name) of the other tensors])."""
+    factors, plain = {}, []
+    for position, tensor in enumerate(tensors):
+        if not tensor.name.startswith(PREFIX):
+            hint = "save the adapter again with PEFT"
+            raise errors.InputError(file, f"does not start with {PREFIX}", key=tensor.name, hint=hint, rule="H13")
+        name = tensor.name[len(PREFIX) :]
+        layer, side, embedding = _split(name)
+        if layer is None:
+            if any(f".{mark}" in f".{name}" for mark in _FOREIGN):
+                cure = "only plain LoRA is read: merge the adapter and give the merged model"
+                raise errors.InputError(
+                    file, "belongs to another kind of adapter", key=tensor.name, hint=cure, rule="H13"
+                )
+            plain.append((position, name))
+            continue
+        sides = factors.setdefault(layer, {})
+        if side in sides or sides.setdefault("embedding", embedding) != embedding:
+            raise errors.InputError(file, "has a factor twice", key=layer, hint="save one adapter a file", rule="H13")
+        sides[side] = position
+    return factors, plain
+
+
+def _split(name):
+    """(layer, 'A' or 'B', embedding?) of a factor's key, or (None, '', False).
+
+    The adapter's own name may have been left in the key: `.lora_A.default.weight`.
+    """
+    for side in "AB":
+        layer, mark, rest = name.rpartition(f".lora_{side}.")
+        if mark and layer and (rest == "weight" or (rest.endswith(".weight") and rest.count(".") == 1)):
+            return layer, side, False
+        layer, mark, rest = name.rpartition(f".lora_embedding_{side}")
+        if mark and layer and (not rest or (rest[0] == "." and rest.count(".") == 1 and len(rest) > 1)):
+            return layer, side, True
+    return None, "", False
+
+
+def _partners(layer, sides, tensors, file):
+    """(A, B, embedding?) with shapes that fit each other; adds 'positions' to `sides`."""
+
+    def fail(reason, hint="save the adapter again with PEFT"):
+        raise errors.InputError(file, reason, key=layer, hint=hint, rule="H13")
+
+    for side, other in ("AB", "BA"):
+        if side not in sides:
+            fail(f"has lora_{other} and no lora_{side}")
+    sides["positions"] = (sides["A"], sides["B"])
+    a, b = (tensors[p] for p in sides["positions"])
+    for factor in (a, b):
+        _model.require_float(factor, file)
+    if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in a.shape + b.shape:
+        fail(f"has factors of shapes {a.shape} and {b.shape}, which make no matrix")
+    if a.shape[0] != b.shape[1]:
+        fail(f"has lora_A {a.shape} and lora_B {b.shape}: the inner sizes {a.shape[0]} and {b.shape[1]} differ")
+    if any(size != 1 for size in b.shape[2:]):
+        fail(f"has lora_B {b.shape}, a convolution wider than one", "merge the adapter and give the merged model")
+    return a, b, sides["embedding"]
+
+
+def _target_faults(config, layers, path):
+    """Refuses targets that the file lacks; yields a warning about layers that are no target."""
+    if config.targets is None:
+        return
+    wanted, missing, strangers = set(config.targets), set(config.targets), []
+    for layer in layers:
+        parts = layer.split(".")
+        endings = {".".join(parts[i:]) for i in range(max(0, len(parts) - 32), len(parts))} | {layer}
+        missing -= endings
+        if not endings & wanted:
+            strangers.append(layer)
+    if missing:
+        name = min(missing)
+        raise _refuse(path, "target_modules", f"lists {errors.quote(name)!r}, and the file has no factors for it")
+    if strangers:
+        yield f"{len(strangers)} adapted modules are not in target_modules, the first is {errors.quote(strangers[0])}"
+
+
+def pair(tensors, entry):
+    """(layer, LoraPair) for one entry of `Plan.pairs`."""
+    layer, a, b, scale, shape, transposed = entry
+    return layer, descriptors.LoraPair(tensors[a], tensors[b], scale, shape, transposed)

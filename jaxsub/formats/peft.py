@@ -1,0 +1,118 @@
+"""PEFT LoRA folders: adapter_config.json and adapter_model.safetensors (or .bin). The factors are kept apart."""
+
+import collections
+import hashlib
+import json
+import os
+import re
+
+import numpy as np
+
+from jaxsub import errors
+from jaxsub.formats import _files, _header, _model, _peft, _sniff, _torch, safetensors
+
+CONFIG = "adapter_config.json"
+MAX_CONFIG = 1 << 22  # bytes
+
+
+def claims(path):
+    """Whether `path` is a folder with the files of an adapter."""
+    return _sniff.kind(path) == "peft"
+
+
+def open(path, *, root=None, allow_roots=()):
+    """The Model of an adapter folder: `adapters` by layer name (without PEFT's prefix), saved modules as `tensors`.
+
+    Raises:
+        InputError: no configuration, or any fault that `_peft` finds (rule H13).
+    """
+    where = {"root": path if root is None else root, "allow_roots": allow_roots}
+    names = _files.list_folder(path)
+    config_path = os.path.join(path, CONFIG)
+    if CONFIG not in names:
+        raise errors.InputError(config_path, "is not there", hint="the scale of an adapter is in it", rule="H13")
+    data = _config_bytes(_files.identify(config_path, **where))
+    weights = next((name for name in _sniff.ADAPTER_FILES if name in names), None)
+    config = _peft.parse(data, config_path)
+    if weights is None:
+        missing = os.path.join(path, _sniff.ADAPTER_FILES[0])
+        raise errors.InputError(missing, "is not there", hint="fetch the adapter's weights", rule="H13")
+    read = _header.content if weights.endswith(".safetensors") else _torch.content
+    content = read(os.path.join(path, weights), **where)
+    notes, key = content.notes if content.notes is not None else {}, hashlib.blake2b(data).digest()
+    if key not in notes:
+        notes[key] = _peft.plan(config, content, config_path)
+    return _assemble(path, content, notes[key])
+
+
+def _config_bytes(file):
+    if not 0 < file.size <= MAX_CONFIG:
+        raise _files.damaged(file, f"has {file.size} bytes, 1 to {MAX_CONFIG} are possible", rule="H13")
+    return _files.read_bytes(file, 0, file.size)
+
+
+def _assemble(path, content, plan):
+    adapters = dict(_peft.pair(content.tensors, entry) for entry in plan.pairs)
+    named = {name: content.tensors[position] for position, name in plan.plain}
+    kept = {name: tensor for name, tensor in named.items() if name not in plan.skipped}
+    warnings = list(plan.warnings)
+    if not any(_has_effect(pair, content) for pair in adapters.values()):
+        warnings.append("every lora_B is zero: the adapter has no effect")
+    metadata = {**content.metadata, **plan.metadata}
+    return _model.build(
+        path, "peft", kept, plan.skipped, adapters=adapters, warnings=warnings, metadata=metadata, load=content.load
+    )
+
+
+def _has_effect(pair, content):
+    """Whether B has an entry that is not zero; reads 4 KiB as a rule, all of it if it is zero."""
+    return pair.scale != 0 and any(block.any() for block in _model.blocks(pair.b, content.load))
+
+
+def write(folder, adapters, *, base_model=None, labels=None):
+    """Writes a LoRA folder that PEFT loads.
+
+    Args:
+        folder: made if missing.
+        adapters: layer -> (a, b, alpha, r) with a (r, i) and b (o, r); Delta-W = alpha / r * b @ a.
+        base_model: name for `base_model_name_or_path`.
+        labels: strings for the header of the weights.
+
+    Raises:
+        ValueError: shapes that do not fit `r`.
+    """
+    tensors = {}
+    for layer, (a, b, _, r) in adapters.items():
+        a, b = np.asarray(a), np.asarray(b)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != r or b.shape[1] != r:
+            raise ValueError(f"layer {layer!r}: factors of shapes {a.shape} and {b.shape} are not of rank {r}")
+        tensors[f"{_peft.PREFIX}{layer}.lora_A.weight"] = a
+        tensors[f"{_peft.PREFIX}{layer}.lora_B.weight"] = b
+    os.makedirs(folder, exist_ok=True)
+    safetensors.write(os.path.join(folder, _sniff.ADAPTER_FILES[0]), tensors, {"format": "pt", **(labels or {})})
+    config = json.dumps(_config(adapters, base_model), indent=2, allow_nan=False)
+    _files.write_atomic(os.path.join(folder, CONFIG), [config.encode("utf-8") + b"\n"])
+
+
+def _config(adapters, base_model):
+    """The fields that every PEFT since 0.3 knows; ranks and alphas that are not the commonest go into patterns."""
+    ranks = {layer: int(entry[3]) for layer, entry in adapters.items()}
+    alphas = {layer: entry[2] for layer, entry in adapters.items()}
+    r = collections.Counter(ranks.values()).most_common(1)[0][0]
+    alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": sorted(adapters),
+        "rank_pattern": {f"^{re.escape(layer)}": v for layer, v in sorted(ranks.items()) if v != r},
+        "alpha_pattern": {f"^{re.escape(layer)}": v for layer, v in sorted(alphas.items()) if v != alpha},
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }

@@ -1,0 +1,69 @@
+"""Rank-one downdates against an explicit eigendecomposition of every updated matrix."""
+
+import numpy as np
+import pytest
+
+from jaxsub.linalg import secular
+
+SIZE = 14
+
+
+def cases():
+    rng = np.random.default_rng(0)
+    spread = np.sort(rng.random(SIZE))[::-1]
+    dense = rng.standard_normal((5, SIZE))
+    sparse = dense * (rng.random((5, SIZE)) < 0.5)
+    sparse[0] = 0.0
+    return {
+        "generic": (spread, dense),
+        "zero entries": (spread, sparse),
+        "tiny entries": (spread, dense * 10.0 ** -rng.uniform(0, 12, (5, SIZE))),
+        "repeated values": (np.repeat([3.0, 2.0], SIZE // 2), dense),
+        "clusters": (np.repeat([3.0, 2.0], SIZE // 2) - 1e-12 * np.arange(SIZE), dense),
+        "one large": (np.concatenate([[1e6], spread[1:]]), dense),
+        "graded": (10.0 ** -np.arange(SIZE), dense * 10.0 ** -(np.arange(SIZE) / 2)),
+        "rank deficient": (np.concatenate([spread[:6], np.zeros(SIZE - 6)]), dense),
+    }
+
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rank", [1, 6, SIZE - 1])
+def test_downdate_equals_the_explicit_eigenproblem(name, rank):
+    values, z = CASES[name]
+    # Downdates of covariances stay positive semi-definite; so does this one: a |z|^2 is kept below the smallest value.
+    leverage = np.array([1.0, 1.05, 1.5, 2.0, 1.2])
+    z = z * np.sqrt(values) / np.sqrt(2 * SIZE)
+    roots, projections = secular.downdate(values, z**2, leverage, rank=rank)
+    for i, a in enumerate(leverage):
+        w, q = np.linalg.eigh(np.diag(values) - a * np.outer(z[i], z[i]))
+        np.testing.assert_allclose(roots[i], w[::-1][:rank], rtol=0, atol=secular.STEP_TOLERANCE * values[0])
+        # Within a cluster only the sum of projections is determined: compare sums up to a real gap.
+        sums = np.cumsum((q[:, ::-1].T @ z[i]) ** 2)[:rank]
+        gaps = w[::-1][:rank] - w[::-1][1 : rank + 1]
+        apart = gaps > 1e-6 * values[0]
+        np.testing.assert_allclose(np.cumsum(projections[i])[apart], sums[apart], rtol=0, atol=1e-9 * values[0])
+
+
+def test_roots_interlace_and_projections_are_positive():
+    values, z = CASES["generic"]
+    roots, projections = secular.downdate(values, (0.1 * z) ** 2, np.ones(5), rank=SIZE - 1)
+    assert (roots <= values[:-1]).all() and (roots >= values[1:]).all()
+    assert (projections >= 0).all() and (projections.sum(1) <= (0.01 * z**2).sum(1) * (1 + 1e-9)).all()
+
+
+def test_untouched_eigenvectors_are_deflated():
+    values = np.array([5.0, 4.0, 4.0, 1.0])
+    weights = np.array([[0.0, 0.2, 0.3, 0.0], [0.5, 0.0, 0.0, 0.1]])
+    roots, projections = secular.downdate(values, weights, np.ones(2), rank=3)
+    np.testing.assert_allclose(roots[0], [5.0, 4.0, 3.5], atol=1e-14)
+    np.testing.assert_allclose(projections[0], [0.0, 0.0, 0.5], atol=1e-14)
+    np.testing.assert_allclose(roots[1, 1:], [4.0, 4.0], atol=1e-14)
+    assert projections[1, 1:].max() < 1e-14
+
+
+def test_no_components_wanted():
+    roots, projections = secular.downdate(np.array([1.0, 0.5]), np.ones((3, 2)), np.ones(3), rank=0)
+    assert roots.shape == projections.shape == (3, 0)
