@@ -4,6 +4,7 @@ h5py parses the file in this process, so a collection from strangers is better g
 bounded here: links to other files, cycles, plug-in filters, and datasets that declare more than is stored.
 """
 
+import contextlib
 import io
 
 import numpy as np
@@ -70,7 +71,7 @@ def walk(reader, offset, size):
     """
     h5py, path = module(reader.file.path), reader.file.path
     tensors, skipped = [], {}
-    with _opened(h5py, reader, offset, size) as root:
+    with _guarded(path), h5py.File(Window(reader, offset, size), "r") as root:
         seen, todo = set(), [("", root, 0)]
         while todo:
             prefix, group, depth = todo.pop()
@@ -80,6 +81,8 @@ def walk(reader, offset, size):
             seen.add(address)
             children = []
             for name in group:
+                if not isinstance(name, str):  # h5py gives bytes for what is no UTF-8
+                    raise _fault(path, repr(name), "is a name that is not UTF-8")
                 key = f"{prefix}/{name}" if prefix else name
                 _names.check(key, path)
                 child = _child(h5py, group, name, key, path)
@@ -92,13 +95,15 @@ def walk(reader, offset, size):
     return tensors, skipped
 
 
-def _opened(h5py, reader, offset, size):
+@contextlib.contextmanager
+def _guarded(path, key=None):
+    """Turns what h5py raises on a damaged file, errors of many types, into an InputError."""
     try:
-        return h5py.File(Window(reader, offset, size), "r")
-    except errors.InputError:
+        yield
+    except (errors.JaxsubError, MemoryError):
         raise
-    except Exception as error:  # h5py raises many types on damaged files
-        raise _fault(reader.file.path, None, f"is no HDF5 file that can be read ({type(error).__name__})") from None
+    except Exception as error:
+        raise _fault(path, key, f"is no HDF5 file that can be read ({type(error).__name__})") from error
 
 
 def _address(h5py, item):
@@ -111,26 +116,20 @@ def _fault(path, key, reason, hint="it is damaged or hostile; get it again, or c
 
 
 def _child(h5py, group, name, key, path):
-    try:
+    with _guarded(path, key):
         link = group.get(name, getlink=True)
         if type(link) is not h5py.HardLink:
             raise _fault(path, key, f"is a link ({type(link).__name__}), which is not followed")
         return group[name]
-    except errors.InputError:
-        raise
-    except Exception as error:
-        raise _fault(path, key, f"cannot be read ({type(error).__name__})") from None
 
 
 def _add(h5py, dataset, key, file, offset, tensors, skipped):
-    try:
+    with _guarded(file.path, key):
         dtype, shape, plist = dataset.dtype, dataset.shape, dataset.id.get_create_plist()
         stored = dataset.id.get_storage_size()
         filters = {plist.get_filter(i)[0] for i in range(plist.get_nfilters())}
         outside = plist.get_external_count() or dataset.is_virtual
         place = dataset.id.get_offset()
-    except Exception as error:
-        raise _fault(file.path, key, f"cannot be read ({type(error).__name__})") from None
     if outside or filters - _FILTERS:
         raise _fault(file.path, key, f"lies in other files, or needs the filters {sorted(filters - _FILTERS)}")
     if dtype.kind not in "fiub" or shape is None:
@@ -154,10 +153,7 @@ def _add(h5py, dataset, key, file, offset, tensors, skipped):
 def load(file, offset, size, name):
     """The dataset `name`, in native byte order."""
     h5py = module(file.path)
-    with _files.reader(file) as reader, _opened(h5py, reader, offset, size) as root:
-        try:
-            array = root[name][()]
-        except Exception as error:
-            raise _fault(file.path, name, f"cannot be read ({type(error).__name__})") from None
-    array = np.asarray(array)
+    with _files.reader(file) as reader, _guarded(file.path, name):
+        with h5py.File(Window(reader, offset, size), "r") as root:
+            array = np.asarray(root[name][()])
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")

@@ -13,6 +13,7 @@ EXTENSIONS = {
     ".msgpack": "flax_msgpack",
 }  # fmt: skip
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
+SIDECARS = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "rng_state.pth"}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -22,7 +23,7 @@ def only_file(path):
     stems = [stem + end for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
     if names & {"adapter_config.json", *ADAPTER_FILES, *stems, *(stem + ".index.json" for stem in stems)}:
         return None
-    found = [name for name in names if extension(name) in EXTENSIONS]
+    found = [name for name in names - SIDECARS if extension(name) in EXTENSIONS]
     return os.path.join(path, found[0]) if len(found) == 1 else None
 
 

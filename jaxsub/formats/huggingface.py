@@ -43,7 +43,7 @@ def _choose(path, names):
             if {name, name + ".index.json"} <= set(names):
                 raise _refuse(path, f"{name} and an index beside it: which one is the model?", name)
             return found[0], ending
-    files = [n for n in names if _sniff.extension(n) in _sniff.EXTENSIONS]
+    files = [n for n in names if _sniff.extension(n) in _sniff.EXTENSIONS and n not in _sniff.SIDECARS]
     if not files:
         raise errors.InputError(path, "holds no weights", hint="give a folder with model.safetensors", rule="H12")
     shown = ", ".join(errors.quote(n) for n in files[:3])

@@ -15,6 +15,8 @@ REFERENCE = "Muirhead 1982, Aspects of Multivariate Statistical Theory, section 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """How many draws, and how they are made."""
+
     draws: int = 20  # S
 
 

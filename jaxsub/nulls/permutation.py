@@ -1,11 +1,14 @@
-"""Entry permutation: every model's entries permuted independently, which keeps each model's values and so its mean
-entry and norm, and destroys what is where.
+"""Entry permutation: every model's entries permuted independently.
+
+Keeps each model's values, so its mean entry and norm, and destroys what is where.
 
 A permuted model is its mean entry times the all-ones vector plus a deviation of fixed length. The direction of the
 deviation is taken as uniform among the directions orthogonal to all-ones: means and variances of all inner products
-are exact, the rest holds when no few entries carry a model's energy. With entries so heavy-tailed that one of D entries
-holds most of the energy, permuted models almost never meet: their inner products are mostly near 0 and rarely near the
-product of the norms, where this draw gives Gaussian ones of the same variance.
+are exact, the rest holds when no few entries carry a model's energy.
+
+Where it breaks: means over draws hold even for heavy tails, standard deviations do not. Student t entries with 2.5
+degrees of freedom vary up to 1.6 times as much as drawn, models with nine nonzero entries of 300 up to 3 times. Where a
+single entry holds nearly all of a model, permuted models either miss or coincide, and no figure holds.
 """
 
 import dataclasses
@@ -19,6 +22,8 @@ REFERENCE = "Pitman 1937 (permutation moments); deviations by Muirhead 1982, sec
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """How many draws, and how they are made."""
+
     draws: int = 20  # S
 
 

@@ -1,6 +1,7 @@
-"""Coordinate shuffle: in every coordinate the models' values are permuted among the models, independently of other
-coordinates. Keeps every coordinate's mean and variance, so also the mean model and the total variance; the models'
-norms even out.
+"""Coordinate shuffle: in every coordinate the models' values are permuted among the models.
+
+Independently of other coordinates. Keeps every coordinate's mean and variance, so also the mean model and the total
+variance; the models' norms even out.
 
 The deviations from the mean form, over coordinates, a sum of independent dyads of unequal weight v_d. It is drawn as a
 Wishart matrix of directions with independent lengths, projected to zero-sum and scaled to the exact total. The variance
@@ -29,6 +30,8 @@ MOST_DEGREES = 1e12  # where two models' deviations never overlap, their directi
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """How many draws, and how they are made."""
+
     draws: int = 20  # S
 
 

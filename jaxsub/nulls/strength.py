@@ -2,11 +2,14 @@
 
 Tells shared directions from energy that is merely concentrated. The leading singular values of each model are drawn
 literally, sum_a s_a u_a v_a^T with random orthonormal frames, of which only the Gram matrices are needed:
-<X_i, X_j> = sum_ab s_ia s_jb <u_ia, u_jb> <v_ia, v_jb>. The other singular values are lumped into one Gaussian direction
-a model, orthogonal to the model's leading part. Norms are exact, and so are the mean (0) and variance
+<X_i, X_j> = sum_ab s_ia s_jb <u_ia, u_jb> <v_ia, v_jb>. The other singular values are lumped into one Gaussian
+direction a model, orthogonal to the model's leading part. Norms are exact, and so are the mean (0) and variance
 |X_i|^2 |X_j|^2 / (o i) of every inner product; fourth moments are those of the explicit part only. Literal in
-distribution when all nonzero singular values are explicit, that is for N * rank <= `frames`. Otherwise the figures
-compared (shares, held-out errors) differ from literal draws by less than one standard deviation over draws.
+distribution when all nonzero singular values are explicit, that is for N * rank <= `frames`.
+
+How far it holds: one explicit singular value a model is enough for shares and held-out errors, which agree with literal
+draws within the noise of 300 draws (24 rank-4 models of 15 x 20; also 24 full-rank models of 6 x 3). Figures that
+depend on fourth moments of single inner products, such as the largest cosine of two models, need explicit frames.
 """
 
 import dataclasses
@@ -20,6 +23,8 @@ REFERENCE = "Haar frames by Gram-Schmidt of Gaussians: Stewart 1980; Gram matric
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """How many draws, and how they are made."""
+
     draws: int = 20  # S
     frames: int = 500  # singular vectors drawn explicitly on each side, over all models (at least one a model)
 
@@ -69,7 +74,7 @@ def _leading_gram(rng, leading, shape):
 
 
 def _with_rest(rng, gram, rest, dimension):
-    """`gram` of models in R^dimension, each plus a uniform direction of length `rest` orthogonal to the model itself."""
+    """`gram` of models in R^dimension, each plus a random vector of length `rest` orthogonal to the model itself."""
     values, vectors = np.linalg.eigh(gram)
     width = min(len(gram), dimension)
     models = (vectors * np.sqrt(np.maximum(values, 0.0)))[:, -width:]  # rows: coordinates within the models' span

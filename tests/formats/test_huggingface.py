@@ -95,6 +95,7 @@ def test_diffusers_names_and_a_lone_file_of_any_name(tmp_path):
     for name in ("diffusion_pytorch_model.safetensors", "anything.safetensors"):
         (tmp_path / name[:4]).mkdir()
         safetensors.write(tmp_path / name[:4] / name, {"a": A})
+        (tmp_path / name[:4] / "training_args.bin").write_bytes(b"not a model")
         assert list(formats.open_model(tmp_path / name[:4]).tensors) == ["a"]
 
 

@@ -103,3 +103,19 @@ def test_without_h5py_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(errors.InputError, match=r"pip install 'jaxsub\[h5\]'"):
         formats.open_model(tmp_path / "m.h5")
+
+
+def test_random_damage_ends_in_an_input_error_or_a_model(tmp_path, h5py):
+    data, rng, refused = write(h5py, tmp_path / "m.h5").read_bytes(), np.random.default_rng(3), 0
+    for _ in range(300):
+        mutant = bytearray(data)
+        for _ in range(20):
+            mutant[rng.integers(len(mutant))] = rng.choice([0, 255, rng.integers(256)])
+        (tmp_path / "m.h5").write_bytes(mutant)
+        try:
+            model = formats.open_model(tmp_path / "m.h5")
+            for tensor in model.tensors.values():
+                assert formats.read(model, tensor).shape == tensor.shape
+        except errors.InputError:
+            refused += 1
+    assert 30 < refused < 300

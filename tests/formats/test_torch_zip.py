@@ -203,7 +203,8 @@ def test_agrees_with_torch(tmp_path):
     w = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     tree = {
-        "transposed": w.T, "rows": w[1:3], "column": w[:, 2], "double": w.double(), "half": w.half(), "bf": w.bfloat16(),
+        "transposed": w.T, "rows": w[1:3], "column": w[:, 2], "double": w.double(), "half": w.half(),
+        "bf": w.bfloat16(),
         "f8": w.to(torch.float8_e4m3fn), "parameter": torch.nn.Parameter(w + 1), "empty": torch.zeros(0, 3),
         "scalar": torch.tensor(3.0), "ints": torch.arange(5), "flags": torch.tensor([True, False]),
         "nested": {"model": network.state_dict(), "list": [w * 2, {"deep": w * 3}], "lr": 0.1, "betas": (0.9, 0.99)},

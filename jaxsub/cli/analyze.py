@@ -1,0 +1,23 @@
+"""`jaxsub analyze`: spectra, nulls, held-out errors, lineages and one verdict a layer."""
+
+import os
+import sys
+
+from jaxsub.pipelines import analyze
+
+
+def config_class():
+    """The program's Config."""
+    return analyze.Config
+
+
+def main(parsed):
+    """Runs the analysis; the table goes to stdout, progress to stderr."""
+    config = parsed.freeze()
+    result = analyze.run(config, parsed.workdir, stream=sys.stderr)
+    if config.dry_run:
+        sys.stdout.write(result + "\n")
+        return
+    sys.stdout.write(result.table() + "\n")
+    if parsed.workdir:
+        sys.stdout.write(f"report: {os.path.join(parsed.workdir, 'report.html')}\n")
