@@ -1,29 +1,35 @@
 """A folder of models as one collection: which models, which layers, who is set aside. Headers only, no jax.
 
-    paths --find--> candidates --open_model--> Models --group by (name, shape)--> LayerGroups
+    paths --finding--> candidates --formats--> Models --lineup--> LayerGroups
 
-The order of `refs` is the row order everywhere. Layers are never matched by anything but name and shape, unless
-`match="order"` asks for run-numbered names to be matched by their place.
+The order of `refs` is the row order everywhere. Ids and names are data that anyone may have written: they are kept
+as they are and escaped where they are shown.
 """
 
 import collections
 import dataclasses
-import glob
 import hashlib
-import math
 import os
 import re
 from collections.abc import Mapping
 
-from jaxsub import descriptors, errors, formats
+from jaxsub import descriptors, errors, finding, formats, lineup
 
-SMALLEST_GROUP = 3
-_PATH_LIST = ".txt"
+MOST_LISTED = 20  # models in one error message
+_MATCHES = ("exact", "order")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """Models that have a layer of one name and shape; `entries` are Tensors or LoraPairs, one a member."""
+    """Models that have a layer of one name and shape.
+
+    Attributes:
+        name: the layer.
+        shape: of the weight; of Delta-W for low-rank updates.
+        parametrisation: "dense" or "lora".
+        members: positions in `Collection.models`, ascending.
+        entries: a Tensor or LoraPair a member.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -31,10 +37,39 @@ class LayerGroup:
     members: tuple[int, ...]
     entries: tuple
 
+    @property
+    def dtypes(self):
+        """Storage dtypes that occur, sorted."""
+        tensors = (t for e in self.entries for t in stored_tensors(e))
+        return tuple(sorted({t.dtype: True for t in tensors}))
+
+    @property
+    def ranks(self):
+        """LoRA rank of every member; empty for dense layers."""
+        return tuple(e.rank for e in self.entries) if self.parametrisation == lineup.LORA else ()
+
+    @property
+    def num_bytes(self):
+        """Stored bytes of all members."""
+        return sum(t.num_bytes for e in self.entries for t in stored_tensors(e))
+
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """See `open_collection`; `members` of the groups index into `refs` and `models`."""
+    """Models in row order and the layers they share; made by `open_collection`.
+
+    Attributes:
+        refs: a ModelRef a model.
+        models: a Model a model, same order.
+        groups: LayerGroups of at least three models, by name (numbers as numbers), then shape.
+        skipped_layers: {"name", "shape", "num_models", "reason"} of layers no group was made of.
+        quarantined: {"id", "file", "layer" or None, "reason", "rule"} of models set aside.
+        ignored: paths in the collection's folders that are no models.
+        warnings: what a careful user should know, one sentence each.
+        fingerprint: sha256 over ids, file sizes and times, names, shapes, dtypes and scales.
+        num_candidates: models found, readable or not.
+        refusal: the InputError that `open_collection` raises for this collection, or None.
+    """
 
     refs: tuple[descriptors.ModelRef, ...]
     models: tuple[descriptors.Model, ...]
@@ -44,304 +79,247 @@ class Collection:
     ignored: tuple[str, ...]
     warnings: tuple[str, ...]
     fingerprint: str
+    num_candidates: int = 0
+    refusal: errors.InputError | None = None
+    layers: tuple[Mapping, ...] = dataclasses.field(default=(), repr=False)  # of every model, as selected and matched
+
+    def without(self, ids, reasons=None):
+        """The collection without some models; layers left to fewer than three are skipped.
+
+        Args:
+            ids: ids to leave out.
+            reasons: id -> why, for those that are faulty and so count as set aside; others are just left out.
+
+        Raises:
+            ConfigError: an id that is not in the collection.
+        """
+        known = {r.id: m.path for r, m in zip(self.refs, self.models, strict=True)}
+        for identifier in ids:
+            if identifier not in known:
+                raise errors.ConfigError(f"no model {identifier!r} in the collection{errors.nearest(identifier, known)}")
+        aside = [_record(i, known[i], None, r, "") for i, r in (reasons or {}).items() if i in known]
+        keep = [position for position, ref in enumerate(self.refs) if ref.id not in ids]
+        refs, models, layers = (tuple(x[p] for p in keep) for x in (self.refs, self.models, self.layers))
+        groups, skipped = _grouped(models, layers)
+        return dataclasses.replace(
+            self,
+            refs=refs,
+            models=models,
+            layers=layers,
+            groups=groups,
+            skipped_layers=skipped,
+            quarantined=(*self.quarantined, *aside),
+            fingerprint=_fingerprint(refs, models),
+        )
 
 
 def open_collection(
-    paths, *, layers=None, exclude_layers=None, match="exact", allow_roots=(), max_quarantined=None, strict=False
+    paths,
+    *,
+    layers=None,
+    exclude_layers=None,
+    match="exact",
+    allow_roots=(),
+    max_quarantined=None,
+    strict=False,
+    check=True,
 ):
     """A collection of models, from headers only.
 
     Args:
-        paths: a folder (one model a file or a sub-folder, searched recursively), a glob, a .txt file of paths, or a
-            list of these.
-        layers, exclude_layers: regular expressions (or lists of them) searched for in layer names.
-        match: "exact" names, or "order" for names that differ in run numbers only.
-        allow_roots: folders that links may lead into.
-        max_quarantined: models that may be set aside; None for max(1, 5 %).
+        paths: a folder (one model a file or a sub-folder, searched recursively), a glob, a .txt file of paths (one
+            a line, relative to the file), or a list of these.
+        layers, exclude_layers: regular expressions, one or several, searched for in layer names.
+        match: "exact" names, or "order" for names that differ in run numbers only (Keras).
+        allow_roots: folders outside the collection that links in it may lead into.
+        max_quarantined: models that may be set aside; None for the larger of 1 and 5 %.
         strict: no model may be set aside.
+        check: raise what is in `refusal`; without, a collection that cannot be analysed can be looked at.
+
+    Returns:
+        Collection.
 
     Raises:
-        ConfigError: no such path, a bad regular expression, an unknown `match`.
-        InputError: too many models set aside, or fewer than three left.
+        ConfigError: a bad regular expression or `match`, or `layers` that select nothing.
+        InputError: nothing there, too many models set aside, fewer than three left, or no layer in common.
     """
-    if match not in ("exact", "order"):
-        raise errors.ConfigError(f"match is {match!r}; it is exact or order{errors.nearest(match, ('exact', 'order'))}")
-    keep = _layer_filter(layers, exclude_layers)
-    candidates, ignored, aside = _candidates([paths] if isinstance(paths, (str, os.PathLike)) else list(paths))
-    opened = []
-    for identifier, path, root in candidates:
-        try:
-            model = formats.open_model(path, root=root, allow_roots=tuple(allow_roots))
-        except errors.InputError as error:
-            aside.append(_set_aside(identifier, error.file, error.key, str(error), error.rule))
-            continue
-        opened.append((identifier, model))
-    limit = 0 if strict else max_quarantined
-    total = len(candidates) + len(aside) - sum(1 for a in aside if any(a["id"] == c[0] for c in candidates))
-    limit = max(1, total // 20) if limit is None else limit
-    if match == "order":
-        opened = _named_by_place(opened)
-    opened, odd = _without_odd(opened, max(1, total // 20), keep)
-    aside += odd
-    _require_enough(opened, aside, total, limit)
-    groups, skipped = _group([m for _, m in opened], keep)
-    warnings = []
-    hint = "" if match == "order" else order_hint([m for _, m in opened])
-    if hint:
-        warnings.append(hint)
-    if not groups:
-        raise errors.InputError(
-            candidates[0][2], "no layer is shared by three models", hint=hint or "are these models of one architecture?"
-        )
-    refs = tuple(descriptors.ModelRef(id=i, path=m.path, format=m.format, labels=m.metadata) for i, m in opened)
+    if match not in _MATCHES:
+        raise errors.ConfigError(f"match is {match!r}, known are exact and order{errors.nearest(match, _MATCHES)}")
+    chosen = _layer_filter(layers, exclude_layers)
+    found = finding.find(paths, tuple(allow_roots))
+    num_candidates = len(found.candidates) + len(found.refused)
+    if not num_candidates:
+        raise errors.InputError(_shown(paths), "holds no model", hint=_known_endings(), rule="N3")
+    opened, aside = _open_all(found, tuple(allow_roots))
+    every = [lineup.layers_of(model) for _, model in opened]
+    hint = "" if match == "order" or not lineup.would_match_by_place(every) else _ORDER_HINT
+    every = lineup.by_place(every) if match == "order" else every
+    chosen_layers = [{key: entry for key, entry in own.items() if chosen(key[0])} for own in every]
+    if every and not any(chosen_layers):
+        raise errors.ConfigError(_nothing_chosen(layers, exclude_layers, every))
+    usual = max(1, num_candidates // 20)
+    odd = lineup.odd_models(chosen_layers, usual)
+    for position, (layer, what) in odd.items():
+        candidate, model = opened[position]
+        error = errors.InputError(model.path, what, key=layer, hint=_ODD_HINT)
+        aside.append(_record(candidate.id, model.path, layer, str(error), "N2"))
+    keep = [position for position in range(len(opened)) if position not in odd]
+    pairs = [opened[p] for p in keep]
+    refs = tuple(descriptors.ModelRef(id=c.id, path=m.path, format=m.format, labels=m.metadata) for c, m in pairs)
+    models = tuple(m for _, m in pairs)
+    kept_layers = tuple(chosen_layers[p] for p in keep)
+    groups, skipped = _grouped(models, kept_layers)
+    aside.sort(key=lambda record: os.fsencode(record["id"]))
+    limit = 0 if strict else usual if max_quarantined is None else max_quarantined
+    refusal = _refusal(paths, num_candidates, aside, limit, refs) or _no_layers(paths, groups, hint)
+    if refusal and check:
+        raise refusal
     return Collection(
         refs=refs,
-        models=tuple(m for _, m in opened),
+        models=models,
         groups=groups,
         skipped_layers=skipped,
         quarantined=tuple(aside),
-        ignored=tuple(ignored),
-        warnings=tuple(warnings),
-        fingerprint=_fingerprint(opened),
+        ignored=tuple(found.ignored),
+        warnings=(*((hint,) if hint else ()), *_repeated_warnings(refs, models)),
+        fingerprint=_fingerprint(refs, models),
+        num_candidates=num_candidates,
+        refusal=refusal,
+        layers=kept_layers,
     )
 
 
-def natural(name):
-    """Sort key of a name: numbers compare as numbers."""
-    return [(1, int(part), part) if part.isdigit() else (0, 0, part) for part in re.split(r"(\d{1,18})", name)]
+_ORDER_HINT = "layer names differ from model to model in run numbers only: --match=order matches them by their place"
+_ODD_HINT = "repair or remove the model, or leave the layer out with --exclude_layers"
 
 
-def _layer_filter(layers, exclude):
-    def compiled(patterns):
-        patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+def stored_tensors(entry):
+    """The stored arrays of a layer: a Tensor itself, or the two factors of a LoraPair."""
+    return (entry.a, entry.b) if isinstance(entry, descriptors.LoraPair) else (entry,)
+
+
+def _open_all(found, allow_roots):
+    """[(Candidate, Model)] and the records of what was refused."""
+    opened, aside = [], [_record(c.id, e.file, e.key, str(e), e.rule) for c, e in found.refused]
+    for candidate in found.candidates:
         try:
-            return [re.compile(p) for p in patterns]
-        except re.error as error:
-            raise errors.ConfigError(f"bad regular expression in {patterns}: {error}") from error
-
-    wanted, unwanted = compiled(layers), compiled(exclude)
-    return lambda name: (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
-
-
-# Finding models ---------------------------------------------------------------------------------------------------
-
-
-def _candidates(paths):
-    """[(id, path, root)], ignored paths, records of sub-folders without a model."""
-    found, ignored, aside = [], [], []
-    roots = [r for p in paths for r in _expand(os.fspath(p))]
-    for root in roots:
-        if os.path.isdir(root) and not formats.is_model(root):
-            here, skipped, empty = _walk(root)
-            found += [(_identifier(p, root), p, root) for p in here]
-            ignored += skipped
-            aside += [
-                _set_aside(_identifier(p, root), p, None, f"{errors.quote(p)}: holds no model", "H12") for p in empty
-            ]
+            model = formats.open_model(candidate.path, root=candidate.root, allow_roots=allow_roots)
+        except errors.InputError as error:
+            aside.append(_record(candidate.id, error.file, error.key, str(error), error.rule))
         else:
-            found.append((_identifier(root, os.path.dirname(root)), root, os.path.dirname(os.path.abspath(root))))
-    if len(roots) > 1:
-        found = _distinct_ids(found)
-    found.sort(key=lambda c: os.fsencode(c[0]))
-    return found, ignored, aside
+            opened.append((candidate, model))
+    return opened, aside
 
 
-def _expand(path):
-    if path.endswith(_PATH_LIST) and os.path.isfile(path):
-        base = os.path.dirname(os.path.abspath(path))
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = [line.strip() for line in file]
-        return [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
-    if os.path.lexists(path):
-        return [path.rstrip("/") or "/"]
-    matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
-    if not matches:
-        raise errors.ConfigError(f"{errors.quote(path)}: no such file or folder, and no glob that matches one")
-    return matches
-
-
-def _walk(folder, depth=0):
-    models, ignored, empty = [], [], []
-    try:
-        entries = sorted(os.scandir(folder), key=lambda e: os.fsencode(e.name))
-    except OSError as error:
-        raise errors.InputError(folder, f"cannot be listed: {error.strerror}", rule="H12") from error
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__pycache__":
-            continue
-        if formats.is_model(entry.path):
-            models.append(entry.path)
-        elif entry.is_dir(follow_symlinks=False) and depth < 8:
-            inner, skipped, _ = _walk(entry.path, depth + 1)
-            ignored += skipped
-            if inner:
-                models += inner
-            elif depth == 0:
-                empty.append(entry.path)
-        else:
-            ignored.append(entry.path)
-    return models, ignored, empty if models else []
-
-
-def _identifier(path, root):
-    relative = os.path.relpath(path, root)
-    stem, ending = os.path.splitext(relative)
-    return stem if ending.lower() in formats.EXTENSIONS and not os.path.isdir(path) else relative
-
-
-def _distinct_ids(found):
-    counts = collections.Counter(i for i, _, _ in found)
-    if max(counts.values(), default=0) < 2:
-        return found
-    shared = os.path.commonpath([os.path.abspath(p) for _, p, _ in found])
-    return [(_identifier(os.path.abspath(p), shared), p, r) for _, p, r in found]
-
-
-# Who is set aside -------------------------------------------------------------------------------------------------
-
-
-def _set_aside(identifier, file, layer, reason, rule):
+def _record(identifier, file, layer, reason, rule):
     return {"id": identifier, "file": str(file), "layer": layer, "reason": reason, "rule": rule}
 
 
-def _kind(entry):
-    if isinstance(entry, descriptors.LoraPair):
-        return "lora"
-    return "float" if entry.is_float else "other"
+# Choosing layers --------------------------------------------------------------------------------------------------
 
 
-def _layers_of(model):
-    return {**model.tensors, **model.adapters}
+def _layer_filter(layers, exclude):
+    wanted, unwanted = _patterns(layers, "layers"), _patterns(exclude, "exclude_layers")
+    return lambda name: (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
 
 
-def _without_odd(opened, allowed, keep):
-    """Sets aside models that lack, or hold otherwise, a layer that all but a few hold in one shape.
-
-    A deviation of one or two models is a fault (a truncated export, a transposed matrix); one that more share is how
-    the collection is made, and then the layer is grouped by shape. If more than `allowed` models deviate, nobody is
-    set aside for it.
-    """
-    count = len(opened)
-    holders = collections.defaultdict(collections.Counter)  # name -> (shape, kind) -> models
-    for _, model in opened:
-        for name, entry in _layers_of(model).items():
-            holders[name][entry.shape, _kind(entry)] += 1
-    odd = {}
-    for name, forms in holders.items():
-        (shape, kind), most = forms.most_common(1)[0]
-        if kind == "other" or not keep(name) or most == count or most < SMALLEST_GROUP or count - most > min(allowed, 2):
-            continue
-        for position, (identifier, model) in enumerate(opened):
-            entry = _layers_of(model).get(name)
-            if entry is not None and (entry.shape, _kind(entry)) == (shape, kind):
-                continue
-            if entry is None:
-                found = "is missing"
-            elif _kind(entry) != kind:
-                found = f"is {getattr(entry, 'dtype', 'a low-rank update')}, a weight"
-            else:
-                found = f"has shape {list(entry.shape)}, shape {list(shape)}"
-            reason = f"{found} in the {most} other models" if entry is not None else f"{found}, {most} other models have it"
-            message = errors.InputError(
-                model.path, reason, key=name, hint="remove the model, or leave the layer out with --exclude_layers"
-            )
-            odd.setdefault(position, _set_aside(identifier, model.path, name, str(message), "H6"))
-    if len(odd) > allowed:
-        return opened, []
-    return [o for p, o in enumerate(opened) if p not in odd], list(odd.values())
+def _patterns(texts, option):
+    texts = (texts,) if isinstance(texts, str) else tuple(texts or ())
+    try:
+        return [re.compile(text) for text in texts]
+    except re.error as error:
+        raise errors.ConfigError(f"--{option}: {error.pattern!r} is no regular expression: {error}") from error
 
 
-def _require_enough(opened, aside, total, limit):
-    shown = "\n".join(f"  {a['reason']}" for a in aside[:20]) + (f"\n  and {len(aside) - 20} more" if len(aside) > 20 else "")
+def _nothing_chosen(layers, exclude, every):
+    names = sorted({name: True for own in every for name, _ in own}, key=lineup.natural)
+    some = ", ".join(errors.quote(n, 60) for n in names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"--layers={layers} --exclude_layers={exclude} leave none of the {len(names)} layers: {some}"
+
+
+def _grouped(models, layers):
+    groups, skipped = lineup.stacks(layers)
+    counts = collections.Counter(item for m in models for item in m.skipped.items())
+    for (name, reason), count in sorted(counts.items(), key=lambda item: lineup.natural(item[0][0])):
+        skipped.append({"name": name, "shape": None, "num_models": count, "reason": reason})
+    return tuple(LayerGroup(*group) for group in groups), tuple(skipped)
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+
+def _refusal(paths, num_candidates, aside, limit, refs):
+    listed = [f"\n  {errors.quote(a['id'])}: {a['reason']}" for a in aside[:MOST_LISTED]]
+    if len(aside) > MOST_LISTED:
+        listed.append(f"\n  and {len(aside) - MOST_LISTED} more")
     if len(aside) > limit:
-        raise errors.InputError(
-            aside[0]["file"],
-            f"{len(aside)} of {total} models had to be set aside, {limit} may be",
-            hint=f"repair or remove them, or allow it with --max_quarantined={len(aside)}\n{shown}",
-            rule="N2",
-        )
-    if len(opened) < SMALLEST_GROUP:
-        file = aside[0]["file"] if aside else (opened[0][1].path if opened else "collection")
-        raise errors.InputError(
-            file,
-            f"{len(opened)} readable models, at least {SMALLEST_GROUP} are needed",
-            hint="a collection is a folder with one model a file or one a sub-folder" + (f"\n{shown}" if shown else ""),
-            rule="N3",
-        )
+        few = f"at most {limit} may be" if limit else "none may be"
+        reason = f"{len(aside)} of {num_candidates} models had to be set aside, {few}"
+        hint = f"repair or remove them, or allow it with --max_quarantined={len(aside)}:{''.join(listed)}"
+        return errors.InputError(_shown(paths), reason, hint=hint, rule="N2")
+    if len(refs) < lineup.SMALLEST_GROUP:
+        models = "model" if len(refs) == 1 else "models"
+        reason = f"{len(refs)} readable {models}, at least {lineup.SMALLEST_GROUP} are needed"
+        hint = "a collection is a folder with one model a file, or one a sub-folder" + "".join(listed)
+        return errors.InputError(_shown(paths), reason, hint=hint, rule="N3")
+    return None
 
 
-# Layers -----------------------------------------------------------------------------------------------------------
+def _no_layers(paths, groups, hint):
+    if groups:
+        return None
+    hint = hint or "are these models of one architecture? `jaxsub inspect` shows what they hold"
+    return errors.InputError(_shown(paths), f"no layer is shared by {lineup.SMALLEST_GROUP} models", hint=hint, rule="N2")
 
 
-def _group(models, keep):
-    found = {}
-    for member, model in enumerate(models):
-        for name, entry in _layers_of(model).items():
-            if keep(name):
-                found.setdefault((name, tuple(entry.shape), _kind(entry)), []).append((member, entry))
-    groups, skipped = [], []
-    for (name, shape, kind), pairs in sorted(found.items(), key=lambda item: (natural(item[0][0]), item[0][1:])):
-        reason = None
-        if kind == "other":
-            reason = f"not a weight: {pairs[0][1].dtype}"
-        elif len(pairs) < SMALLEST_GROUP:
-            reason = f"fewer than {SMALLEST_GROUP} models have it in this shape"
-        elif math.prod(shape) == 0:
-            reason = "it has no entries"
-        if reason:
-            skipped.append({"name": name, "shape": list(shape), "num_models": len(pairs), "reason": reason})
-            continue
-        members, entries = zip(*pairs, strict=True)
-        groups.append(LayerGroup(name, shape, "lora" if kind == "lora" else "dense", members, entries))
-    return tuple(groups), tuple(skipped)
+def _shown(paths):
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else [os.fspath(p) for p in paths]
+    return os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") if paths else "collection"
 
 
-def _stem(name):
-    """A layer name without its numbers: dense_31/kernel -> dense/kernel."""
-    return re.sub(r"(?:[_-]?\d+)+", "", name)
+def _known_endings():
+    return f"known endings: {', '.join(sorted(formats.EXTENSIONS))}"
 
 
-def _places(model):
-    """(stem, shape, how many of that stem and shape came before) -> name; names in natural order."""
-    seen, places = collections.Counter(), {}
-    for name in sorted(model.tensors, key=natural):
-        key = (_stem(name), model.tensors[name].shape)
-        places[(*key, seen[key])] = name
-        seen[key] += 1
-    return places
+# What is said about it --------------------------------------------------------------------------------------------
 
 
-def _named_by_place(opened):
-    """Models whose tensors bear the names that the first model gives to the same places."""
-    if not opened:
-        return opened
-    reference = _places(opened[0][1])
-    named = []
-    for identifier, model in opened:
-        tensors = {reference.get(place, name): model.tensors[name] for place, name in _places(model).items()}
-        whole = len(tensors) == len(model.tensors)
-        named.append((identifier, dataclasses.replace(model, tensors=tensors) if whole else model))
-    return named
+def _repeated_warnings(refs, models):
+    """One sentence for each distinct warning, with the models it is about."""
+    about = collections.defaultdict(list)
+    for ref, model in zip(refs, models, strict=True):
+        for warning in model.warnings:
+            about[warning].append(ref.id)
+    return [
+        f"{errors.quote(ids[0], 80)}{f' and {len(ids) - 1} more' if len(ids) > 1 else ''}: {warning}"
+        for warning, ids in about.items()
+    ]
 
 
-def order_hint(models):
-    """A sentence where names differ in run numbers only, so that `--match=order` would match the layers; or ''."""
-    names = collections.Counter(n for m in models for n in m.tensors)
-    if not names or sum(c == len(models) for c in names.values()) >= len(models[0].tensors) / 2:
-        return ""
-    if len({frozenset(_places(m)) for m in models}) > 1:
-        return ""
-    return "layer names differ between models in their numbers only; --match=order matches them by their place"
+def _fingerprint(refs, models):
+    whole = hashlib.sha256()
+    for ref, model in sorted(zip(refs, models, strict=True), key=lambda pair: os.fsencode(pair[0].id)):
+        whole.update(ascii((ref.id, model.format, *_model_identity(model))).encode())
+    return whole.hexdigest()
 
 
-def _fingerprint(opened):
-    digest = hashlib.sha256()
-    for identifier, model in opened:
-        digest.update(repr((identifier, model.format)).encode("utf-8", "surrogateescape"))
-        for name, entry in sorted(_layers_of(model).items()):
-            tensors = (entry.a, entry.b) if isinstance(entry, descriptors.LoraPair) else (entry,)
-            scale = getattr(entry, "scale", None)
-            for t in tensors:
-                file = (t.extent.file.size, t.extent.file.mtime_ns, t.extent.offset) if t.extent else None
-                digest.update(repr((name, t.shape, t.dtype, scale, file)).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+def _model_identity(model):
+    files, parts = {}, []
+    for (name, kind), entry in sorted(lineup.layers_of(model).items()):
+        tensors = stored_tensors(entry)
+        parts.append((name, kind, getattr(entry, "scale", None), [(t.shape, t.dtype) for t in tensors]))
+        for extent in (t.extent for t in tensors):
+            if extent is not None:
+                files[extent.file.path] = (extent.file.size, extent.file.mtime_ns)
+    if not files:
+        files = _file_times(model.path)
+    sizes = [(os.path.relpath(path, model.path), *files[path]) for path in sorted(files, key=os.fsencode)]
+    return sizes, parts
+
+
+def _file_times(path):
+    """path -> (bytes, mtime_ns) of a model that is read whole: the file, or all files of its folder."""
+    paths = [path]
+    if os.path.isdir(path):
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    return {p: (s.st_size, s.st_mtime_ns) for p in paths for s in [os.lstat(p)]}

@@ -52,6 +52,11 @@ def gram_floor(largest, num_models, dtype):
     return largest * relative
 
 
+def factor_floor(largest, num_models):
+    """Singular values from a float64 QR factor are right to about N eps of the largest."""
+    return largest * max(num_models, 4) * EPS64
+
+
 def storage_floor(norms, num_features, storage):
     """Largest singular value that rounding to `storage` alone would cause.
 

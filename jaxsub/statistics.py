@@ -56,6 +56,7 @@ class Statistics:
     b_overlap: np.ndarray | None = None
     b_norms: np.ndarray | None = None
     a_cosines: np.ndarray | None = None
+    factor: np.ndarray | None = None  # (N, N) R of the QR factorisation of y.T, for float64 weights: R.T R = gram
     a_width: int | None = None
     digest: str = ""
 
@@ -96,7 +97,7 @@ class Statistics:
     def add(self, sums, exponent=0):
         """Adds a block's DenseSums, computed on weights times 2**-exponent. Powers of two: exact."""
         step = exponent - self.exponent
-        if step > 0 and not self.gram.any() and not self.mean_square:
+        if not self.gram.any() and not self.mean_square:
             self.exponent, step = exponent, 0
         if step > 0:
             self._rescale(exponent)
@@ -110,7 +111,25 @@ class Statistics:
             raise ValueError("statistics of different models cannot be merged over features")
         self.add(other, other.exponent)
 
+    def add_factor(self, y, exponent):
+        """Adds rows y (N, columns) of float64 weights times 2**-exponent to the QR factor; call after `add`.
+
+        A Gram matrix squares the condition number, which float64 weights cannot spare: their singular values come from
+        this factor (TSQR, Demmel et al. 2012), with noise at N eps instead of sqrt(N eps).
+        """
+        y = np.ldexp(y, exponent - self.exponent).T
+        self.factor = np.linalg.qr(y if self.factor is None else np.concatenate([self.factor, y]), mode="r")
+
+    def centred_energies(self):
+        """(N,) squared singular values of the centred rows, non-increasing."""
+        if self.factor is None:
+            return spectrum.energies(self.centred())
+        values = np.linalg.svd(self.factor - self.factor.mean(axis=1, keepdims=True), compute_uv=False)
+        return np.pad(np.square(values), (0, max(0, self.num_models - len(values))))
+
     def _rescale(self, exponent):
+        if self.factor is not None:
+            self.factor = np.ldexp(self.factor, self.exponent - exponent)
         for name, power in _SUMS:
             setattr(self, name, np.ldexp(getattr(self, name), power * (self.exponent - exponent)))
         self.exponent = exponent
@@ -130,7 +149,9 @@ class Statistics:
     def floor(self, largest):
         """Singular values under this are noise of the arithmetic or of the stored dtype."""
         return max(
-            precision.gram_floor(largest, self.num_models, self.dtype),
+            precision.gram_floor(largest, self.num_models, self.dtype)
+            if self.factor is None
+            else precision.factor_floor(largest, self.num_models),
             precision.storage_floor(self.norms(), self.num_features, self.storage),
         )
 
@@ -156,9 +177,7 @@ class Statistics:
             if record.pop("schema") != SCHEMA:
                 raise ValueError("unknown schema")
             arrays = {n: formats.read(model, t) for n, t in model.tensors.items()}
-            modes = tuple(
-                ModeEnergies(**{**m, "values": arrays[f"mode_{m['axis']}"]}) for m in record.pop("modes")
-            )
+            modes = tuple(ModeEnergies(**{**m, "values": arrays[f"mode_{m['axis']}"]}) for m in record.pop("modes"))
             record["shape"], record["model_ids"] = tuple(record["shape"]), tuple(record["model_ids"])
             fields = {n: arrays.get(n) for n in _ARRAYS}
             for n in ("mean_square", "variance_squares"):
@@ -177,5 +196,5 @@ _SUMS = (
     ("row_fourths", 4),
     ("variance_squares", 4),
 )
-_ARRAYS = (*(n for n, _ in _SUMS), "model_singular_values", "ranks", "b_overlap", "b_norms", "a_cosines")
+_ARRAYS = (*(n for n, _ in _SUMS), "model_singular_values", "ranks", "b_overlap", "b_norms", "a_cosines", "factor")
 _FIELDS = ("name", "shape", "parametrisation", "model_ids", "storage", "dtype", "exponent", "a_width", "digest")

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 
-from absl import app, flags as absl_flags
+from absl import app, flags as absl_flags, logging
 
 from jaxsub import errors
 
@@ -33,6 +33,7 @@ def program(name, argv):
         return parsed
 
     def main(parsed):
+        logging.set_verbosity(logging.WARNING)  # jax reports every backend it does not find
         module.main(parsed)
 
     signal.signal(signal.SIGTERM, _terminate)

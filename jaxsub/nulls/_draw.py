@@ -23,7 +23,7 @@ def bartlett(rng, num_vectors, dimension):
     Source: Bartlett 1933; Muirhead 1982, Theorem 3.2.14.
     """
     if dimension < num_vectors:
-        dimension = int(round(dimension))
+        dimension = round(dimension)
     width = min(num_vectors, int(dimension))
     factor = np.tril(rng.standard_normal((num_vectors, width)), -1)
     steps = np.arange(width)

@@ -38,8 +38,7 @@ class Config:
     draws: int = 20  # null draws a layer
     splits: int = 20  # random halves for the stability of the subspace
     precision: str = "auto"  # auto, float32, float64
-    max_host_bytes: int = 0  # memory for blocks; 0: the default of 256 MiB a block
-    max_device_bytes: int = 0
+    max_host_bytes: int = 0  # bound on the plan's peak; 0: blocks of 256 MiB
     lineage_threshold: float = 0.15
     devices: int = 0  # 0: all
     seed: int = 0
@@ -86,11 +85,10 @@ def analyze(opened, config, workdir=None, *, stream=None):
         return session.plan_text()
     if workdir is None:
         return session.run()
-    digest_of = dataclasses.replace(config, restart=False, dry_run=False, max_host_bytes=0, max_device_bytes=0)
+    digest_of = dataclasses.replace(config, restart=False, dry_run=False, max_host_bytes=0)
     identity = {
         "program": "analyze",
-        "config_digest": configs.digest(digest_of),
-        "collection": [errors.quote(p) for p in config.collection],
+        **{f"config.{name}": value for name, value in configs.to_dict(digest_of).items()},
         "collection_fingerprint": opened.fingerprint,
     }
     with workdirs.hold(workdir, identity, restart=config.restart):
@@ -112,10 +110,11 @@ class _Session:
         view = "difference" if config.base and config.view == "weights" else config.view
         self.view = plugins.load("views", view)
         self.base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
-        block = min(b for b in (config.max_host_bytes // 3, 256 * 2**20) if b > 0)
-        self.options = layers.Options(precision=config.precision, block_bytes=block, seed=config.seed)
         self.dropped = []  # models found not finite while reading
         self.copies = []
+        self.options = layers.Options(precision=config.precision, seed=config.seed)
+        while config.max_host_bytes and self.peak() > config.max_host_bytes and self.options.block_bytes > 2**12:
+            self.options = dataclasses.replace(self.options, block_bytes=self.options.block_bytes // 2)
 
     # Models ---------------------------------------------------------------------------------------------------
 
@@ -259,15 +258,17 @@ class _Session:
             for g in self.groups()
         ]
 
+    def peak(self):
+        return max((p.host_bytes for p in self.plans()), default=0)
+
     def check_memory(self):
-        peak = max((p.host_bytes for p in self.plans()), default=0)
-        free = _available_bytes()
+        peak, free = self.peak(), _available_bytes()
         bound = self.config.max_host_bytes or free
         if bound and peak > bound:
             worst = max(self.plans(), key=lambda p: p.host_bytes)
             raise errors.ResourceError(
                 f"layer {errors.quote(worst.name)} needs {_size(peak)} on the host, {_size(bound)} are allowed or free; "
-                "lower --config.max_host_bytes for smaller blocks, or leave the layer out with --exclude_layers"
+                "allow more with --config.max_host_bytes, or leave the layer out with --exclude_layers"
             )
 
     def plan_text(self):

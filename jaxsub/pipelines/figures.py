@@ -57,7 +57,8 @@ class _Layer:
         self.ks = [k for k in HELD_OUT if k <= self.num_models - 2]
         self.lineages = [g for g in lineages if len(g) > 1]
         self.one_lineage = len(self.lineages) == 1 and len(self.lineages[0]) == self.num_models
-        self.values = spectrum.energies(self.gram)[: max(self.num_models - 1, 0)]
+        values = np.zeros(self.num_models) if self.constant else stats.centred_energies()
+        self.values = values[: max(self.num_models - 1, 0)]
         self.total = float(np.trace(self.gram))
         self.mean = self.num_models * float(self.uncentred.mean()) / total if total > 0 else None
 

@@ -103,6 +103,9 @@ def _dense(group, models, mesh, options, base, meter):
             strengths = np.sqrt(np.maximum(np.linalg.eigvalsh(np.asarray(small))[:, ::-1], 0.0))
             stats.model_singular_values = strengths
         stats.add(jax.device_get(dense), block.exponent)
+        if plan.storage == "float64":
+            rows = np.asarray(block.x)[:, : math.prod(block.shape)]
+            stats.add_factor(rows - rows.mean(axis=0), block.exponent)
         meter.compute_seconds += time.perf_counter() - started
     meter.bytes_read += plan.bytes_read
     total = float(np.trace(stats.centred()))

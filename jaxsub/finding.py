@@ -1,0 +1,169 @@
+"""Where the models of a collection lie: folders, globs and lists of paths become (id, path, root). Opens no model.
+
+Hidden names, `__pycache__` and `.tmp-*` are passed over; files that are no models are listed as ignored; a
+sub-folder without a model beside sub-folders with models is a model that is missing, and is set aside.
+"""
+
+import collections
+import dataclasses
+import glob
+import os
+
+from jaxsub import errors, formats
+
+MAX_DEPTH = 32  # folders under folders; deeper is a loop or an accident
+MAX_LIST_BYTES = 64 * 2**20  # of a text file of paths
+_LIST = ".txt"
+_CACHE_ONLY = ("blobs", "refs")  # of a hub cache: its models are under snapshots/
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """A path that should be one model; links in it may lead anywhere inside `root`."""
+
+    id: str
+    path: str
+    root: str
+
+
+@dataclasses.dataclass
+class Found:
+    """What a search came upon."""
+
+    candidates: list = dataclasses.field(default_factory=list)
+    ignored: list = dataclasses.field(default_factory=list)
+    refused: list = dataclasses.field(default_factory=list)  # (Candidate, InputError): no model where one should be
+
+
+def find(paths, allow_roots=()):
+    """The Found of a path or a list of paths, sorted by the bytes of the ids; every path stands once.
+
+    Raises:
+        InputError: a path leads nowhere, or a list of paths cannot be read.
+    """
+    found = Found()
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    for path in paths:
+        for item, base in _expand(os.fspath(path)):
+            if os.path.isdir(item) and not formats.is_model(item):
+                _Walk(base, allow_roots, found).folder(item)
+            else:
+                root = item if os.path.isdir(item) and item == path else base
+                found.candidates.append(Candidate(_identifier(item, base), item, root))
+    unique = {os.path.abspath(c.path): c for c in reversed(found.candidates)}
+    found.candidates = sorted(_distinct_ids(list(unique.values())), key=lambda c: os.fsencode(c.id))
+    found.refused.sort(key=lambda pair: os.fsencode(pair[0].id))
+    return found
+
+
+def _expand(path):
+    """[(path, base)], ids being relative to the base: one a folder or file, one a line of a list or match of a glob."""
+    if path.endswith(_LIST) and os.path.isfile(path):
+        base = os.path.dirname(os.path.abspath(path))
+        return [pair for line in _lines(path) for pair in _plain(os.path.normpath(os.path.join(base, line)), base)]
+    return _plain(path)
+
+
+def _plain(path, base=None):
+    path = path.rstrip("/") or "/"
+    if os.path.lexists(path):
+        is_collection = os.path.isdir(path) and not formats.is_model(path)
+        return [(path, base or (path if is_collection else os.path.dirname(os.path.abspath(path))))]
+    if not glob.has_magic(path):
+        raise errors.InputError(path, "no such file or folder", hint="check --collection", rule="H12")
+    matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
+    if not matches:
+        raise errors.InputError(path, "no file or folder matches", hint="check --collection", rule="H12")
+    fixed = os.path.dirname(path[: min(path.find(c) for c in "*?[" if c in path)]) or "."
+    return [(match, base or fixed) for match in matches]
+
+
+def _lines(path):
+    if os.path.getsize(path) > MAX_LIST_BYTES:
+        raise errors.InputError(path, "is too large for a list of paths", hint="one path a line", rule="H19")
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        lines = [line.strip() for line in file]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if any("\0" in line for line in lines):
+        raise errors.InputError(path, "is no list of paths: it holds NUL", hint="one path a line", rule="H12")
+    return lines
+
+
+class _Walk:
+    """One folder and all under it."""
+
+    def __init__(self, root, allow_roots, found):
+        self.root, self.found = root, found
+        self.allowed = [os.path.realpath(r) for r in allow_roots]
+
+    def folder(self, folder, depth=0):
+        """Adds what is in a folder; returns how many candidates it holds."""
+        count, with_models, without = 0, 0, []
+        for entry in self._entries(folder):
+            if formats.is_model(entry.path):
+                self.found.candidates.append(self._candidate(entry.path))
+                count, with_models = count + 1, with_models + entry.is_dir()
+            elif entry.is_dir() and depth < MAX_DEPTH and self._may_enter(entry):
+                inside = self.folder(entry.path, depth + 1)
+                count, with_models = count + inside, with_models + (inside > 0)
+                without += [] if inside else [entry.path]
+            elif not entry.is_dir():
+                self.found.ignored.append(entry.path)
+        for path in without:
+            # With a single sibling it is a folder of logs beside a folder of weights.
+            if with_models >= 2:
+                self._refuse(path, "holds no model", "H12", "remove the folder, or put its weights back")
+            else:
+                self.found.ignored.append(path)
+        return count
+
+    def _entries(self, folder):
+        try:
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda e: os.fsencode(e.name))
+        except OSError as error:
+            raise errors.InputError(folder, f"cannot be listed: {error.strerror}", rule="H12") from error
+        passed_over = _CACHE_ONLY if any(e.name == "snapshots" for e in entries) else ()
+        return [e for e in entries if not e.name.startswith(".") and e.name not in ("__pycache__", *passed_over)]
+
+    def _may_enter(self, entry):
+        if not entry.is_symlink():
+            return True
+        target = os.path.realpath(entry.path)
+        if any(_is_inside(target, root) for root in self.allowed):
+            return True
+        if _is_inside(target, os.path.realpath(self.root)):
+            self.found.ignored.append(entry.path)  # its models are found where they lie
+        else:
+            self._refuse(entry.path, "is a link that leads outside the collection", "H10", "allow it with --allow_root")
+        return False
+
+    def _refuse(self, path, reason, rule, hint):
+        self.found.refused.append((self._candidate(path), errors.InputError(path, reason, hint=hint, rule=rule)))
+
+    def _candidate(self, path):
+        return Candidate(_identifier(path, self.root), path, self.root)
+
+
+def _is_inside(path, root):
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _identifier(path, root):
+    relative = os.path.relpath(path, root)
+    stem, ending = os.path.splitext(relative)
+    return stem if ending.lower() in formats.EXTENSIONS and not os.path.isdir(path) else relative
+
+
+def _distinct_ids(candidates):
+    """The same candidates with unique ids: a shared id gets its ending back, then its root's name, then its path."""
+    for rename in (
+        lambda c: os.path.relpath(c.path, c.root) if os.path.abspath(c.path) != os.path.abspath(c.root) else c.id,
+        lambda c: os.path.join(os.path.basename(os.path.abspath(c.root)), c.id),
+        lambda c: os.path.abspath(c.path),
+    ):
+        counts = collections.Counter(c.id for c in candidates)
+        if max(counts.values(), default=0) < 2:
+            break
+        candidates = [dataclasses.replace(c, id=rename(c)) if counts[c.id] > 1 else c for c in candidates]
+    return candidates

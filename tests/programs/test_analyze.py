@@ -1,0 +1,204 @@
+"""The whole analysis on files: verdicts of known worlds, copies, models that drop out, reuse, awkward numbers."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import jaxsub
+from jaxsub import errors
+from jaxsub.formats import safetensors
+from tests.programs import worlds
+
+QUICK = dict(draws=8, splits=4)
+
+
+def analyze(folder, **options):
+    return jaxsub.analyze(str(folder), **(QUICK | options))
+
+
+@pytest.mark.parametrize(
+    "stack, verdict, flag",
+    [
+        (worlds.noise(), "chance", None),
+        (worlds.planted(), "shared", None),
+        (worlds.noise() + 0.6 * worlds.noise(1, seed=9), "common_mean", None),
+        (worlds.families(), "lineage", None),
+        (worlds.families(shared=2), "lineage+shared", None),
+        (worlds.planted(seed=4) + 2 * worlds.noise(1, seed=9), "shared", "one_lineage"),
+        (worlds.noise(7), "undetermined", None),
+        (worlds.noise(24, (4, 4)), "undetermined", None),
+        (np.repeat(worlds.noise(1), 12, axis=0), "undetermined", "identical"),
+    ],
+)
+def test_known_worlds_get_their_verdict(tmp_path, stack, verdict, flag):
+    other = worlds.noise(len(stack), (8,), seed=5)  # so that equal rows are not copies
+    report = analyze(worlds.write(tmp_path / "c", {"w": stack, "other": other}))
+    layer = {x["name"]: x for x in report.layers}["w"]
+    assert layer["verdict"] == verdict, layer["why"]
+    assert flag is None or flag in layer["flags"]
+    json.dumps(report.data, allow_nan=False)
+    assert report.table() and report.html()
+
+
+def test_figures_equal_plain_numpy(tmp_path):
+    x = worlds.planted(16)
+    report = analyze(worlds.write(tmp_path / "c", {"w": x}))
+    flat = x.reshape(16, -1).astype(np.float64)
+    y = flat - flat.mean(0)
+    s = np.linalg.svd(y, compute_uv=False)[:15]
+    layer = report.layers[0]
+    np.testing.assert_allclose(layer["singular_values"], s, rtol=1e-9)
+    np.testing.assert_allclose(layer["uncentred_singular_values"], np.linalg.svd(flat, compute_uv=False), rtol=1e-9)
+    assert layer["mean_energy"] == pytest.approx(16 * np.square(flat.mean(0)).sum() / np.square(flat).sum())
+    from jaxsub.linalg import reference
+
+    for k in (1, 4, 8):
+        assert layer["held_out"][str(k)] == pytest.approx(reference.leave_one_out(flat, k), abs=1e-6)
+    for mode in layer["modes"]:
+        energies = reference.mode_energies(x, mode["axis"])
+        assert mode["energy_at"]["4"] == pytest.approx(energies[:4].sum() / energies.sum())
+
+
+def test_copies_leave_the_figures_as_they_are_without_them(tmp_path):
+    x = worlds.planted(14)
+    plain = analyze(worlds.write(tmp_path / "a", {"w": x}))
+    folder = worlds.write(tmp_path / "b", {"w": x})
+    for n in (0, 1, 2):
+        safetensors.write(str(folder / f"x{n}.safetensors"), {"w": x[3]}, {"made": str(n)})
+    copied = analyze(folder)
+    assert copied["collection"]["duplicates"] == [["m003", "x0", "x1", "x2"]]
+    assert copied["collection"]["num_distinct"] == 14 and copied["collection"]["num_models"] == 17
+    assert copied.layers == plain.layers
+
+
+def test_a_model_that_is_not_finite_leaves_no_trace(tmp_path):
+    """Found in the second layer, after the first was done with it: the first is read again without it."""
+    stacks = {"a": worlds.noise(20), "b": worlds.planted(20, seed=2)}
+    good = {k: np.delete(v, 7, 0) for k, v in stacks.items()}
+    plain = analyze(worlds.write(tmp_path / "a", good))
+    bad = {k: v.copy() for k, v in stacks.items()}
+    bad["b"][7, 3, 5] = np.nan
+    for preflight in ("stream", "full"):
+        report = analyze(worlds.write(tmp_path / "b", bad), preflight=preflight)
+        (aside,) = report["collection"]["quarantined"]
+        assert aside["id"] == "m007" and aside["layer"] == "b" and "53" in aside["reason"]
+        for got, want in zip(report.layers, plain.layers, strict=True):
+            assert got["singular_values"] == want["singular_values"] and got["held_out"] == want["held_out"]
+
+
+def test_too_many_bad_models_stop_the_run_and_say_how_to_go_on(tmp_path):
+    x = worlds.noise(12)
+    x[3, 0, 0], x[8, 0, 0] = np.inf, np.nan
+    folder = worlds.write(tmp_path / "c", {"w": x})
+    with pytest.raises(errors.InputError, match="--max_quarantined=2"):
+        analyze(folder)
+    assert len(analyze(folder, max_quarantined=2)["collection"]["quarantined"]) == 2
+    with pytest.raises(errors.InputError):
+        analyze(folder, max_quarantined=2, strict=True)
+
+
+def test_one_broken_file_is_named_and_the_run_goes_on(tmp_path):
+    folder = worlds.write(tmp_path / "c", {"w": worlds.noise(21)})
+    path = folder / "m004.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    (aside,) = analyze(folder)["collection"]["quarantined"]
+    assert aside["id"] == "m004" and "m004.safetensors" in aside["reason"]
+
+
+@pytest.mark.parametrize("scale", [1e-41, 1e-30, 1e30])
+def test_scale_changes_nothing_but_the_scale(tmp_path, scale):
+    # Powers of two, so that float32 subnormals are exact multiples.
+    power = 2.0 ** np.round(np.log2(scale))
+    x = np.round(worlds.noise(9) * 64).astype(np.float32)
+    scaled = np.ldexp(x, int(np.log2(power)))
+    a, b = (analyze(worlds.write(tmp_path / n, {"w": v})).layers[0] for n, v in (("a", x), ("b", scaled)))
+    np.testing.assert_allclose(np.array(b["singular_values"]) / power, a["singular_values"], rtol=1e-12)
+    assert b["held_out"] == pytest.approx(a["held_out"]) and b["warnings"]
+
+
+def test_float64_differences_of_1e_10_are_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((8, 16)) + 1e-10 * rng.standard_normal((6, 8, 16))
+    layer = analyze(worlds.write(tmp_path / "c", {"w": x})).layers[0]
+    exact = np.linalg.svd((x - x.mean(0)).reshape(6, -1), compute_uv=False)[:5]
+    np.testing.assert_allclose(layer["singular_values"], exact, rtol=1e-5)
+    assert layer["compute_dtype"] == "float64"
+    narrowed = x.astype(np.float32).astype(np.float64)
+    weak = np.linalg.svd((narrowed - narrowed.mean(0)).reshape(6, -1), compute_uv=False)[0]
+    assert abs(weak - exact[0]) > 0.5 * exact[0]  # float32 loses them
+
+
+def test_blocks_and_sketches_give_the_figures_of_one_block(tmp_path):
+    folder = worlds.write(tmp_path / "c", {"w": worlds.planted(20, (64, 48))})
+    whole, cut = analyze(folder), analyze(folder, max_host_bytes=200_000)
+    a, b = whole.layers[0], cut.layers[0]
+    np.testing.assert_allclose(a["singular_values"], b["singular_values"], rtol=1e-10)
+    assert b["modes"][0]["sketched"] and not a["modes"][0]["sketched"]
+
+
+def test_statistics_are_reused_and_a_changed_file_is_read_again(tmp_path):
+    folder, workdir = worlds.write(tmp_path / "c", {"w": worlds.noise(12)}), str(tmp_path / "out")
+    first = analyze(folder, workdir=workdir)
+    again = analyze(folder, workdir=workdir)
+    assert first["provenance"]["bytes_read"] == 12 * 24 * 16 * 4 and again["provenance"]["bytes_read"] == 0
+    assert again.layers == first.layers
+    assert sorted(os.listdir(workdir))[:1] == [".jaxsub.lock"] and os.path.exists(f"{workdir}/report.html")
+    safetensors.write(str(folder / "m003.safetensors"), {"w": worlds.noise(1, seed=77)[0]}, None)
+    with pytest.raises(errors.WorkdirError, match="collection_fingerprint"):
+        analyze(folder, workdir=workdir)
+    changed = analyze(folder, workdir=workdir, restart=True)
+    assert changed["provenance"]["bytes_read"] > 0 and changed.layers != first.layers
+
+
+def test_damaged_statistics_are_read_again(tmp_path):
+    folder, workdir = worlds.write(tmp_path / "c", {"w": worlds.noise(12)}), tmp_path / "out"
+    first = analyze(folder, workdir=str(workdir))
+    (file,) = (workdir / "statistics").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    assert analyze(folder, workdir=str(workdir)).layers == first.layers
+
+
+def test_layers_do_not_depend_on_one_another(tmp_path):
+    stacks = {"a": worlds.noise(12), "b": worlds.noise(12, seed=3)}
+    folder = worlds.write(tmp_path / "c", stacks)
+    both, alone = analyze(folder), analyze(folder, layers=("b",))
+    for key in ("singular_values", "held_out", "nulls", "modes", "stability", "verdict"):
+        assert alone.layers[0][key] == both.layers[1][key], key
+
+
+def test_base_is_subtracted(tmp_path):
+    base = worlds.noise(1, seed=8)[0]
+    x = worlds.planted(12)
+    folder = worlds.write(tmp_path / "c", {"w": base + x})
+    safetensors.write(str(tmp_path / "base.safetensors"), {"w": base}, None)
+    layer = analyze(folder, base=str(tmp_path / "base.safetensors")).layers[0]
+    plain = analyze(worlds.write(tmp_path / "d", {"w": x})).layers[0]
+    np.testing.assert_allclose(layer["uncentred_singular_values"], plain["uncentred_singular_values"], rtol=1e-5)
+
+
+def test_dry_run_reads_no_weights(tmp_path):
+    folder = worlds.write(tmp_path / "c", {"w": worlds.noise(12)})
+    plan = analyze(folder, dry_run=True, workdir=str(tmp_path / "out"))
+    assert "18.0 KiB" in plan and not (tmp_path / "out").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    from jaxsub.pipelines import workdir
+
+    with workdir.hold(str(tmp_path / "out"), {"a": 1}):
+        with pytest.raises(errors.WorkdirError, match="in use by another run .*pid"):
+            with workdir.hold(str(tmp_path / "out"), {"a": 1}):
+                pass
+    with workdir.hold(str(tmp_path / "out"), {"a": 1}):
+        pass  # a finished run holds nothing
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_the_whole_report_agrees_across_devices(tmp_path, devices):
+    folder = worlds.write(tmp_path / "c", {"w": worlds.planted(18), "v": worlds.noise(18, (5, 7, 3))})
+    one, many = analyze(folder, devices=1), analyze(folder, devices=devices)
+    for a, b in zip(one.layers, many.layers, strict=True):
+        np.testing.assert_allclose(a["singular_values"], b["singular_values"], rtol=1e-10)
+        assert a["verdict"] == b["verdict"] and a["held_out"] == pytest.approx(b["held_out"], abs=1e-9)
