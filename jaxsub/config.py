@@ -1,149 +1,355 @@
-"""Configurations: frozen dataclasses whose fields are the options, their types and their defaults, all in one place.
+"""Dataclasses as the schema of a configuration: strict conversion from text, JSON and Python, and a digest.
 
-    dataclass defaults -> experiment file (.py or .json) -> --config.field=value -> freeze() -> a checked instance
+    --config=FILE --config.field=text --> mapping --freeze--> instance of a frozen dataclass --digest--> sha256
+
+A default exists once, in the dataclass. Unknown names, values of another type, booleans for integers and NaN are
+errors that name the field.
 """
 
+import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import os
+import re
 import types
 import typing
 
 from jaxsub import errors
 
-
-def default(cls, **overrides):
-    """A ml_collections.ConfigDict with the fields of a Config dataclass, for experiment files."""
-    from ml_collections import config_dict
-
-    return config_dict.ConfigDict(to_dict(cls()) | overrides)
+MAX_FILE_BYTES = 1 << 20  # a configuration is written by a person
+_NONE = type(None)
 
 
-def to_dict(config):
-    """The fields of a config as a plain dict; nested configs too."""
-    return dataclasses.asdict(config)
+# Dataclasses ------------------------------------------------------------------------------------------------------
 
 
-def digest(config):
-    """sha256 of the config's canonical JSON: equal for equal options, whatever their order."""
-    text = json.dumps([type(config).__module__, to_dict(config)], sort_keys=True, default=list, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+@dataclasses.dataclass(frozen=True, slots=True)
+class Field:
+    """One option: `path` is dotted ("decomposition.rank"), `type` an annotation, `help` what its comment says."""
+
+    path: str
+    type: typing.Any
+    default: typing.Any
+    help: str = ""
 
 
-def freeze(cls, values):
-    """An instance of the dataclass `cls` from a mapping of its fields.
+def fields(cls, prefix=""):
+    """path -> Field of every option of a dataclass, nested ones dotted, in the order they are written."""
+    found = {}
+    hints, comments = typing.get_type_hints(cls), _comments(cls)
+    for field in dataclasses.fields(cls):
+        path, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= fields(hint, path + ".")
+        else:
+            found[path] = Field(path, hint, _default_of(field), comments.get(field.name, ""))
+    return found
+
+
+def _default_of(field):
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+@functools.cache
+def _comments(cls):
+    """field -> the comment behind it in the source, which is its documentation."""
+    import inspect
+
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return {}
+    return {m[1]: m[2].strip() for m in re.finditer(r"^    (\w+): [^#\n]*#[ ]*(.+)$", source, re.MULTILINE)}
+
+
+def freeze(cls, mapping):
+    """An instance of a dataclass from a mapping that may be nested or have dotted keys; missing fields keep defaults.
+
+    Args:
+        cls: a dataclass; its fields are bool, int, float, str, tuple[T, ...], Literal, T | None, or dataclasses.
+        mapping: names to values, as JSON, a ConfigDict or keyword arguments give them.
+
+    Returns:
+        An instance in which every value has exactly the annotated type (an int is taken for a float).
 
     Raises:
-        ConfigError: unknown field (naming the nearest one), wrong type, a bool for a number, NaN.
+        ConfigError: an unknown field (names the nearest), a value of another type, NaN or infinity.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    types_of = typing.get_type_hints(cls)
-    for name in values:
-        if name not in fields:
-            raise errors.ConfigError(f"no option {errors.quote(name)!r}{errors.nearest(name, fields)}")
-    return cls(**{name: _checked(name, value, types_of[name]) for name, value in values.items()})
+    return _freeze(cls, _nested(mapping), "")
 
 
-def parse(name, text, kind):
-    """The value of type `kind` written as `text` on a command line."""
-    origin = typing.get_origin(kind)
-    try:
-        if origin is tuple:
-            return tuple(part for part in text.strip("()").split(",") if part)
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind in (int, float):
-            return _checked(name, kind(text), kind)
-        return text
-    except (ValueError, KeyError):
-        raise errors.ConfigError(f"{name}={errors.quote(text)!r}: expected {_type_name(kind)}") from None
+def _nested(mapping):
+    """The mapping with dotted keys turned into nested mappings."""
+    out = {}
+    for key, value in dict(mapping).items():
+        if not isinstance(key, str):
+            raise errors.ConfigError(f"option {key!r}: names are text")
+        *folders, last = key.split(".")
+        place = out
+        for folder in folders:
+            place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                raise errors.ConfigError(f"option {errors.quote(key)}: given as a whole and in part")
+        if last in place:
+            raise errors.ConfigError(f"option {errors.quote(key)} is given twice")
+        place[last] = value
+    return out
 
 
-def load(path, cls):
-    """Overrides from an experiment file: `x.py[:argument]` with get_config(argument), or strict `x.json`.
-
-    A Python file runs; it must be one that the user names, and must not lie beside model files.
-
-    Raises:
-        ConfigError: missing, of another kind, or not a config.
-    """
-    file, _, argument = path.partition(":")
-    if file.endswith(".json"):
-        return _load_json(file)
-    if not file.endswith(".py"):
-        raise errors.ConfigError(
-            f"{errors.quote(file)}: not an experiment file; give a .py file with get_config(), or a .json file"
-        )
-    _require_not_beside_models(file)
-    try:
-        with open(file, encoding="utf-8") as handle:
-            source = handle.read()
-    except OSError as error:
-        raise errors.ConfigError(f"{errors.quote(file)}: {error.strerror}") from error
-    module = types.ModuleType("jaxsub_experiment")
-    module.__file__ = file
-    exec(compile(source, file, "exec"), module.__dict__)
-    if not hasattr(module, "get_config"):
-        raise errors.ConfigError(f"{errors.quote(file)}: has no get_config()")
-    found = module.get_config(argument) if argument else module.get_config()
-    values = found.to_dict() if hasattr(found, "to_dict") else dict(found)
-    freeze(cls, values)
-    return values
+def _freeze(cls, mapping, prefix):
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for key, value in mapping.items():
+        path = prefix + key
+        if key not in known:
+            unknown = errors.quote(path, 80)
+            raise errors.ConfigError(f"unknown option {unknown}{_nearest(path, prefix, known, cls)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, hints[key]):
+                value = to_dict(value)
+            if not isinstance(value, typing.Mapping):
+                raise _wrong(path, "a group of options", value)
+            values[key] = _freeze(hints[key], _nested(value), path + ".")
+        else:
+            values[key] = _checked(value, hints[key], path)
+    return cls(**values)
 
 
-def _load_json(file):
-    def unique(pairs):
-        names = [n for n, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise errors.ConfigError(f"{errors.quote(file)}: {errors.quote(name)!r} stands twice")
-        for name, value in pairs:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise errors.ConfigError(f"{errors.quote(file)}: {errors.quote(name)!r} is not a finite number")
-        return dict(pairs)
-
-    try:
-        with open(file, encoding="utf-8") as handle:
-            values = json.loads(handle.read(1_000_000), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise errors.ConfigError(f"{errors.quote(file)}: cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise errors.ConfigError(f"{errors.quote(file)}: is not an object of options")
-    return values
+def _nearest(path, prefix, known, cls):
+    close = errors.nearest(path, [prefix + name for name in known])
+    return close or f" (there are: {', '.join(prefix + f.name for f in dataclasses.fields(cls))})"
 
 
-def _require_not_beside_models(file):
-    import os
+def _checked(value, hint, path):
+    """`value` as the annotated type, or ConfigError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and _NONE in arguments:
+            return None
+        return _checked(value, next(a for a in arguments if a is not _NONE), path)
+    if origin is typing.Literal:
+        if value not in arguments or isinstance(value, bool) != any(a is value for a in arguments if a in (True, False)):
+            choices = ", ".join(str(a) for a in arguments)
+            raise errors.ConfigError(f"option {path}: {value!r} is none of {choices}{errors.nearest(value, arguments)}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (tuple, list)):
+            raise _wrong(path, describe(hint), value)
+        return tuple(_checked(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))
+    return _checked_scalar(value, hint, path)
 
-    folder = os.path.dirname(os.path.abspath(file))
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".hdf5", ".keras", ".msgpack")
-    try:
-        beside = sorted(n for n in os.listdir(folder) if n.endswith(weights))
-    except OSError:
-        return
-    if beside:
-        raise errors.ConfigError(
-            f"{errors.quote(file)}: is not run, it lies beside model files ({errors.quote(beside[0])}); move it elsewhere"
-        )
 
-
-def _checked(name, value, kind):
-    origin = typing.get_origin(kind)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        inner = typing.get_args(kind)[0]
-        return tuple(_checked(name, v, inner) for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+def _checked_scalar(value, hint, path):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    good = isinstance(value, kind) if origin is None else False
-    if not good or (isinstance(value, bool) and kind is not bool):
-        raise errors.ConfigError(f"{name}={errors.quote(value)!r}: expected {_type_name(kind)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise errors.ConfigError(f"{name}={value}: expected a finite number")
+    if type(value) is not hint and not (hint is str and isinstance(value, str)):
+        raise _wrong(path, describe(hint), value)
+    if hint is float and not math.isfinite(value):
+        raise errors.ConfigError(f"option {path}: {value} is not a finite number")
     return value
 
 
-def _type_name(kind):
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {typing.get_args(kind)[0].__name__}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+def _wrong(path, wanted, value):
+    return errors.ConfigError(f"option {path}: {wanted} expected, {errors.quote(repr(value), 60)} found")
+
+
+def describe(hint):
+    """An annotation in words: 'an integer', 'a list of text', 'exact or order'."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in arguments)
+    if origin is typing.Literal:
+        return " or ".join(str(a) for a in arguments)
+    if origin is tuple:
+        return f"a list ({describe(arguments[0])} each)"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text", _NONE: "none"}
+    return words.get(hint, str(hint))
+
+
+def to_dict(config):
+    """Nested dictionaries of plain JSON types, tuples as lists, in the order of the fields."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def digest(config):
+    """sha256, in hex, of the canonical JSON of a config dataclass: equal options, equal digest, on any machine."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def default(cls, **overrides):
+    """An `ml_collections.ConfigDict` with the defaults of a dataclass, for files in configs/.
+
+    Args:
+        cls: the dataclass of a pipeline.
+        **overrides: fields to set.
+    """
+    import ml_collections
+
+    return ml_collections.ConfigDict(dataclasses.asdict(freeze(cls, overrides)), convert_dict=True)
+
+
+# Text of the command line -----------------------------------------------------------------------------------------
+
+
+def parse(field, text):
+    """The value of an option written as text: `32`, `.5`, `true`, `a,b` or `("a", "b")`, `none`.
+
+    Raises:
+        ConfigError: text that is no such value.
+    """
+    return _checked(_parsed(text, field.type, field.path), field.type, field.path)
+
+
+def _parsed(text, hint, path):
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none" and _NONE in arguments:
+            return None
+        return _parsed(text, next(a for a in arguments if a is not _NONE), path)
+    if origin is tuple:
+        return tuple(_parsed(item, arguments[0], path) for item in _items(text, path))
+    if origin is typing.Literal:
+        return next((a for a in arguments if str(a) == text), text)
+    if hint is bool:
+        found = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+        if found is None:
+            raise _wrong(path, describe(hint), text)
+        return found
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise _wrong(path, describe(hint), text) from None
+    return text
+
+
+def _items(text, path):
+    """The texts in a list: Python's spelling if it begins with a bracket, else split at commas."""
+    if text[:1] not in ("(", "["):
+        return text.split(",") if text else []
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        if text[:1] == "(":  # a regular expression may well begin with a group
+            return [text]
+        raise errors.ConfigError(f"option {path}: {errors.quote(text, 60)} is no list") from None
+    return [str(item) for item in (found if isinstance(found, (tuple, list)) else [found])]
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def load_file(spec, *, forbidden=()):
+    """The mapping in a configuration file that a person named: `x.json`, or `x.py[:arg]` with get_config(arg).
+
+    Args:
+        spec: path, for Python files with an argument behind a colon.
+        forbidden: folders whose files are data; a Python file in them is never run.
+
+    Raises:
+        ConfigError: no such file, another kind of file, or what `freeze` would not take anyway.
+    """
+    path, argument = _split(spec)
+    shown = errors.quote(path)
+    if not os.path.isfile(path):
+        raise errors.ConfigError(f"{shown}: no such configuration file")
+    if os.path.getsize(path) > MAX_FILE_BYTES:
+        raise errors.ConfigError(f"{shown}: larger than {MAX_FILE_BYTES} bytes, no configuration")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise errors.ConfigError(f"{shown}: not UTF-8 text at byte {error.start}") from None
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".json":
+        return _from_json(text, shown)
+    if ending == ".py":
+        return _from_python(path, text, argument, forbidden)
+    if ending in (".yaml", ".yml"):
+        raise errors.ConfigError(_about_yaml(text, shown))
+    raise errors.ConfigError(f"{shown}: a configuration is a .py file with get_config() or a .json file")
+
+
+def _split(spec):
+    path, colon, argument = spec.rpartition(":")
+    return (path, argument) if colon and path.endswith(".py") else (spec, None)
+
+
+def _from_json(text, shown):
+    def pairs(items):
+        out = {}
+        for key, value in items:
+            if key in out:
+                raise errors.ConfigError(f"{shown}: option {errors.quote(key, 80)} stands twice")
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, float) and not math.isfinite(item):
+                    raise errors.ConfigError(f"{shown}: option {errors.quote(key, 80)} is {item}, no finite number")
+            out[key] = value
+        return out
+
+    try:
+        found = json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        raise errors.ConfigError(f"{shown}: no JSON: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise errors.ConfigError(f"{shown}: no configuration: {errors.quote(error, 120)}") from None
+    if not isinstance(found, dict):
+        raise errors.ConfigError(f"{shown}: an object of options expected, {type(found).__name__} found")
+    return found
+
+
+def _about_yaml(text, shown):
+    """Why YAML is not read, and what the file says, so that it is easily rewritten."""
+    keys = re.findall(r"^([A-Za-z_][\w.-]*)\s*:", text, re.MULTILINE)
+    twice = [k for i, k in enumerate(keys) if k in keys[:i]]
+    found = f" ({', '.join(errors.quote(k, 40) for k in keys[:5])})" if keys else ""
+    also = f"; {errors.quote(twice[0], 40)} stands twice in it" if twice else ""
+    return f"{shown}: YAML is not read; write its options{found} as .json or as a .py file with get_config(){also}"
+
+
+def _from_python(path, text, argument, forbidden):
+    shown, real = errors.quote(path), os.path.realpath(path)
+    for folder in forbidden:
+        inside = os.path.realpath(folder)
+        if real.startswith(inside.rstrip(os.sep) + os.sep):
+            where = errors.quote(folder)
+            raise errors.ConfigError(f"{shown}: lies in {where}, a folder of models; code found beside models is not run")
+    # The one place that runs a file: one that a person named, after a look at its outline.
+    _check_outline(text, shown)
+    module = types.ModuleType("jaxsub_config")
+    module.__file__ = path
+    exec(compile(text, path, "exec"), module.__dict__)  # noqa: S102
+    try:
+        found = module.get_config() if argument is None else module.get_config(argument)
+    except TypeError as error:
+        raise errors.ConfigError(f"{shown}: get_config: {error}") from error
+    if dataclasses.is_dataclass(found):
+        return to_dict(found)
+    found = found.to_dict() if hasattr(found, "to_dict") else found
+    if not isinstance(found, dict):
+        raise errors.ConfigError(f"{shown}: get_config() returned {type(found).__name__}, not a configuration")
+    return found
+
+
+_OUTLINE = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+
+
+def _check_outline(text, shown):
+    """Refuses a file that is no configuration before any of it runs."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise errors.ConfigError(f"{shown}: no Python: {errors.quote(error, 120)}") from None
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "get_config" for node in tree.body):
+        raise errors.ConfigError(f"{shown}: defines no get_config(); it was not run")
+    for node in tree.body:
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if not is_text and not isinstance(node, _OUTLINE):
+            raise errors.ConfigError(f"{shown}, line {node.lineno}: a configuration is imports, constants and functions")

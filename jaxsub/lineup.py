@@ -134,7 +134,7 @@ def odd_models(all_layers, limit):
             if alike[None if entry is None else form_of(entry)] < SMALLEST_GROUP:
                 odd.setdefault(position, (key[0], _deviation(entry, usual, most)))
     for position in _strangers(all_layers, forms):
-        odd[position] = (None, "shares no layer, by name and shape, with any other model")
+        odd[position] = (None, "shares no layer with any other model")
     return odd if len(odd) <= limit else {}
 
 
@@ -148,12 +148,8 @@ def _deviation(entry, usual, most):
 
 
 def _strangers(all_layers, forms):
-    """Positions of models that share no layer with another, if there are others that do share."""
-    alone = [
-        i
-        for i, layers in enumerate(all_layers)
-        if not any(forms[key][form_of(e)] > 1 for key, e in layers.items() if form_of(e)[1])
-    ]
+    """Positions of models that share no layer's name with another, if there are others that do share."""
+    alone = [i for i, layers in enumerate(all_layers) if all(forms[key].total() == 1 for key in layers)]
     return alone if len(alone) + SMALLEST_GROUP <= len(all_layers) else []
 
 

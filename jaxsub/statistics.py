@@ -49,6 +49,7 @@ class Statistics:
     row_sums: np.ndarray
     row_fourths: np.ndarray
     variance_squares: float
+    deviation_fourths: float
     exponent: int = 0
     modes: tuple[ModeEnergies, ...] = ()
     model_singular_values: np.ndarray | None = None
@@ -77,6 +78,7 @@ class Statistics:
             row_sums=np.zeros(n),
             row_fourths=np.zeros(n),
             variance_squares=0.0,
+            deviation_fourths=0.0,
         )
 
     @property
@@ -180,7 +182,7 @@ class Statistics:
             modes = tuple(ModeEnergies(**{**m, "values": arrays[f"mode_{m['axis']}"]}) for m in record.pop("modes"))
             record["shape"], record["model_ids"] = tuple(record["shape"]), tuple(record["model_ids"])
             fields = {n: arrays.get(n) for n in _ARRAYS}
-            for n in ("mean_square", "variance_squares"):
+            for n in ("mean_square", "variance_squares", "deviation_fourths"):
                 fields[n] = float(fields[n])
             return cls(**record, **fields, modes=modes)
         except (KeyError, TypeError, ValueError) as error:
@@ -195,6 +197,7 @@ _SUMS = (
     ("row_sums", 1),
     ("row_fourths", 4),
     ("variance_squares", 4),
+    ("deviation_fourths", 4),
 )
 _ARRAYS = (*(n for n, _ in _SUMS), "model_singular_values", "ranks", "b_overlap", "b_norms", "a_cosines", "factor")
 _FIELDS = ("name", "shape", "parametrisation", "model_ids", "storage", "dtype", "exponent", "a_width", "digest")

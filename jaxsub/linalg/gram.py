@@ -30,6 +30,7 @@ class DenseSums(NamedTuple):
     row_sums: jax.Array  # (N,) sums of the entries of x
     row_fourths: jax.Array  # (N,) sums of the fourth powers of the entries of x
     variance_squares: jax.Array  # () sum over columns of (mean over models of y**2) squared
+    deviation_fourths: jax.Array  # () sum of y**4 over columns and models
 
 
 def dense_gram(x, weights, *, mesh, dtype):
@@ -87,6 +88,7 @@ def _dense_local(x, weights, dtype):
             sums[4] + jnp.sum(z, axis=1).astype(wide),
             sums[5] + jnp.sum(jnp.square(jnp.square(z)), axis=1).astype(wide),
             sums[6] + jnp.sum(jnp.square(variance)),
+            sums[7] + jnp.sum(jnp.sum(jnp.square(jnp.square(y)), axis=0).astype(wide)),
         )
         if weights.shape[0]:
             mixture = products.row_major(products.matmul(weights, y))
@@ -95,7 +97,7 @@ def _dense_local(x, weights, dtype):
 
     zeros = functools.partial(jnp.zeros, dtype=wide)
     sums = (zeros((num_models - half, num_models)), zeros((half, half)), zeros(num_models), zeros(()))
-    sums = (*sums, zeros(num_models), zeros(num_models), zeros(()))
+    sums = (*sums, zeros(num_models), zeros(num_models), zeros(()), zeros(()))
     carry = (sums, jnp.zeros((weights.shape[0], width), dtype))
     carry = jax.lax.fori_loop(0, whole, lambda j, c: step(j * chunk, chunk, c), carry)
     if width % chunk:

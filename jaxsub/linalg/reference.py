@@ -4,11 +4,12 @@ import numpy as np
 
 
 def dense_sums(x):
-    """gram, cross, mean_square, row_sums, row_fourths, variance_squares of rows x (N, D) about their mean."""
+    """The fields of `gram.DenseSums` for rows x (N, D), in order."""
     x = np.asarray(x, np.float64)
     mean = x.mean(0)
     y = x - mean
-    return y @ y.T, y @ mean, mean @ mean, x.sum(1), (x**4).sum(1), np.square(np.square(y).mean(0)).sum()
+    variances = np.square(y).mean(0)
+    return y @ y.T, y @ mean, mean @ mean, x.sum(1), (x**4).sum(1), np.square(variances).sum(), (y**4).sum()
 
 
 def lora_gram(a, b, scales):

@@ -173,7 +173,8 @@ class _Layer:
             entry_means=stats.row_sums / self.num_features if plain else np.zeros(len(norms)),
             mean_energy_total=float(self.uncentred.mean()) if plain else 0.0,
             variance_total=self.total / self.num_models,
-            variance_squares=stats.variance_squares,
+            variance_squares=_known(stats.variance_squares),
+            deviation_fourths=_known(stats.deviation_fourths),
             model_singular_values=stats.model_singular_values if plain else None,
             parametrisation=stats.parametrisation,
             lora_ranks=stats.ranks if lora else None,
@@ -278,6 +279,10 @@ def _mode(mode):
         "sketched": {"columns": mode.columns} if mode.columns else False,
         "centred": mode.centred,
     }
+
+
+def _known(value):
+    return value if np.isfinite(value) else None
 
 
 def _roots(values, scale):

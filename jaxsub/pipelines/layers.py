@@ -182,7 +182,7 @@ def _lora(group, models, mesh, options, meter):
     stats.exponent = sum(powers)
     stats.gram = sums.gram * outer
     stats.row_sums = scales * np.einsum("nr,nr->n", a.sum(axis=2, dtype=np.float64), bt.sum(axis=2, dtype=np.float64))
-    stats.variance_squares = math.nan  # not to be had from the factors alone
+    stats.variance_squares = stats.deviation_fourths = math.nan  # not to be had from the factors alone
     stats.row_fourths = np.full(len(pairs), math.nan)
     stats.ranks, stats.a_width = ranks.astype(np.float64), width_a
     stats.b_overlap = sums.b_overlap * outer**2
