@@ -1,7 +1,7 @@
 """jaxsub: what do the weights of a collection of trained models share, and is it more than chance or descent?
 
-    report = jaxsub.analyze(jaxsub.open_collection("runs/zoo"))
-    print(report.table())
+report = jaxsub.analyze(jaxsub.open_collection("runs/zoo"))
+print(report.table())
 """
 
 __version__ = "0.1.0"

@@ -96,7 +96,9 @@ class Collection:
         known = {r.id: m.path for r, m in zip(self.refs, self.models, strict=True)}
         for identifier in ids:
             if identifier not in known:
-                raise errors.ConfigError(f"no model {identifier!r} in the collection{errors.nearest(identifier, known)}")
+                raise errors.ConfigError(
+                    f"no model {identifier!r} in the collection{errors.nearest(identifier, known)}"
+                )
         aside = [_record(i, known[i], None, r, "") for i, r in (reasons or {}).items() if i in known]
         keep = [position for position, ref in enumerate(self.refs) if ref.id not in ids]
         refs, models, layers = (tuple(x[p] for p in keep) for x in (self.refs, self.models, self.layers))
@@ -129,7 +131,8 @@ def open_collection(
     Args:
         paths: a folder (one model a file or a sub-folder, searched recursively), a glob, a .txt file of paths (one
             a line, relative to the file), or a list of these.
-        layers, exclude_layers: regular expressions, one or several, searched for in layer names.
+        layers: regular expressions, one or several; layers whose name none of them finds a place in are left out.
+        exclude_layers: the same, for layers to leave out.
         match: "exact" names, or "order" for names that differ in run numbers only (Keras).
         allow_roots: folders outside the collection that links in it may lead into.
         max_quarantined: models that may be set aside; None for the larger of 1 and 5 %.
@@ -220,7 +223,9 @@ def _record(identifier, file, layer, reason, rule):
 
 def _layer_filter(layers, exclude):
     wanted, unwanted = _patterns(layers, "layers"), _patterns(exclude, "exclude_layers")
-    return lambda name: (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
+    return lambda name: (
+        (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
+    )
 
 
 def _patterns(texts, option):
@@ -269,7 +274,9 @@ def _no_layers(paths, groups, hint):
     if groups:
         return None
     hint = hint or "are these models of one architecture? `jaxsub inspect` shows what they hold"
-    return errors.InputError(_shown(paths), f"no layer is shared by {lineup.SMALLEST_GROUP} models", hint=hint, rule="N2")
+    return errors.InputError(
+        _shown(paths), f"no layer is shared by {lineup.SMALLEST_GROUP} models", hint=hint, rule="N2"
+    )
 
 
 def _shown(paths):
@@ -318,7 +325,7 @@ def _model_identity(model):
 
 
 def _file_times(path):
-    """path -> (bytes, mtime_ns) of a model that is read whole: the file, or all files of its folder."""
+    """Map path -> (bytes, mtime_ns) of a model that is read whole: the file, or all files of its folder."""
     paths = [path]
     if os.path.isdir(path):
         paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]

@@ -37,7 +37,7 @@ class Field:
 
 
 def fields(cls, prefix=""):
-    """path -> Field of every option of a dataclass, nested ones dotted, in the order they are written."""
+    """Map path -> Field of every option of a dataclass, nested ones dotted, in the order they are written."""
     found = {}
     hints, comments = typing.get_type_hints(cls), _comments(cls)
     for field in dataclasses.fields(cls):
@@ -57,7 +57,7 @@ def _default_of(field):
 
 @functools.cache
 def _comments(cls):
-    """field -> the comment behind it in the source, which is its documentation."""
+    """Map field -> the comment behind it in the source, which is its documentation."""
     import inspect
 
     try:
@@ -134,7 +134,9 @@ def _checked(value, hint, path):
             return None
         return _checked(value, next(a for a in arguments if a is not _NONE), path)
     if origin is typing.Literal:
-        if value not in arguments or isinstance(value, bool) != any(a is value for a in arguments if a in (True, False)):
+        if value not in arguments or isinstance(value, bool) != any(
+            a is value for a in arguments if a in (True, False)
+        ):
             choices = ", ".join(str(a) for a in arguments)
             raise errors.ConfigError(f"option {path}: {value!r} is none of {choices}{errors.nearest(value, arguments)}")
         return value
@@ -256,7 +258,7 @@ def load_file(spec, *, forbidden=()):
     Raises:
         ConfigError: no such file, another kind of file, or what `freeze` would not take anyway.
     """
-    path, argument = _split(spec)
+    path, argument = split_spec(spec)
     shown = errors.quote(path)
     if not os.path.isfile(path):
         raise errors.ConfigError(f"{shown}: no such configuration file")
@@ -277,7 +279,8 @@ def load_file(spec, *, forbidden=()):
     raise errors.ConfigError(f"{shown}: a configuration is a .py file with get_config() or a .json file")
 
 
-def _split(spec):
+def split_spec(spec):
+    """(path, argument or None) of `x.py:argument` or a plain path."""
     path, colon, argument = spec.rpartition(":")
     return (path, argument) if colon and path.endswith(".py") else (spec, None)
 
@@ -320,7 +323,9 @@ def _from_python(path, text, argument, forbidden):
         inside = os.path.realpath(folder)
         if real.startswith(inside.rstrip(os.sep) + os.sep):
             where = errors.quote(folder)
-            raise errors.ConfigError(f"{shown}: lies in {where}, a folder of models; code found beside models is not run")
+            raise errors.ConfigError(
+                f"{shown}: lies in {where}, a folder of models; code found beside models is not run"
+            )
     # The one place that runs a file: one that a person named, after a look at its outline.
     _check_outline(text, shown)
     module = types.ModuleType("jaxsub_config")
@@ -352,4 +357,6 @@ def _check_outline(text, shown):
     for node in tree.body:
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if not is_text and not isinstance(node, _OUTLINE):
-            raise errors.ConfigError(f"{shown}, line {node.lineno}: a configuration is imports, constants and functions")
+            raise errors.ConfigError(
+                f"{shown}, line {node.lineno}: a configuration is imports, constants and functions"
+            )

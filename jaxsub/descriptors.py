@@ -1,7 +1,7 @@
 """Names, shapes and places of weights: what is known from headers alone. No arrays, no jax.
 
-    Model --tensors--> Tensor --extent--> bytes in a file
-          --adapters-> LoraPair (two Tensors and a scale)
+Model --tensors--> Tensor --extent--> bytes in a file
+      --adapters-> LoraPair (two Tensors and a scale)
 """
 
 import dataclasses

@@ -156,14 +156,22 @@ def _identifier(path, root):
 
 
 def _distinct_ids(candidates):
-    """The same candidates with unique ids: a shared id gets its ending back, then its root's name, then its path."""
-    for rename in (
-        lambda c: os.path.relpath(c.path, c.root) if os.path.abspath(c.path) != os.path.abspath(c.root) else c.id,
-        lambda c: os.path.join(os.path.basename(os.path.abspath(c.root)), c.id),
-        lambda c: os.path.abspath(c.path),
-    ):
-        counts = collections.Counter(c.id for c in candidates)
-        if max(counts.values(), default=0) < 2:
-            break
-        candidates = [dataclasses.replace(c, id=rename(c)) if counts[c.id] > 1 else c for c in candidates]
-    return candidates
+    """The same candidates with unique ids: endings where two differ in nothing else, then roots, then whole paths."""
+    counts = collections.Counter((c.root, c.id) for c in candidates)
+    candidates = [
+        dataclasses.replace(c, id=os.path.relpath(c.path, c.root)) if counts[c.root, c.id] > 1 else c for c in candidates
+    ]
+    if _are_distinct(candidates):
+        return candidates
+    named = [dataclasses.replace(c, id=os.path.join(_name(c.root), c.id)) for c in candidates]
+    if _are_distinct(named):
+        return named
+    return [dataclasses.replace(c, id=os.path.abspath(c.path)) for c in candidates]
+
+
+def _are_distinct(candidates):
+    return len({c.id: None for c in candidates}) == len(candidates)
+
+
+def _name(root):
+    return os.path.basename(os.path.abspath(root))

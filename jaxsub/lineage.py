@@ -11,7 +11,9 @@ import math
 import numpy as np
 
 NEAR_COPY = 0.99  # cosine over all layers above which two models are near copies
-THRESHOLD = 0.15  # average cosine at which groups stop merging; real families begin at .19, their nearest outsiders end at .11
+THRESHOLD = (
+    0.15  # average cosine at which groups stop merging; real families begin at .19, their nearest outsiders end at .11
+)
 KNOWN_STDS = (0.02,)  # the one common initialiser that does not depend on the width
 
 

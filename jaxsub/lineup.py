@@ -70,7 +70,7 @@ def by_place(all_layers):
 
 
 def _places(names):
-    """name -> its parts, run numbers replaced by the rank of the number among siblings of the same stem."""
+    """Map name -> its parts, run numbers replaced by the rank of the number among siblings of the same stem."""
     families = collections.defaultdict(dict)  # (prefix, stem) -> parts
     split = {name: tuple(_SEPARATOR.split(name)) for name in names}
     for parts in split.values():

@@ -20,5 +20,7 @@ def load(package, name):
     """
     names = available(package)
     if name not in names:
-        raise errors.ConfigError(f"no {package} called {name!r}{errors.nearest(name, names)} (there are: {', '.join(names)})")
+        raise errors.ConfigError(
+            f"no {package} called {name!r}{errors.nearest(name, names)} (there are: {', '.join(names)})"
+        )
     return importlib.import_module(f"jaxsub.{package}.{name}")

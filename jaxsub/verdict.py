@@ -1,8 +1,8 @@
 """The one-line verdict of a layer and the rule behind it. Pure functions of numbers already computed.
 
-    k     the largest of 1, 2, 4, 8, 16 not above (N - 2) / 2
-    gain  1 - LOO(k), what k components of the other models explain of an unseen one
-    beats the null: gain exceeds the null's mean gain by max(.02, 4 sd over draws), for every null that decides
+k     the largest of 1, 2, 4, 8, 16 not above (N - 2) / 2
+gain  1 - LOO(k), what k components of the other models explain of an unseen one
+beats the null: gain exceeds the null's mean gain by max(.02, 4 sd over draws), for every null that decides
 """
 
 import dataclasses
@@ -66,7 +66,9 @@ def gain(held_out, nulls, k, curve="held_out"):
     return max(found, key=lambda g: g.null + max(MARGIN, SIGMAS * g.sd), default=None)
 
 
-def decide(*, num_models, num_features, saturated, constant, lineages, one_lineage, overall, within, mean, mean_chance, k):
+def decide(
+    *, num_models, num_features, saturated, constant, lineages, one_lineage, overall, within, mean, mean_chance, k
+):
     """(verdict, why) of a layer.
 
     Args:
@@ -102,7 +104,10 @@ def decide(*, num_models, num_features, saturated, constant, lineages, one_linea
         under = "all models keep a common start" if one_lineage else "models keep no common start"
         return "shared", f"{facts}; {under}"
     if mean is not None and mean > MEAN_FACTOR * mean_chance:
-        return "common_mean", f"{facts}; the mean holds {mean:.1%} of the energy where unrelated models give {mean_chance:.1%}"
+        return (
+            "common_mean",
+            f"{facts}; the mean holds {mean:.1%} of the energy where unrelated models give {mean_chance:.1%}",
+        )
     return "chance", facts
 
 

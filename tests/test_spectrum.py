@@ -15,7 +15,15 @@ def test_ranks_are_none_where_the_share_is_never_reached():
 
 
 def test_full_spectrum_reaches_every_share():
-    assert spectrum.rank_at([1.0] * 100) == {"0.5": 50, "0.6": 60, "0.7": 70, "0.8": 80, "0.9": 90, "0.95": 95, "0.99": 99}
+    assert spectrum.rank_at([1.0] * 100) == {
+        "0.5": 50,
+        "0.6": 60,
+        "0.7": 70,
+        "0.8": 80,
+        "0.9": 90,
+        "0.95": 95,
+        "0.99": 99,
+    }
 
 
 def test_energy_stops_at_the_number_of_components():

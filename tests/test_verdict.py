@@ -50,7 +50,9 @@ def test_the_hardest_null_decides_and_shuffle_does_not():
     assert verdict.gain({"4": 0.5}, {"shuffle": nulls["shuffle"]}, 4) is None
 
 
-@pytest.mark.parametrize("n, k", [(3, None), (4, 1), (5, 1), (6, 2), (9, 2), (10, 4), (18, 8), (33, 8), (34, 16), (999, 16)])
+@pytest.mark.parametrize(
+    "n, k", [(3, None), (4, 1), (5, 1), (6, 2), (9, 2), (10, 4), (18, 8), (33, 8), (34, 16), (999, 16)]
+)
 def test_deciding_rank(n, k):
     assert verdict.deciding_rank(n) == k
 

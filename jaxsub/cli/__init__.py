@@ -25,7 +25,9 @@ def entry(argv=None):
     if name not in PROGRAMS:
         from jaxsub import errors
 
-        sys.stderr.write(f"jaxsub: no program {errors.quote(name)!r}{errors.nearest(name, PROGRAMS)}; see jaxsub --help\n")
+        sys.stderr.write(
+            f"jaxsub: no program {errors.quote(name)!r}{errors.nearest(name, PROGRAMS)}; see jaxsub --help\n"
+        )
         sys.exit(2)
     from jaxsub.cli import _run
 

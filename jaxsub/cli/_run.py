@@ -1,6 +1,7 @@
 """Runs one program as an absl app and maps what it raises to the exit codes of the README."""
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -10,6 +11,8 @@ import traceback
 from absl import app, flags as absl_flags, logging
 
 from jaxsub import errors
+
+_AGAIN = "with --workdir, the same command goes on where it stopped"
 
 
 class _Terminated(KeyboardInterrupt):
@@ -24,40 +27,59 @@ def program(name, argv):
     def parse(arguments):
         from jaxsub.cli import flags
 
-        wants_help = [a for a in arguments if a in ("--help", "-h", "--helpfull", "--helpshort")]
-        parsed = flags.Flags(name, module.config_class(), [a for a in arguments if a not in wants_help])
-        if wants_help:
-            sys.stdout.write(parsed.help())
+        if any(a in flags.HELP for a in arguments):
+            sys.stdout.write(flags.help_text(name, module.config_class(), (module.__doc__ or "").partition("\n")[0]))
             sys.exit(0)
         absl_flags.FLAGS.mark_as_parsed()  # absl's own flags are not used; its app insists all the same
-        return parsed
+        return flags.Flags(name, module.config_class(), arguments)
 
     def main(parsed):
         logging.set_verbosity(logging.WARNING)  # jax reports every backend it does not find
         module.main(parsed)
 
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     try:
         app.run(main, argv=argv, flags_parser=parse)
+        sys.stdout.flush()
     except errors.JaxsubError as error:
         _fail(f"jaxsub {name}: {error}", error.exit_code, debug)
     except _Terminated:
-        _fail(f"jaxsub {name}: terminated; the same command goes on where it stopped", 143, debug)
+        _fail(f"jaxsub {name}: terminated; {_AGAIN}", 143, debug)
     except KeyboardInterrupt:
-        _fail(f"jaxsub {name}: interrupted; the same command goes on where it stopped", 130, debug)
+        _fail(f"jaxsub {name}: interrupted; {_AGAIN}", 130, debug)
     except BrokenPipeError:
+        # Whoever read the output has gone, as in `jaxsub inspect ... | head`: nothing to say, nobody to say it to.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except MemoryError:
-        _fail(f"jaxsub {name}: out of memory; bound it with --config.max_host_bytes", 6, debug)
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        text = f"{type(error).__name__}: {errors.quote(error)}"
-        _fail(f"jaxsub {name}: this is a bug in jaxsub ({text}); run with --debug and report what it prints", 70, debug)
+        cause = _resource(error)
+        if cause:
+            _fail(f"jaxsub {name}: {cause}", errors.ResourceError.exit_code, debug)
+        text = f"{type(error).__name__}: {errors.quote(error)} {_place(error)}"
+        _fail(f"jaxsub {name}: this is a bug in jaxsub ({text}); report it with what --debug prints", 70, debug)
 
 
-def _terminate(*_):
-    raise _Terminated
+def _stop(number, _):
+    # The second signal ends the process at once, even inside a device call.
+    signal.signal(number, signal.SIG_DFL)
+    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _resource(error):
+    """What ran out, or None if the error is of another kind."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:2000]:
+        return "out of memory; bound it with --config.max_host_bytes, or look at the plan with --dry_run"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return f"{errors.quote(error.filename or 'output')}: {error.strerror}; make room and run the same command again"
+    return None
+
+
+def _place(error):
+    """'at file:line' of the innermost frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
 
 
 def _fail(message, status, debug):

@@ -12,4 +12,4 @@ def config_class():
 
 def main(parsed):
     """Writes the page to stdout, and inspect.json to the workdir if there is one."""
-    sys.stdout.write(inspect.run(parsed.freeze(), parsed.workdir) + "\n")
+    inspect.run(parsed.freeze(), parsed.workdir, write=sys.stdout.write)

@@ -59,9 +59,9 @@ def _dense_gram(x, weights, *, mesh, dtype):
         return jax.lax.psum(sums, FEATURES), mixed
 
     features = P(None, FEATURES)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(features, P()), out_specs=(P(), features), check_vma=False
-    )(x, weights)
+    return jax.shard_map(local, mesh=mesh, in_specs=(features, P()), out_specs=(P(), features), check_vma=False)(
+        x, weights
+    )
 
 
 def _dense_local(x, weights, dtype):

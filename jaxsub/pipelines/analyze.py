@@ -1,6 +1,6 @@
 """`jaxsub analyze`: one pass over a collection's weights, then the truth about its joint subspace.
 
-    open (headers) -> distinct models -> plan -> layers (Statistics) -> figures -> report.json, report.html, table
+open (headers) -> distinct models -> plan -> layers (Statistics) -> figures -> report.json, report.html, table
 """
 
 import dataclasses
@@ -217,9 +217,7 @@ class _Session:
                 return known
             models = [(self.opened.refs[m].id, self.opened.models[m]) for m in members]
             try:
-                stats = layers.statistics(
-                    group, models, self.mesh, self.options, base=self.base, meter=self.meter
-                )
+                stats = layers.statistics(group, models, self.mesh, self.options, base=self.base, meter=self.meter)
             except placement.NonFiniteError as error:
                 self.drop(error, group)
                 continue
@@ -234,7 +232,11 @@ class _Session:
         from jaxsub import __version__
 
         files = [_identity(e, self.opened.models[m].path) for m, e in zip(group.members, group.entries, strict=True)]
-        base = [self.base.path] + [_identity(t, self.base.path) for n, t in self.base.tensors.items() if n == group.name] if self.base else []
+        base = (
+            [self.base.path] + [_identity(t, self.base.path) for n, t in self.base.tensors.items() if n == group.name]
+            if self.base
+            else []
+        )
         record = [
             __version__, group.name, group.shape, self.ids(group), files, base, self.view.__name__,
             dataclasses.astuple(self.options), self.mesh.size, self.mesh.devices.flat[0].platform,

@@ -43,7 +43,9 @@ def run(config, workdir, *, stream=None):
     widths = [max(len(r[c]) for r in [head, *rows]) for c in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
     reports = [f"  {os.path.join(workdir, world, 'report.html')}" for world in config.worlds]
-    return "\n".join([*lines, "", "A shared start gives a shared subspace; separate starts give none. Reports:", *reports])
+    return "\n".join(
+        [*lines, "", "A shared start gives a shared subspace; separate starts give none. Reports:", *reports]
+    )
 
 
 def _row(world, layer):

@@ -49,7 +49,9 @@ def find(all_stats, ids, threshold):
     untrained = _untrained(all_stats, ids)
     warnings = []
     if len(near) > 1000:
-        warnings.append(f"{len(near)} pairs are near copies (cosine above {lineage.NEAR_COPY}); the 1000 closest are listed")
+        warnings.append(
+            f"{len(near)} pairs are near copies (cosine above {lineage.NEAR_COPY}); the 1000 closest are listed"
+        )
     if start_groups:
         held = sum(len(g) for g in start_groups)
         warnings.append(f"{held} adapters keep the start of another's A factor: stacked A factors would look shared")

@@ -15,7 +15,7 @@ from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.gram import FEATURES
 from jaxsub.statistics import ModeEnergies, Statistics
 
-MIXTURES, COLUMNS = 16, 32  # of one half of a sketch: 512 test columns an axis
+MIXTURES, COLUMNS = 8, 64  # of one half of a sketch: 512 test columns an axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,6 @@ def statistics(group, models, mesh, options, *, base=None, meter=None):
         if group.parametrisation == "lora":
             return _lora(group, models, mesh, options, meter)
         return _dense(group, models, mesh, options, base, meter)
-
-
 
 
 def _dense(group, models, mesh, options, base, meter):
@@ -250,8 +248,6 @@ def _finite(array, member, model, tensor):
         bad = np.flatnonzero(~np.isfinite(wide.reshape(-1)))
         raise placement.NonFiniteError(member, model, tensor.name, len(bad), int(bad[0]))
     return wide
-
-
 
 
 def plan_lora(group, mesh, options):

@@ -54,7 +54,9 @@ def _require_same(path, identity, restart):
     except (OSError, ValueError):
         found = {}
     wanted = json.loads(json.dumps(identity))
-    different = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)] if isinstance(found, dict) else []
+    different = (
+        [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)] if isinstance(found, dict) else []
+    )
     if different:
         key = different[0]
         shown = f"{key} was {errors.quote(found.get(key), 60)}, is {errors.quote(wanted.get(key), 60)}"

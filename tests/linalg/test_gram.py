@@ -94,9 +94,7 @@ def test_lora_gram_equals_dense_products(num_models, dtype, tolerance, devices):
     with jax.enable_x64(True):
         spec = NamedSharding(mesh, P(None, None, "features"))
         bt = np.ascontiguousarray(np.swapaxes(b, 1, 2))
-        sums = jax.device_get(
-            gram.lora_gram(jax.device_put(a, spec), jax.device_put(bt, spec), mesh=mesh, dtype=dtype)
-        )
+        sums = jax.device_get(gram.lora_gram(jax.device_put(a, spec), jax.device_put(bt, spec), mesh=mesh, dtype=dtype))
     assert np.abs(sums.gram - expected).max() < tolerance * np.abs(expected).max()
     overlap = np.square(np.einsum("nor,mos->nmrs", b.astype(np.float64), b.astype(np.float64))).sum((2, 3))
     assert np.abs(sums.b_overlap - overlap).max() < tolerance * overlap.max()

@@ -111,7 +111,7 @@ def test_bad_model_among_good_ones_is_set_aside(case, unpacked, tmp_path, monkey
     else:
         shutil.copytree(good, collection)
     entry = pathlib.Path(case["entry"])
-    source = unpacked / entry
+
     root = unpacked / entry.parts[0]
     shutil.copytree(root, collection / "zz_case", symlinks=True, copy_function=copy_any)
     try:

@@ -1,0 +1,1 @@
+"""Small flax networks for the zoo, the training program and the tests."""

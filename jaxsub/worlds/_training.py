@@ -1,0 +1,104 @@
+"""Many small networks trained at once: one compiled loop, batches drawn inside it.
+
+start (N, ...) --[steps x vmap over N: batch, gradient, Adam]--> parameters (N, ...)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsub.tasks import digits
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch", "steps"))
+def train(params, frozen, rows, num_rows, names, keys, images, labels, learning_rate, /, *, model, batch, steps):
+    """Parameters after `steps` Adam steps of N networks, each on its own batches.
+
+    Args:
+        params: tree of arrays (N, ...), where each network starts.
+        frozen: other variable collections of the model, the same for all; {} for none.
+        rows: (N, n) int32 rows of `images` each network may see, in the first `num_rows` places.
+        num_rows: (N,) int32.
+        names: (N, 10) int32 output unit that stands for each class.
+        keys: (N,) typed keys of the batches.
+        images: (n, 64) float32.
+        labels: (n,) int32.
+        learning_rate: scalar.
+        model: flax module, static.
+        batch: digits.Options, static.
+        steps: static.
+
+    Returns:
+        tree like `params`.
+
+    Source: Kingma and Ba 2015, "Adam".
+    """
+    optimizer = optax.adam(learning_rate)
+
+    def one(start, own_rows, own_num_rows, own_names, key):
+        def loss(params, chosen):
+            logits = model.apply({"params": params, **frozen}, images[chosen])
+            return digits.loss(logits, own_names[labels[chosen]])
+
+        def step(carry, step_key):
+            params, state = carry
+            chosen = digits.batches(own_rows, own_num_rows, batch, step_key)
+            updates, state = optimizer.update(jax.grad(loss)(params, chosen), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(key, steps))
+        return params
+
+    return jax.vmap(one)(params, rows, num_rows, names, keys)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def start(keys, /, *, model):
+    """Fresh parameters, a tree of (N, ...), one network a key (N,)."""
+    blank = jnp.zeros((1, digits.NUM_PIXELS), jnp.float32)
+    return jax.vmap(lambda key: model.init(key, blank)["params"])(keys)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def logits(params, frozen, images, /, *, model):
+    """Logits (N, n, 10) of N networks on images (n, 64)."""
+    return jax.vmap(lambda p: model.apply({"params": p, **frozen}, images))(params)
+
+
+def rows_of(labels, classes):
+    """Rows each network may see.
+
+    Args:
+        labels: (n,) int32.
+        classes: (N, 10) bool, the classes each network is trained on.
+
+    Returns:
+        rows (N, n) int32 with the allowed ones first, and their number (N,) int32.
+    """
+    allowed = classes[:, labels]
+    return np.argsort(~allowed, axis=1, kind="stable").astype(np.int32), allowed.sum(axis=1).astype(np.int32)
+
+
+def accuracy(logits, names, classes, split):
+    """Share of right answers on the images of a network's own classes, (N,) float64.
+
+    Args:
+        logits: (N, n, 10) on the images of `split`.
+        names: (N, 10) int32 output unit of each class.
+        classes: (N, 10) bool.
+        split: digits.Split.
+    """
+    own = classes[:, split.labels]
+    right = digits.score(np.asarray(logits), names[:, split.labels])
+    return (right & own).sum(axis=1) / own.sum(axis=1)
+
+
+def numbered(seed, *names):
+    """Typed keys by name for one seed; adding a name changes no other key."""
+    import zlib
+
+    root = jax.random.key(seed)
+    return [jax.random.fold_in(root, zlib.crc32(name.encode())) for name in names]

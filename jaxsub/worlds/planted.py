@@ -1,0 +1,29 @@
+"""A known subspace in every layer, the same share of the energy for each model, and noise around it."""
+
+import dataclasses
+
+from jaxsub.worlds import _synthetic
+
+DESCRIPTION = "A known low-dimensional subspace plus noise; no common mean."
+TRUTH = {"verdict": "shared", "flags": [], "layers": list(_synthetic.LAYERS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the world."""
+
+    num_models: int = 100
+    rank: int = 8
+    signal: float = 0.5  # expected share of the energy in the subspace
+
+
+def make(options, seed, folder):
+    """Writes the world to `folder`; the subspace of a layer is `basis(seed, layer, options.rank)`."""
+    _synthetic.require(options, positive=("num_models", "rank"), fractions=("signal",))
+    labels = [{"task": f"random {i}", "seed": str(seed)} for i in range(options.num_models)]
+    _synthetic.write(folder, lambda layer: rows(options, seed, layer), labels)
+
+
+def rows(options, seed, layer):
+    """(N, D) the models' rows before scaling."""
+    return _synthetic.planted(seed, layer, options.num_models, options.rank, options.signal)

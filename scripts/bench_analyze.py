@@ -1,0 +1,83 @@
+"""The pass over a collection against the bare Gram product that it contains, in one run.
+
+    python scripts/bench_analyze.py --folder=/tmp/bench            # makes 256 models of 1024 x 2048 float32 (2 GiB) once
+
+Prints medians of interleaved rounds: the whole analysis without start-up, its parts, the Gram product of the same
+rows held in memory by NumPy (float32 x @ x.T) and by jaxsub's own kernel, and their ratios.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+import numpy as np
+
+
+def make(folder, num_models, shape):
+    from jaxsub.formats import safetensors
+
+    os.makedirs(folder, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for n in range(num_models):
+        path = os.path.join(folder, f"m{n:04d}.safetensors")
+        if not os.path.exists(path):
+            safetensors.write(path, {"w": rng.standard_normal(shape, dtype=np.float32)}, None)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--models", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--columns", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    make(arguments.folder, arguments.models, (arguments.rows, arguments.columns))
+
+    import jax
+
+    import jaxsub
+    from jaxsub import placement
+    from jaxsub.linalg import gram
+
+    width = arguments.rows * arguments.columns
+    x = np.empty((arguments.models, width), np.float32)
+    x[:] = np.random.default_rng(1).standard_normal(width, dtype=np.float32)
+    mesh = placement.make_mesh(1)
+
+    def bare_numpy():
+        return x @ x.T
+
+    def bare_kernel():
+        with jax.enable_x64(True):
+            weights = np.zeros((0, len(x)), np.float32)
+            return jax.block_until_ready(gram.dense_gram(jax.device_put(x), weights, mesh=mesh, dtype="float32"))
+
+    parts = {}
+
+    def analyze():
+        report = jaxsub.analyze(arguments.folder)
+        for name, seconds in report["provenance"]["seconds"].items():
+            parts.setdefault(name, []).append(seconds)
+
+    times = {"analyze": [], "numpy": [], "kernel": []}
+    for call in (analyze, bare_numpy, bare_kernel):
+        call()  # compile, page cache
+    parts.clear()
+    for _ in range(arguments.rounds):
+        for name, call in (("analyze", analyze), ("numpy", bare_numpy), ("kernel", bare_kernel)):
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians |= {f"analyze, {name}": statistics.median(values) for name, values in parts.items() if name != "total"}
+    for name, seconds in medians.items():
+        print(f"{name:24} {seconds:8.3f} s")
+    both = medians["analyze, read"] + medians["analyze, compute"]
+    for name in ("numpy", "kernel"):
+        print(f"pass (read + compute) / {name}: {both / medians[name]:.2f}; all / {name}: {medians['analyze'] / medians[name]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
