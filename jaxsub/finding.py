@@ -159,7 +159,8 @@ def _distinct_ids(candidates):
     """The same candidates with unique ids: endings where two differ in nothing else, then roots, then whole paths."""
     counts = collections.Counter((c.root, c.id) for c in candidates)
     candidates = [
-        dataclasses.replace(c, id=os.path.relpath(c.path, c.root)) if counts[c.root, c.id] > 1 else c for c in candidates
+        dataclasses.replace(c, id=os.path.relpath(c.path, c.root)) if counts[c.root, c.id] > 1 else c
+        for c in candidates
     ]
     if _are_distinct(candidates):
         return candidates

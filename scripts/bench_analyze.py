@@ -76,7 +76,9 @@ def main():
         print(f"{name:24} {seconds:8.3f} s")
     both = medians["analyze, read"] + medians["analyze, compute"]
     for name in ("numpy", "kernel"):
-        print(f"pass (read + compute) / {name}: {both / medians[name]:.2f}; all / {name}: {medians['analyze'] / medians[name]:.2f}")
+        print(
+            f"pass (read + compute) / {name}: {both / medians[name]:.2f}; all / {name}: {medians['analyze'] / medians[name]:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def test_text_of_the_command_line(path, text, value):
 
 @pytest.mark.parametrize(
     ("path", "text"),
-    [("seed", "1.5"), ("seed", ""), ("rate", "nan"), ("rate", "x"), ("quiet", "maybe"), ("sizes", "1,x"), ("sizes", "[1"),
-     ("inner.method", "qr")],
+    [("seed", "1.5"), ("seed", ""), ("rate", "nan"), ("rate", "x"), ("quiet", "maybe"), ("sizes", "1,x"),
+     ("sizes", "[1"), ("inner.method", "qr")],
 )  # fmt: skip
 def test_text_that_is_no_value(path, text):
     with pytest.raises(errors.ConfigError, match=path):
@@ -151,6 +151,7 @@ def test_json_file(tmp_path):
         ("[1]", "an object of options expected, list found"),
         ("[" * 100_000, "no configuration"),
     ],
+    ids=["nan", "overflow", "twice", "cut", "list", "deep"],
 )
 def test_json_that_is_refused(tmp_path, text, said):
     message = refusal(tmp_path, "x.json", text)

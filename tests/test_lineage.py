@@ -41,8 +41,8 @@ def test_a_shared_subspace_is_no_lineage(seed, k):
     x = rng.standard_normal((100, k)) @ np.linalg.qr(rng.standard_normal((3000, k)))[0].T * np.sqrt(3000 / k) * 2
     x = x + rng.standard_normal(x.shape)
     c = cosine(x)
-    assert sum(map(len, lineage.groups(c, 3000))) <= 10
-    assert (c > 0.5).sum() > 3 * len(c)  # such pairs abound
+    assert lineage.groups(c, 3000) == []
+    assert (c > 0.5).sum() > 3 * len(c)  # pairs that look related abound
 
 
 def test_one_start_for_all_is_one_lineage():

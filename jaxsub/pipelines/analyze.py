@@ -14,6 +14,7 @@ import time
 from concurrent import futures
 
 from jaxsub import config as configs, errors
+from jaxsub.pipelines import plan
 
 NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
 MAX_NEAR_COPIES = 1000
@@ -82,7 +83,7 @@ def analyze(opened, config, workdir=None, *, stream=None):
 
     session = _Session(opened, config, workdir, stream)
     if config.dry_run:
-        return session.plan_text()
+        return plan.text(session.plans(), len(opened.refs), session.mesh.size)
     if workdir is None:
         return session.run()
     digest_of = dataclasses.replace(config, restart=False, dry_run=False, max_host_bytes=0)
@@ -113,7 +114,7 @@ class _Session:
         self.dropped = []  # models found not finite while reading
         self.copies = []
         self.options = layers.Options(precision=config.precision, seed=config.seed)
-        while config.max_host_bytes and self.peak() > config.max_host_bytes and self.options.block_bytes > 2**12:
+        while plan.exceeds(self.plans(), config.max_host_bytes) and self.options.block_bytes > 2**12:
             self.options = dataclasses.replace(self.options, block_bytes=self.options.block_bytes // 2)
 
     # Models ---------------------------------------------------------------------------------------------------
@@ -162,17 +163,17 @@ class _Session:
         from jaxsub.pipelines import copies, progress
         from jaxsub.report import Report
 
-        self.check_memory()
+        plan.require_memory(self.plans(), self.config.max_host_bytes)
         self.copies = copies.find(self.groups(), self.opened.models, self.meter)
         if self.config.preflight == "full":
             self.preflight()
         groups = self.groups()
-        total = sum(_bytes(g) for g in groups)
+        total = sum(g.num_bytes for g in groups)
         found = {}
         with progress.Progress(total, len(groups), stream=self.stream) as bar:
             for group in groups:
                 found[group.name, group.shape] = self.layer(group)
-                bar.layer(group.name, _bytes(group), f"N={len(group.members)}")
+                bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
         # A model that dropped out late is still in the layers before: those are read again without it.
         for group in self.groups():
             known = found[group.name, group.shape]
@@ -247,47 +248,8 @@ class _Session:
         name = hashlib.sha256(f"{group.name}\0{group.shape}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
         return os.path.join(self.workdir, "statistics", f"layer_{name}.safetensors"), digest
 
-    # The plan -------------------------------------------------------------------------------------------------
-
     def plans(self):
-        from jaxsub import placement
-        from jaxsub.pipelines import layers
-
-        return [
-            layers.plan_lora(g, self.mesh, self.options)
-            if g.parametrisation == "lora"
-            else placement.plan_dense(g, self.mesh.size, self.options)
-            for g in self.groups()
-        ]
-
-    def peak(self):
-        return max((p.host_bytes for p in self.plans()), default=0)
-
-    def check_memory(self):
-        peak, free = self.peak(), _available_bytes()
-        bound = self.config.max_host_bytes or free
-        if bound and peak > bound:
-            worst = max(self.plans(), key=lambda p: p.host_bytes)
-            raise errors.ResourceError(
-                f"layer {errors.quote(worst.name)} needs {_size(peak)} on the host, {_size(bound)} are allowed or free; "
-                "allow more with --config.max_host_bytes, or leave the layer out with --exclude_layers"
-            )
-
-    def plan_text(self):
-        plans = self.plans()
-        lines = [f"{len(self.opened.refs)} models, {len(plans)} layers, {self.mesh.size} device(s)"]
-        lines.append(f"{'layer':42} {'shape':>18} {'models':>7} {'to read':>10} {'blocks':>7} {'host':>10}")
-        for p in plans:
-            shape = "x".join(map(str, p.shape))
-            lines.append(
-                f"{errors.quote(p.name, 42):42} {shape:>18} {p.num_models:>7} {_size(p.bytes_read):>10} "
-                f"{p.num_blocks:>7} {_size(p.host_bytes):>10}"
-            )
-        lines.append(
-            f"to read: {_size(sum(p.bytes_read for p in plans))}; peak host memory beyond the program's own: "
-            f"{_size(max((p.host_bytes for p in plans), default=0))}"
-        )
-        return "\n".join(lines)
+        return plan.of(self.groups(), self.mesh, self.options)
 
     # The report -----------------------------------------------------------------------------------------------
 
@@ -317,7 +279,6 @@ class _Session:
         out = {d["member"] for d in self.dropped}
         refs = [r for i, r in enumerate(opened.refs) if i not in out]
         warnings = list(opened.warnings) + kin.warnings
-        warnings += [f"{errors.quote(m.path)}: {w}" for m in opened.models for w in m.warnings][:20]
         if duplicates:
             extra = sum(len(d) - 1 for d in duplicates)
             warnings.append(f"{extra} models are bit-identical copies of others and are left out of every figure")
@@ -393,24 +354,3 @@ def _identity(entry, path):
         return (entry.name, entry.dtype, file.path, file.size, file.mtime_ns, entry.extent.offset)
     status = os.stat(path)
     return (entry.name, entry.dtype, path, status.st_size, status.st_mtime_ns, -1)
-
-
-def _bytes(group):
-    return sum(sum(t.num_bytes for t in ((e.a, e.b) if hasattr(e, "a") else (e,))) for e in group.entries)
-
-
-def _size(num_bytes):
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return ""
-
-
-def _available_bytes():
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0

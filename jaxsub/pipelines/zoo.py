@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import typing
 
 from jaxsub import config as configuration, errors, plugins
 from jaxsub.report import _write
@@ -23,10 +22,10 @@ SCHEMA, RECORD, MODELS = "jaxsub.zoo/1", "zoo.json", "models"
 class Config:
     """Options of the zoo program."""
 
-    world: str = "same_start_same_task"
-    seed: int = 0
+    world: str = "same_start_same_task"  # name of a module of jaxsub.worlds
+    seed: int = 0  # of everything that is drawn
     options: tuple[str, ...] = ()  # of the world, as name=value
-    restart: bool = False
+    restart: bool = False  # replace the world that lies there
 
 
 def worlds():
@@ -86,18 +85,17 @@ def parse_options(cls, texts):
     Raises:
         ConfigError: not of that form, unknown, given twice, or of the wrong type.
     """
-    kinds, values = typing.get_type_hints(cls), {}
+    known, values = configuration.fields(cls), {}
     for text in texts:
         name, found, value = text.partition("=")
         if not found:
-            raise errors.ConfigError(f"options={errors.quote(text)!r}: expected name=value")
-        if name not in kinds:
-            known = ", ".join(kinds)
-            near = errors.nearest(name, kinds)
-            raise errors.ConfigError(f"no option {errors.quote(name)!r} of this world{near} (there are: {known})")
+            raise errors.ConfigError(f"options: name=value expected, {errors.quote(text, 60)!r} found")
+        if name not in known:
+            near = errors.nearest(name, known) or f" (there are: {', '.join(known)})"
+            raise errors.ConfigError(f"unknown option {errors.quote(name, 60)!r} of this world{near}")
         if name in values:
-            raise errors.ConfigError(f"options: {name!r} stands twice")
-        values[name] = configuration.parse(name, value, kinds[name])
+            raise errors.ConfigError(f"options: {name!r} is given twice")
+        values[name] = configuration.parse(known[name], value)
     return configuration.freeze(cls, values)
 
 

@@ -38,10 +38,11 @@ class Report:
         return html.render(self.data)
 
     def save(self, folder):
-        """Writes report.json, report.html and log.txt into `folder`, each whole or not at all."""
+        """Writes report.json, report.html, log.txt and quarantine.json into `folder`, each whole or not at all."""
         from jaxsub.report import _write
 
         os.makedirs(folder, exist_ok=True)
         _write.write_json(os.path.join(folder, "report.json"), self.data)
+        _write.write_json(os.path.join(folder, "quarantine.json"), self.data["collection"]["quarantined"])
         _write.write_text(os.path.join(folder, "report.html"), self.html())
         _write.write_text(os.path.join(folder, "log.txt"), self.table() + "\n")

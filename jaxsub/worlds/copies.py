@@ -12,6 +12,7 @@ TRUTH = {
     "verdict": "chance",
     "flags": [],
     "layers": list(_synthetic.LAYERS),
+    "lineages": [2],
     "duplicates": 60,
     "near_duplicates": 1,
 }

@@ -1,7 +1,7 @@
 """Adapters of one small digits network, each for its own task, from own A starts or a common one.
 
-Task: which half of the ten classes does a digit belong to, for a random split of the classes, answered with two of the
-ten output units, drawn too. The adapters are LoRA folders; the base lies beside them as base.safetensors, kernels (o, i).
+Task: the ten digits under other names, a random permutation of the output units for each adapter; all of them have the
+base's answers to unlearn. The adapters are LoRA folders; the base lies beside them as base.safetensors, kernels (o, i).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxsub.worlds import _digits, _files, _synthetic, _training
 
 LAYERS = ("hidden", "output")
 BASE = "base.safetensors"
-DESCRIPTION = "LoRA adapters of one digits network on random two-way splits of the classes."
+DESCRIPTION = "LoRA adapters of one digits network that learn other names for the ten digits."
 TRUTH = {"verdict": "shared", "flags": [], "layers": list(LAYERS)}
 
 
@@ -42,7 +42,7 @@ def make(options, seed, folder):
     base, factors, names, reached = trained(options, seed)
     labels = [
         {
-            "task": "split " + "".join(str(int(n == names[i].min())) for n in names[i]),
+            "task": "names " + "".join(str(n) for n in names[i]),
             "seed": str(seed),
             "start": "0" if options.shared_start else str(i),
             "accuracy": f"{reached[i]:.4f}",
@@ -69,7 +69,7 @@ def trained(options, seed):
     params = _training.start(starts[:1] if options.shared_start else starts, model=model)
     if options.shared_start:
         params = jax.tree.map(lambda p: p.repeat(options.num_models, axis=0), params)
-    classes, names = np.ones((options.num_models, 10), bool), splits(options.num_models, seed)
+    classes, names = np.ones((options.num_models, 10), bool), permutations(options.num_models, seed)
     rows, num_rows = _training.rows_of(train.labels, classes)
     params = _training.train(
         params,
@@ -91,8 +91,7 @@ def trained(options, seed):
     return base, factors, names, _training.accuracy(answers, names, classes, held_out)
 
 
-def splits(num_models, seed):
-    """(N, 10) int32: the output unit of each class, one of two units for each half of the classes."""
+def permutations(num_models, seed):
+    """(N, 10) int32: the output unit that stands for each class."""
     rng = np.random.default_rng([seed, 2])
-    units = rng.permuted(np.tile(np.arange(10, dtype=np.int32), (num_models, 1)), axis=1)[:, :2]
-    return np.take_along_axis(units, _digits.random_halves(num_models, seed).astype(np.int32), axis=1)
+    return rng.permuted(np.tile(np.arange(digits.NUM_CLASSES, dtype=np.int32), (num_models, 1)), axis=1)

@@ -13,8 +13,8 @@ class Options:
     """Options of the world."""
 
     num_models: int = 100
-    rank: int = 8
-    signal: float = 0.5  # expected share of the energy in the subspace
+    rank: int = 16
+    signal: float = 0.2  # expected share of the energy in the subspace
 
 
 def make(options, seed, folder):

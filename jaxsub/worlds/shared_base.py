@@ -5,7 +5,7 @@ import dataclasses
 from jaxsub.worlds import _synthetic
 
 DESCRIPTION = "A common base and independent updates; no subspace beside the mean."
-TRUTH = {"verdict": "common_mean", "flags": [], "layers": list(_synthetic.LAYERS)}
+TRUTH = {"verdict": "common_mean", "flags": ["one_lineage"], "layers": list(_synthetic.LAYERS), "lineages": [100]}
 
 
 @dataclasses.dataclass(frozen=True)

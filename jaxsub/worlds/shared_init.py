@@ -1,8 +1,8 @@
 """Untrained adapters, half of them from one seed: the stacked A factors look shared, the updates share nothing.
 
-242 adapters with their own A and 255 with one common A, r = 16, all entries uniform in +-1 / sqrt(d) with d = 4096. Rows
-of the stacked A, centred: the first 16 components hold .016 of the energy for the 242 alone and .51 for all 497. B is
-random, each adapter's own, small: it stands for training that has nothing in common.
+242 adapters with their own A and 255 with one common A, r = 16, all entries uniform in +-1 / sqrt(d) with d = 4096.
+Rows of the stacked A, centred: the first 16 components hold .016 of the energy for the 242 alone and .51 for all 497.
+B is random, each adapter's own, small: it stands for training that has nothing in common.
 
 Source: the critique of shared initialisation in collections of 500 public adapters (a common seed in half of them).
 """
