@@ -91,8 +91,8 @@ def marchenko_pastur_count(values, num_models, num_features):
 
     For n = N - 1 centred rows of D features with entry variance v, all noise energies lie below
     v (sqrt(D) + sqrt(n))**2 as both grow. v is set by the median energy, which a few components do not move. The
-    largest of n noise energies exceeds the edge by a few Tracy-Widom units, (sqrt n + sqrt D)(1/sqrt n + 1/sqrt D)^(1/3);
-    three of them are allowed.
+    largest of n noise energies exceeds the edge by a few Tracy-Widom units,
+    (sqrt n + sqrt D) (1 / sqrt n + 1 / sqrt D)**(1/3); three of them are allowed.
 
     Fails where models differ much in norm: their noise is not white, and the count is an upper bound.
     """

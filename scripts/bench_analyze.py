@@ -1,6 +1,6 @@
 """The pass over a collection against the bare Gram product that it contains, in one run.
 
-    python scripts/bench_analyze.py --folder=/tmp/bench            # makes 256 models of 1024 x 2048 float32 (2 GiB) once
+    python scripts/bench_analyze.py --folder=FOLDER        # makes 256 models of 1024 x 2048 float32 (2 GiB) once
 
 Prints medians of interleaved rounds: the whole analysis without start-up, its parts, the Gram product of the same
 rows held in memory by NumPy (float32 x @ x.T) and by jaxsub's own kernel, and their ratios.
@@ -52,9 +52,10 @@ def main():
     def bare_kernel():
         with jax.enable_x64(True):
             weights = np.zeros((0, len(x)), np.float32)
-            return jax.block_until_ready(gram.dense_gram(jax.device_put(x), weights, mesh=mesh, dtype="float32"))
+            return [jax.block_until_ready(gram.dense_gram(b, weights, mesh=mesh, dtype="float32")) for b in blocks]
 
-    parts = {}
+    blocks = [jax.device_put(np.ascontiguousarray(x[:, j : j + 2**18])) for j in range(0, width, 2**18)]
+    parts: dict[str, list[float]] = {}
 
     def analyze():
         report = jaxsub.analyze(arguments.folder)
@@ -76,9 +77,8 @@ def main():
         print(f"{name:24} {seconds:8.3f} s")
     both = medians["analyze, read"] + medians["analyze, compute"]
     for name in ("numpy", "kernel"):
-        print(
-            f"pass (read + compute) / {name}: {both / medians[name]:.2f}; all / {name}: {medians['analyze'] / medians[name]:.2f}"
-        )
+        whole = medians["analyze"] / medians[name]
+        print(f"pass (read + compute) / {name}: {both / medians[name]:.2f}; all / {name}: {whole:.2f}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def require_memory(plans, bound):
     if exceeds(plans, bound):
         worst = max(plans, key=lambda p: p.host_bytes)
         raise errors.ResourceError(
-            f"layer {errors.quote(worst.name)} needs {size(worst.host_bytes)} on the host, {size(bound)} are allowed or "
-            "free; allow more with --config.max_host_bytes, or leave the layer out with --exclude_layers"
+            f"layer {errors.quote(worst.name)} needs {size(worst.host_bytes)} on the host, {size(bound)} are allowed "
+            "or free; allow more with --config.max_host_bytes, or leave the layer out with --exclude_layers"
         )
 
 
@@ -47,9 +47,8 @@ def text(plans, num_models, num_devices):
             f"{errors.quote(p.name, 42):42} {shape:>18} {p.num_models:>7} {size(p.bytes_read):>10} "
             f"{p.num_blocks:>7} {size(p.host_bytes):>10}"
         )
-    lines.append(
-        f"to read: {size(sum(p.bytes_read for p in plans))}; peak host memory beyond the program's own: {size(peak(plans))}"
-    )
+    total = size(sum(p.bytes_read for p in plans))
+    lines.append(f"to read: {total}; peak host memory beyond the program's own: {size(peak(plans))}")
     return "\n".join(lines)
 
 

@@ -116,9 +116,10 @@ def _is_made(target, identity):
         raise errors.WorkdirError(
             f"{errors.quote(target)}: is there but holds no whole world; use another --workdir, or --restart"
         ) from None
-    for key, wanted in identity.items():
-        if found[key] != wanted:
-            shown = f"{key} was {errors.quote(found[key], 90)}, is {errors.quote(wanted, 90)}"
+    was, now = _flat(found), _flat(identity)
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key):
+            shown = f"{errors.quote(key, 60)} was {errors.quote(was.get(key), 60)}, is {errors.quote(now.get(key), 60)}"
             raise errors.WorkdirError(
                 f"{errors.quote(target)}: holds another world ({shown}); use another --workdir, or --restart"
             )
@@ -127,6 +128,12 @@ def _is_made(target, identity):
             f"{errors.quote(target)}: models have been added or removed; use another --workdir, or --restart"
         )
     return True
+
+
+def _flat(identity):
+    """The identity with its options beside it, so that a difference names one option."""
+    options = identity["options"] if isinstance(identity["options"], dict) else {}
+    return {**options, **{key: value for key, value in identity.items() if key != "options"}}
 
 
 @contextlib.contextmanager

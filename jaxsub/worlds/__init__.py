@@ -7,6 +7,7 @@ and `make(options, seed, folder)`, which writes `folder`/models and `folder`/lab
     flags               flags those layers must carry
     layers              names the verdict is about; the others are too small to tell (N - 1 >= D)
     lineages            sizes of the lineages, largest first
+    lora_starts         sizes of the groups of adapters that start from one A, largest first
     duplicates          number of models that are bit-identical to an earlier one
     near_duplicates     number of pairs that are near copies but not equal
 """

@@ -11,8 +11,14 @@ import numpy as np
 from jaxsub import errors
 from jaxsub.worlds import _files
 
-SHAPES = {"body/kernel": (48, 32), "conv/kernel": (16, 8, 3, 3), "body/bias": (48,)}
-LAYERS = ("body/kernel", "conv/kernel")  # those with more features than models
+SHAPES = {
+    "body/kernel": (48, 32),
+    "conv/kernel": (16, 8, 3, 3),
+    "mix/kernel": (32, 64),
+    "head/kernel": (64, 24),
+    "body/bias": (48,),
+}
+LAYERS = ("body/kernel", "conv/kernel", "mix/kernel", "head/kernel")  # those with more features than models
 SCALE = 0.05  # standard deviation of a weight, as in trained networks of this size
 
 

@@ -16,7 +16,7 @@ from jaxsub.worlds import _files, _synthetic
 
 LAYER = "attention.query"
 DESCRIPTION = "LoRA adapters of which half start from one A; updates share nothing but that start."
-TRUTH = {"verdict": "chance", "flags": [], "layers": [LAYER], "lineages": [255]}
+TRUTH = {"verdict": "chance", "flags": [], "layers": [LAYER], "lora_starts": [255]}
 
 
 @dataclasses.dataclass(frozen=True)
