@@ -12,15 +12,6 @@ MARGIN, SIGMAS, MEAN_FACTOR, FEWEST_MODELS = 0.02, 4.0, 3.0, 8
 # so asks another question (is there more than a common set of strong coordinates?), answered by a flag.
 DECIDING = ("permutation", "gaussian", "strength", "fresh_init")
 
-MEANINGS = {
-    "shared": "models share a subspace beyond chance, and no separate lineages explain it",
-    "lineage+shared": "lineages explain part of it; within them there is still a shared subspace",
-    "lineage": "what is shared is common descent: within lineages nothing beats chance",
-    "common_mean": "models have a common mean and share nothing about it",
-    "chance": "no more is shared than unrelated models of these norms share",
-    "undetermined": "too few models or too few numbers to tell",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Gain:

@@ -58,5 +58,6 @@ def test_deciding_rank(n, k):
 
 
 def test_every_verdict_is_explained():
-    words = {"shared", "lineage", "lineage+shared", "common_mean", "chance", "undetermined"}
-    assert set(verdict.MEANINGS) == words
+    from jaxsub.report import words
+
+    assert set(words.VERDICTS) == {"shared", "lineage", "lineage+shared", "common_mean", "chance", "undetermined"}

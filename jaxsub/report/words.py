@@ -8,7 +8,7 @@ from . import fields
 VERDICTS = {
     "shared": (
         "The weights share directions: a subspace found on the other models rebuilds a model it has not seen better "
-        "than chance allows, and no family of models explains it."
+        "than chance allows, and no separate families explain it."
     ),
     "lineage+shared": (
         "Families of models with a common start explain part of it; about the family means a subspace is still "
@@ -135,6 +135,9 @@ def summary(report):
     if not layers:
         return "No layer was analysed."
     parts = [_clause(name, count) for name, count in fields.verdict_counts(layers, VERDICTS)]
+    single = sum(verdict_label(layer) != layer["verdict"] for layer in layers)
+    if single:  # a claim of a shared subspace never stands without the start it is under
+        parts[0] += " under one common start" if parts[0].startswith(f"{single} ") else f" ({single} under one start)"
     total = "The one layer" if len(layers) == 1 else f"Of {len(layers)} layers,"
     if len(layers) == 1:
         return f"{total} {parts[0].removeprefix('1 ')}."

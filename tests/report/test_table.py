@@ -98,7 +98,7 @@ def test_collection_lines(report, layer):
     assert "set aside: broken: cut short" in text
     assert "not analysed, 1 layer: head" in text
     assert "shared (1 start) (1): all models come from one start" in text
-    assert "The one layer has a shared subspace." in text
+    assert "The one layer has a shared subspace under one common start." in text
 
 
 def test_narrow_terminals_keep_name_and_verdict(report, layer):

@@ -30,8 +30,8 @@ def cosines(x):
 
 
 def leave_one_out(x, rank):
-    """LOO(k) by brute force, one SVD a model."""
-    x = x.reshape(len(x), -1)
+    """LOO(k) by brute force, one SVD a model, in the coordinates of the space the models span."""
+    x = np.linalg.qr(x.reshape(len(x), -1).T, mode="r").T
     left = total = 0.0
     for i in range(len(x)):
         others = np.delete(x, i, axis=0)
