@@ -22,8 +22,14 @@ def open_collection(paths, **options):
     Raises:
         InputError: fewer than three models can be read, or too many had to be set aside.
     """
-    from jaxsub import collection
+    import inspect
 
+    from jaxsub import collection, errors
+
+    known = [n for n in inspect.signature(collection.open_collection).parameters if n != "paths"]
+    for name in options:
+        if name not in known:
+            raise errors.ConfigError(f"no option {name!r}{errors.nearest(name, known)}")
     return collection.open_collection(paths, **options)
 
 

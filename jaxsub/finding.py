@@ -11,6 +11,7 @@ import os
 
 from jaxsub import errors, formats
 
+_WORKDIR_LOCK = ".jaxsub.lock"
 MAX_DEPTH = 32  # folders under folders; deeper is a loop or an accident
 MAX_LIST_BYTES = 64 * 2**20  # of a text file of paths
 _LIST = ".txt"
@@ -124,6 +125,8 @@ class _Walk:
         except OSError as error:
             raise errors.InputError(folder, f"cannot be listed: {error.strerror}", rule="H12") from error
         passed_over = _CACHE_ONLY if any(e.name == "snapshots" for e in entries) else ()
+        if any(e.name == _WORKDIR_LOCK for e in entries):
+            passed_over = (*passed_over, "statistics")  # an analysis wrote its output here
         return [e for e in entries if not e.name.startswith(".") and e.name not in ("__pycache__", *passed_over)]
 
     def _may_enter(self, entry):

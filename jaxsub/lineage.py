@@ -139,7 +139,7 @@ def group_energy(gram, members):
     total = float(np.trace(gram))
     if not total > 0:
         return None
-    return float(sum(len(g) * gram[np.ix_(g, g)].mean() for g in members)) / total
+    return max(0.0, float(sum(len(g) * gram[np.ix_(g, g)].mean() for g in members)) / total)
 
 
 def looks_untrained(squares, fourths, shape, num_features):

@@ -19,5 +19,7 @@ def main(parsed):
         sys.stdout.write(result + "\n")
         return
     sys.stdout.write(result.table() + "\n")
-    if parsed.workdir:
+    if not parsed.workdir:
+        sys.stdout.write("nothing was saved; --workdir=FOLDER keeps the report and the statistics\n")
+    else:
         sys.stdout.write(f"report: {os.path.join(parsed.workdir, 'report.html')}\n")

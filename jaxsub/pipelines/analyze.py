@@ -13,7 +13,7 @@ import sys
 import time
 from concurrent import futures
 
-from jaxsub import config as configs, errors
+from jaxsub import config as configs, errors, plugins
 from jaxsub.pipelines import plan
 
 NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
@@ -29,7 +29,7 @@ class Config:
     layers: tuple[str, ...] = ()  # regular expressions; only layers that match one
     exclude_layers: tuple[str, ...] = ()
     base: str = ""  # a model to subtract from dense layers
-    view: str = "weights"  # weights, or lora_factors (A and B apart)
+    view: str = "weights"  # weights, lora_factors (A and B apart), difference (needs base)
     match: str = "exact"  # exact names, or order (run-numbered names)
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
@@ -63,6 +63,7 @@ def run(config, workdir=None, *, stream=None):
     """
     from jaxsub import collection as collections
 
+    validate(config)
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
     opened = collections.open_collection(
@@ -77,8 +78,28 @@ def run(config, workdir=None, *, stream=None):
     return analyze(opened, config, workdir, stream=stream)
 
 
+def validate(config):
+    """Raises ConfigError for values that no run could use, before anything is read."""
+    for name, least in (("draws", 1), ("splits", 1), ("seed", 0), ("devices", 0), ("max_host_bytes", 0)):
+        if getattr(config, name) < least:
+            raise errors.ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
+    for name, known in (("precision", ("auto", "float32", "float64")), ("preflight", ("stream", "full"))):
+        value = getattr(config, name)
+        if value not in known:
+            raise errors.ConfigError(
+                f"{name}={errors.quote(value)!r}: one of {', '.join(known)}{errors.nearest(value, known)}"
+            )
+    if not 0 < config.lineage_threshold < 1:
+        raise errors.ConfigError(f"lineage_threshold={config.lineage_threshold}: must lie between 0 and 1")
+    for name in config.nulls:
+        plugins.load("nulls", name)
+    if plugins.load("views", config.view).NEEDS_BASE and not config.base:
+        raise errors.ConfigError(f"view={config.view}: needs --base=MODEL")
+
+
 def analyze(opened, config, workdir=None, *, stream=None):
     """`run` on a Collection that is open already."""
+    validate(config)
     from jaxsub.pipelines import workdir as workdirs
 
     session = _Session(opened, config, workdir, stream)
@@ -102,7 +123,7 @@ class _Session:
     """One analysis: the collection as it shrinks, the statistics as they grow."""
 
     def __init__(self, opened, config, workdir, stream):
-        from jaxsub import formats, placement, plugins
+        from jaxsub import formats, placement
         from jaxsub.pipelines import layers
 
         self.opened, self.config, self.workdir, self.stream = opened, config, workdir, stream

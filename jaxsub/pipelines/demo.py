@@ -32,8 +32,8 @@ def run(config, workdir, *, stream=None):
     rows = []
     for world in config.worlds:
         if stream is not None:
-            stream.write(f"{world}: training\n")
-        folder = zoo.make(world, workdir, seed=config.seed)
+            stream.write(f"{world}: training, unless it is there already\n")
+        folder = zoo.make(world, workdir, seed=config.seed, restart=config.restart)
         options = analyze.Config(
             collection=(str(folder),), draws=config.draws, seed=config.seed, restart=config.restart
         )

@@ -43,11 +43,18 @@ def find(all_stats, ids, threshold):
             starts.append((members, stats.a_cosines, stats.num_features))
     cosine = lineage.combine(layers, len(ids))
     features = max((s.num_features for s in all_stats), default=1)
-    groups = lineage.groups(cosine, features, threshold)
-    start_groups = lineage.groups(lineage.combine(starts, len(ids)), features, LORA_START) if starts else []
+    parts = _parts(cosine)
+    groups = _groups(cosine, parts, features, threshold)
+    start_cosine = lineage.combine(starts, len(ids))
+    start_groups = _groups(start_cosine, _parts(start_cosine), features, LORA_START) if starts else []
     near = lineage.near_copies(cosine)
     untrained = _untrained(all_stats, ids)
     warnings = []
+    if len(parts) > 1:
+        sizes = ", ".join(str(len(p)) for p in parts[:5])
+        warnings.append(
+            f"{len(parts)} kinds of models share no layer with one another ({sizes}): one architecture a run?"
+        )
     if len(near) > 1000:
         warnings.append(
             f"{len(near)} pairs are near copies (cosine above {lineage.NEAR_COPY}); the 1000 closest are listed"
@@ -67,6 +74,25 @@ def find(all_stats, ids, threshold):
         picture=_picture(cosine, groups, ids),
         warnings=warnings,
     )
+
+
+def _parts(cosine):
+    """Index lists of models connected by common layers, largest first: other kinds of models are no background."""
+    from scipy.sparse import csgraph
+
+    if not len(cosine):
+        return []
+    _, labels = csgraph.connected_components(~np.isnan(cosine), directed=False)
+    parts = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return sorted(parts, key=lambda p: (-len(p), p[0]))
+
+
+def _groups(cosine, parts, features, threshold):
+    found = []
+    for part in parts:
+        inside = lineage.groups(cosine[np.ix_(part, part)], features, threshold)
+        found += [[int(part[m]) for m in group] for group in inside]
+    return sorted(found, key=lambda g: (-len(g), g))
 
 
 def _untrained(all_stats, ids):

@@ -61,5 +61,6 @@ def _require_same(path, identity, restart):
         key = different[0]
         shown = f"{key} was {errors.quote(found.get(key), 60)}, is {errors.quote(wanted.get(key), 60)}"
         raise errors.WorkdirError(
-            f"{errors.quote(path)}: belongs to a different run ({shown}); use another --workdir, or --restart"
+            f"{errors.quote(path)}: belongs to a different run ({shown}); use another --workdir, or --restart "
+            "(statistics that still fit are used again)"
         )

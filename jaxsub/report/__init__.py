@@ -1,9 +1,10 @@
 """The report of an analysis: report.json for machines, report.html and a terminal table for people."""
 
+import collections.abc
 import os
 
 
-class Report:
+class Report(collections.abc.Mapping):
     """An analysis' result; `data` is what report.json holds.
 
     report["layers"] reads like the dict; `table()` is the terminal table, `save(folder)` writes report.json and
@@ -15,6 +16,16 @@ class Report:
 
     def __getitem__(self, key):
         return self.data[key]
+
+    def __iter__(self):
+        return iter(self.data)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __repr__(self):
+        models = self.data["collection"]["num_models"]
+        return f"<jaxsub report: {models} models, {len(self.layers)} layers; .table() shows it>"
 
     @property
     def layers(self):
@@ -38,7 +49,7 @@ class Report:
         return html.render(self.data)
 
     def save(self, folder):
-        """Writes report.json, report.html, log.txt and quarantine.json into `folder`, each whole or not at all."""
+        """Writes report.json, report.html, log.txt and quarantine.json, each whole or not at all; returns `folder`."""
         from jaxsub.report import _write
 
         os.makedirs(folder, exist_ok=True)
@@ -46,3 +57,4 @@ class Report:
         _write.write_json(os.path.join(folder, "quarantine.json"), self.data["collection"]["quarantined"])
         _write.write_text(os.path.join(folder, "report.html"), self.html())
         _write.write_text(os.path.join(folder, "log.txt"), self.table() + "\n")
+        return folder

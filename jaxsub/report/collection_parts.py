@@ -93,7 +93,7 @@ def _bracket(low, high, short, label):
     if high - low < 14:
         return drawn
     above = label if high - low > 56 else short
-    return join([drawn, text(far - 5, middle + 4, label, "", "end"), text(middle, far - 6, above, "", "middle")])
+    return join([drawn, text(far - 5, middle + 4, short, "", "end"), text(middle, far - 6, above, "", "middle")])
 
 
 def _legend():

@@ -159,7 +159,9 @@ def most_telling(layers, limit=2):
 
     def advantage(position):
         gain, null_gain, _ = fields.gains(layers[position])
-        return -1.0 if gain is None else gain - (null_gain or 0)
+        if gain is None or layers[position]["verdict"] == "undetermined":
+            return -1.0
+        return gain - (null_gain or 0)
 
     ordered = sorted(range(len(layers)), key=lambda position: (-advantage(position), position))
     return set(ordered[:limit])

@@ -6,12 +6,16 @@ stacked A look shared. For comparison with published numbers; `weights` looks at
 
 import dataclasses
 
+from jaxsub import errors
+
 REFERENCE = "Kaushik et al. 2025 (arXiv 2512.05117), appendix B.5 as described by its reviewers; EigenLoRAx"
 NEEDS_BASE = False
 
 
 def groups(collection):
     """Dense groups, and for every LoRA group one group of A and one of B where all ranks are equal."""
+    if all(g.parametrisation != "lora" for g in collection.groups):
+        raise errors.ConfigError("view=lora_factors: the collection holds no LoRA layers")
     found = []
     for group in collection.groups:
         if group.parametrisation != "lora":

@@ -46,7 +46,9 @@ def train(params, frozen, rows, num_rows, names, keys, images, labels, learning_
         def step(carry, step_key):
             params, state = carry
             chosen = digits.batches(own_rows, own_num_rows, batch, step_key)
-            updates, state = optimizer.update(jax.grad(loss)(params, chosen), state)
+            gradient = jax.grad(loss)(params, chosen)
+            with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+                updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(params, updates), state), None
 
         (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(key, steps))

@@ -202,3 +202,29 @@ def test_the_whole_report_agrees_across_devices(tmp_path, devices):
     for a, b in zip(one.layers, many.layers, strict=True):
         np.testing.assert_allclose(a["singular_values"], b["singular_values"], rtol=1e-10)
         assert a["verdict"] == b["verdict"] and a["held_out"] == pytest.approx(b["held_out"], abs=1e-9)
+
+
+def test_values_that_no_run_could_use_are_refused_before_anything_is_read(tmp_path):
+    folder = worlds.write(tmp_path / "c", {"w": worlds.noise(12)})
+    for options in ({"draws": 0}, {"nulls": ("foo",)}, {"view": "difference"}, {"view": "lora_factors"}, {"seed": -1}):
+        with pytest.raises(errors.ConfigError):
+            analyze(folder, workdir=str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_workdir_in_the_collection_is_not_read_as_models(tmp_path):
+    folder = worlds.write(tmp_path / "c", {"w": worlds.noise(12)})
+    first = analyze(folder, workdir=str(folder))
+    assert analyze(folder, workdir=str(folder)).layers == first.layers
+    assert jaxsub.open_collection(str(folder)).fingerprint == first["provenance"]["collection_fingerprint"]
+
+
+def test_models_of_another_kind_change_no_figure_and_are_mentioned(tmp_path):
+    x = worlds.planted(30, k=8, seed=6)
+    alone = analyze(worlds.write(tmp_path / "a", {"w": x}))
+    worlds.write(tmp_path / "b" / "first", {"w": x})
+    worlds.write(tmp_path / "b" / "second", {"other": worlds.noise(40, (9, 7))})
+    mixed = analyze(tmp_path / "b")
+    layer = next(v for v in mixed.layers if v["name"] == "w")
+    assert (layer["verdict"], layer["lineages"]) == (alone.layers[0]["verdict"], 0)
+    assert any("share no layer" in w for w in mixed["collection"]["warnings"])

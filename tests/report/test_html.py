@@ -192,8 +192,8 @@ def test_summary_counts_verdicts(report, layer):
     given = report([layer(verdict=verdict) for verdict in verdicts])
     sentence = words.summary(given)
     assert (
-        sentence
-        == "Of 12 layers, 1 has a shared subspace under one common start, 9 are explained by lineage alone and 2 are explained by chance."
+        sentence == "Of 12 layers, 1 has a shared subspace under one common start, 9 are explained by lineage alone "
+        "and 2 are explained by chance."
     )
     assert sentence in shown(html.render(given))
     assert words.summary(report([layer(verdict="undetermined")])) == "The one layer is undetermined."
