@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 import zlib
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -108,10 +109,9 @@ def _dense(group, models, mesh, options, base, meter):
     meter.bytes_read += plan.bytes_read
     total = float(np.trace(stats.centred()))
     shift = exponent - stats.exponent
-    stats.modes = tuple(
-        [_exact_mode(axis, np.ldexp(k, 2 * shift)) for axis, k in sums.items()]
-        + [_sketched_mode(axis, h, total) for axis, h in halves.items()]
-    )
+    with futures.ThreadPoolExecutor(2) as pool:  # LAPACK releases the interpreter lock
+        sketched = pool.map(lambda item: _sketched_mode(*item, total), halves.items())
+        stats.modes = (*(_exact_mode(axis, np.ldexp(k, 2 * shift)) for axis, k in sums.items()), *sketched)
     stats.modes = tuple(sorted(stats.modes, key=lambda m: m.axis))
     return stats
 
