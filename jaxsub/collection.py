@@ -314,7 +314,8 @@ def _model_identity(model):
     files, parts = {}, []
     for (name, kind), entry in sorted(lineup.layers_of(model).items()):
         tensors = stored_tensors(entry)
-        parts.append((name, kind, getattr(entry, "scale", None), [(t.shape, t.dtype) for t in tensors]))
+        how = (getattr(entry, "scale", None), getattr(entry, "transposed", None), entry.shape)
+        parts.append((name, kind, how, [(t.shape, t.dtype) for t in tensors]))
         for extent in (t.extent for t in tensors):
             if extent is not None:
                 files[extent.file.path] = (extent.file.size, extent.file.mtime_ns)

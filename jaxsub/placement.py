@@ -17,6 +17,8 @@ from jaxsub import errors, formats, precision
 from jaxsub.linalg.gram import FEATURES
 
 ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
+RUNTIME_BYTES = 160 * 2**20  # compiled programs and the runtime's own buffers, measured on CPU
+ZERO_EXPONENT = -1100  # of a block of zeros: below every other, so that it rescales nothing
 READERS = 4  # threads; pread releases the interpreter lock
 
 
@@ -46,17 +48,22 @@ class LayerPlan:
     width: int
     num_blocks: int
     exact_axes: tuple[int, ...]
+    other_side: bool
     sketched_axes: tuple[int, ...]
     strengths: bool
     bytes_read: int
     host_bytes: int
 
 
-def plan_dense(group, num_devices, options):
-    """LayerPlan of a dense group; `options` is a `statistics.Options`."""
+def plan_dense(group, num_devices, options, base=None):
+    """LayerPlan of a dense group; `options` is a `layers.Options`, `base` a Model to subtract or None."""
     shape = group.shape or (1,)
     num_models, size = len(group.members), math.prod(shape)
     storage = precision.widest(t.dtype for t in group.entries)
+    if base is not None:  # differences need more digits than the weights they are of
+        own = (t.dtype for n, t in base.tensors.items() if n == group.name and t.is_float)
+        dtypes = {storage, "float32", *own}
+        storage = precision.widest(dtypes)
     dtype = precision.compute_dtype(storage, num_models**2 * size, options.precision)
     itemsize = precision.host_dtype(storage).itemsize
     row = size // shape[0] if shape[0] else 0
@@ -66,10 +73,23 @@ def plan_dense(group, num_devices, options):
     axes = tuple(a for a in range(len(shape)) if len(shape) > 1 and shape[a] > 1)
     cheap = {a for a in axes if num_models * size * shape[a] <= options.mode_work and shape[a] <= options.mode_width}
     exact = tuple(a for a in axes if a in cheap and (num_blocks == 1 or a > 0))
-    strengths = len(shape) == 2 and num_blocks == 1 and min(shape) <= options.strength_width
+    # The other side of the leading axis' unfolding, (N * rest)^2, is additive over rows and small where rest is.
+    side = num_models * row
+    other = 0 in axes and 0 not in exact and side <= options.mode_width and shape[0] * side**2 <= options.mode_work
+    sketched = tuple(a for a in axes if a not in exact and not (other and a == 0))
+    short = len(shape) == 2 and min(shape) <= options.strength_width
+    strengths = short and (num_blocks == 1 or shape[1] <= shape[0])
     buffers = 1 if num_blocks == 1 else 2
-    host = buffers * num_models * width * itemsize + 12 * 8 * (num_models + 1) ** 2
-    host += sum(8 * shape[a] ** 2 for a in exact) + num_models * width * itemsize // 4
+    block = num_models * width * itemsize
+    wide = 8 if dtype == "float64" else 4
+    host = RUNTIME_BYTES + buffers * block + 14 * 8 * (num_models + 1) ** 2
+    host += sum(24 * shape[a] ** 2 for a in exact) + (24 * side**2 if other else 0)
+    # Sketches: mixtures of a block, and two halves of 512 columns an axis with their decomposition.
+    host += bool(sketched) * 16 * width * wide * 3 + sum(6 * 8 * 512 * shape[a] for a in sketched)
+    host += num_models * min(shape) ** 2 * 24 if strengths else 0
+    host += 3 * 8 * num_models * min(width, 65536) + block if storage == "float64" else 0
+    if any(t.extent is None for t in group.entries):
+        host += num_models * size * itemsize
     return LayerPlan(
         name=group.name,
         shape=shape,
@@ -80,7 +100,8 @@ def plan_dense(group, num_devices, options):
         width=width,
         num_blocks=num_blocks,
         exact_axes=exact,
-        sketched_axes=tuple(a for a in axes if a not in exact),
+        other_side=other,
+        sketched_axes=sketched,
         strengths=strengths,
         bytes_read=sum(t.num_bytes for t in group.entries),
         host_bytes=host,
@@ -108,6 +129,7 @@ class Block:
     shape: tuple[int, ...]
     row: int
     exponent: int
+    base_square: float = 0.0  # sum of the squares of what was subtracted
 
 
 class NonFiniteError(errors.InputError):
@@ -144,12 +166,12 @@ def blocks(group, models, plan, mesh, *, base=None):
 
         pending = ahead.submit(fill, 0)
         for index in range(plan.num_blocks):
-            shape, exponent = pending.result()
+            shape, exponent, base_square = pending.result()
             x = jax.device_put(buffers[index % 2], sharding)
             if index + 1 < plan.num_blocks:
                 pending = ahead.submit(fill, index + 1)
             # The consumer has the block's results before it asks for the next: only then is the buffer refilled.
-            yield Block(x, shape, index * plan.rows, exponent)
+            yield Block(x, shape, index * plan.rows, exponent, base_square)
 
 
 def _base_tensor(base, group):
@@ -192,15 +214,19 @@ def _aligned(plan):
 
 
 def _fill(buffer, index, sources, base, plan, group, pool):
-    """Reads block `index` into `buffer`, checks it, scales it if it must be; returns (tensor shape, exponent)."""
+    """Reads, checks and scales block `index` into `buffer`; returns (tensor shape, exponent, base square)."""
     row = index * plan.rows
     rows = min(plan.rows, plan.shape[0] - row)
     per_row = math.prod(plan.shape[1:])
     start, count = row * per_row, rows * per_row
-    reference = None
+    reference, base_square = None, 0.0
     if base is not None:
         reference = np.empty(count, precision.host_dtype(base.tensor.dtype))
         base.read(start, count, reference)
+        reference = reference.astype(buffer.dtype)  # exact: the buffer's dtype holds both
+        base_square = float(np.square(reference, dtype=np.float64).sum())
+        if not math.isfinite(base_square):
+            raise errors.InputError(base.model.path, "the base holds NaN, Inf or numbers near them", key=group.name)
 
     def one(member):
         target = buffer[member, :count]
@@ -211,8 +237,8 @@ def _fill(buffer, index, sources, base, plan, group, pool):
             bad = np.flatnonzero(~np.isfinite(wide))
             return NonFiniteError(member, sources[member].model, group.name, len(bad), start + int(bad[0]))
         if reference is not None:
-            # Exact for neighbours (Sterbenz), else one rounding of the storage dtype.
-            target[:] = wide - reference.astype(wide.dtype)
+            # Exact for neighbours (Sterbenz), else one rounding of the wider dtype.
+            np.subtract(target, reference, out=target)
             low, high = float(target.min()), float(target.max())
         return max(-low, high)
 
@@ -223,10 +249,12 @@ def _fill(buffer, index, sources, base, plan, group, pool):
     buffer[:, count:] = 0
     largest = max(results, default=0.0)
     exponent = math.frexp(largest)[1]
-    if largest == 0.0 or abs(exponent) <= precision.SAFE_EXPONENT:
+    if largest == 0.0:
+        exponent = ZERO_EXPONENT
+    elif abs(exponent) <= precision.SAFE_EXPONENT or buffer.dtype == np.float16:  # float16 reaches no unsafe square
         exponent = 0
     elif buffer.dtype.itemsize >= 4:
         np.ldexp(buffer, -exponent, out=buffer)
-    else:  # 16-bit weights: every power of two would not fit, float32 products hold them as they are
-        exponent = 0
-    return (rows, *plan.shape[1:]), exponent
+    else:
+        buffer[:] = np.ldexp(buffer.astype(np.float32), -exponent).astype(buffer.dtype)  # a power of two: exact
+    return (rows, *plan.shape[1:]), exponent, base_square

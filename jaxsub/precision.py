@@ -18,8 +18,8 @@ EPS32, EPS64 = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps)
 # cores (70 G multiply-adds a second measured), where float32 would take 0.1 s.
 FLOAT64_WORK = 2**34
 
-# Exponents of the largest entry between which float32 products neither overflow nor lose bits that count.
-SAFE_EXPONENT = 30
+# Exponents of the largest entry between which float32 fourth powers neither overflow nor lose bits that count.
+SAFE_EXPONENT = 20
 
 _WIDTH = {"float8_e5m2": 2, "float8_e4m3fn": 3, "bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 
@@ -57,13 +57,18 @@ def factor_floor(largest, num_models):
     return largest * max(num_models, 4) * EPS64
 
 
-def storage_floor(norms, num_features, storage):
-    """Largest singular value that rounding to `storage` alone would cause.
+def storage_floor(norms, num_features, roundings):
+    """Largest singular value that rounding to the stored dtypes alone would cause.
 
     Rounding adds to each of the N rows an independent vector of norm `rounding * |row|`; N such vectors in D
     dimensions have no singular value above about their root-mean-square norm times 1 + sqrt(N / D).
+
+    Args:
+        norms: (N,) norms of the rows as they are stored, before any base is subtracted.
+        num_features: D.
+        roundings: (N,) relative rounding error of each row's dtype.
     """
-    noise = rounding(storage) * float(np.sqrt(np.mean(np.square(norms)))) if len(norms) else 0.0
+    noise = float(np.sqrt(np.mean(np.square(np.asarray(norms) * roundings)))) if len(norms) else 0.0
     return noise * (1.0 + math.sqrt(len(norms) / max(num_features, 1)))
 
 

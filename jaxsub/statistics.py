@@ -16,6 +16,7 @@ from jaxsub import errors, formats, precision, spectrum
 from jaxsub.formats import safetensors
 
 SCHEMA = "jaxsub.statistics/1"
+_QR_COLUMNS = 65536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Statistics:
     a_cosines: np.ndarray | None = None
     factor: np.ndarray | None = None  # (N, N) R of the QR factorisation of y.T, for float64 weights: R.T R = gram
     a_width: int | None = None
+    roundings: np.ndarray | None = None  # (N,) relative rounding error of each model's stored dtype
+    base_norm: float = 0.0  # norm of the base that was subtracted, unscaled
     digest: str = ""
 
     @classmethod
@@ -94,7 +97,7 @@ class Statistics:
     @property
     def scale(self):
         """What a norm in these units is multiplied by to get the weights' own units."""
-        return math.ldexp(1.0, self.exponent)
+        return float(np.ldexp(1.0, self.exponent))
 
     def add(self, sums, exponent=0):
         """Adds a block's DenseSums, computed on weights times 2**-exponent. Powers of two: exact."""
@@ -111,7 +114,13 @@ class Statistics:
         """Adds the sums over other features of the same models."""
         if other.model_ids != self.model_ids:
             raise ValueError("statistics of different models cannot be merged over features")
-        self.add(other, other.exponent)
+        factors = [s.factor for s in (self, other)]
+        if all(f is not None for f in factors):
+            self.add(other, other.exponent)
+            rescaled = np.ldexp(factors[1], other.exponent - self.exponent)
+            self.factor = np.linalg.qr(np.concatenate([self.factor, rescaled]), mode="r")
+        else:
+            self.add(other, other.exponent)
 
     def add_factor(self, y, exponent):
         """Adds rows y (N, columns) of float64 weights times 2**-exponent to the QR factor; call after `add`.
@@ -119,8 +128,10 @@ class Statistics:
         A Gram matrix squares the condition number, which float64 weights cannot spare: their singular values come from
         this factor (TSQR, Demmel et al. 2012), with noise at N eps instead of sqrt(N eps).
         """
-        y = np.ldexp(y, exponent - self.exponent).T
-        self.factor = np.linalg.qr(y if self.factor is None else np.concatenate([self.factor, y]), mode="r")
+        for start in range(0, y.shape[1], _QR_COLUMNS):  # in pieces: LAPACK copies what it factorises
+            part = np.ldexp(y[:, start : start + _QR_COLUMNS], exponent - self.exponent).T
+            part = part if self.factor is None else np.concatenate([self.factor, part])
+            self.factor = np.linalg.qr(part, mode="r")
 
     def centred_energies(self):
         """(N,) squared singular values of the centred rows, non-increasing."""
@@ -149,13 +160,18 @@ class Statistics:
         return np.sqrt(np.maximum(np.diag(self.uncentred()), 0.0))
 
     def floor(self, largest):
-        """Singular values under this are noise of the arithmetic or of the stored dtype."""
-        return max(
-            precision.gram_floor(largest, self.num_models, self.dtype)
-            if self.factor is None
-            else precision.factor_floor(largest, self.num_models),
-            precision.storage_floor(self.norms(), self.num_features, self.storage),
-        )
+        """Singular values under this are noise of the arithmetic or of the stored dtype, in scaled units."""
+        if self.factor is not None:
+            arithmetic = precision.factor_floor(largest, self.num_models)
+        elif self.parametrisation == "lora":
+            # Products of factors are not centred before they are made: their rounding is relative to the updates.
+            whole = float(np.sqrt(max(np.linalg.eigvalsh(self.uncentred())[-1], 0.0)))
+            arithmetic = precision.gram_floor(whole, self.num_models, self.dtype)
+        else:
+            arithmetic = precision.gram_floor(largest, self.num_models, self.dtype)
+        roundings = precision.rounding(self.storage) if self.roundings is None else self.roundings
+        stored = self.norms() + self.base_norm / self.scale if self.base_norm else self.norms()
+        return max(arithmetic, precision.storage_floor(stored, self.num_features, roundings))
 
     def save(self, path):
         """Writes one safetensors file, atomically."""
@@ -199,5 +215,25 @@ _SUMS = (
     ("variance_squares", 4),
     ("deviation_fourths", 4),
 )
-_ARRAYS = (*(n for n, _ in _SUMS), "model_singular_values", "ranks", "b_overlap", "b_norms", "a_cosines", "factor")
-_FIELDS = ("name", "shape", "parametrisation", "model_ids", "storage", "dtype", "exponent", "a_width", "digest")
+_ARRAYS = (
+    *(n for n, _ in _SUMS),
+    "model_singular_values",
+    "ranks",
+    "b_overlap",
+    "b_norms",
+    "a_cosines",
+    "factor",
+    "roundings",
+)
+_FIELDS = (
+    "name",
+    "shape",
+    "parametrisation",
+    "model_ids",
+    "storage",
+    "dtype",
+    "exponent",
+    "a_width",
+    "base_norm",
+    "digest",
+)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from jaxsub.linalg import products
 
+SIGNS = 4096  # test entries drawn at once, a mixture and column: 16 * 4096 * 64 * 4 bytes
+
 
 @functools.partial(jax.jit, static_argnames=("shape", "axis", "dtype"))
 def mode_gram(x, *, shape, axis, dtype):
@@ -38,11 +40,31 @@ def mode_gram(x, *, shape, axis, dtype):
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def model_grams(x, *, shape, dtype):
-    """(N, m, m) float64 Grams of each model's own matrix over its shorter axis, m = min(shape); not centred."""
-    w = x[:, : shape[0] * shape[1]].astype(dtype).reshape(-1, *shape)
-    spec = "nab,ncb->nac" if shape[0] <= shape[1] else "nba,nbc->nac"
-    return products.einsum(spec, w, w).astype(jnp.float64)
+def unfolding_gram(x, *, shape, dtype):
+    """(N * rest)^2 Gram matrix of the other side of the leading axis: its eigenvalues are the mode's energies.
+
+    Additive over blocks of rows, and small where the rows are; (N, rest) in C order. Arguments as in `mode_gram`.
+    """
+    rows = shape[0]
+    z = x[:, : _product(shape)].astype(dtype)
+    y = (z - jnp.mean(z, axis=0)).reshape(x.shape[0], rows, -1)
+    y = products.row_major(jnp.transpose(y, (0, 2, 1)).reshape(-1, rows))
+    return products.matmul(y, y.T).astype(jnp.float64)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "last"))
+def model_grams(x, *, shape, last):
+    """(N, m, m) float64 Grams of each model's own rows (or, if `last`, columns) of a block; not centred.
+
+    Over columns they are additive over blocks of rows. One model at a time: no float64 copy of the block.
+    """
+
+    def one(row):
+        w = row[: shape[0] * shape[1]].astype(jnp.float64).reshape(shape)
+        w = products.row_major(w.T) if last else w
+        return products.matmul(w, w.T)
+
+    return jax.lax.map(one, x)
 
 
 def mixtures(key, num_models, count):
@@ -83,11 +105,24 @@ def sketch(z, key, row, *, shape, axes, columns):
         # Axis 0 has one test matrix for all blocks: its blocks are rows of one sketch.
         own = jax.random.fold_in(key, 1 + axis)
         own = own if axis == 0 else jax.random.fold_in(own, row)
-        signs = jax.random.rademacher(own, (total, before * after, columns), dtype=z.dtype)
         y = jnp.transpose(z.reshape(total, before, size, after), (0, 2, 1, 3)).reshape(total, size, before * after)
-        t = products.einsum("sdp,spc->sdc", y, signs).reshape(2, total // 2, size, columns)
+        t = _tests(y, own, columns).reshape(2, total // 2, size, columns)
         results.append(jnp.transpose(t, (0, 2, 1, 3)).reshape(2, size, total // 2 * columns).astype(jnp.float64))
     return tuple(results)
+
+
+def _tests(y, key, columns):
+    """Products of y (s, d, p) with random signs (s, p, columns), drawn a piece of p at a time."""
+    total, size, width = y.shape
+    piece = min(SIGNS, width)
+    y = jnp.pad(y, ((0, 0), (0, 0), (0, -width % piece)))
+
+    def step(j, sums):
+        signs = jax.random.rademacher(jax.random.fold_in(key, j), (total, piece, columns), dtype=y.dtype)
+        part = jax.lax.dynamic_slice_in_dim(y, j * piece, piece, axis=2)
+        return sums + products.einsum("sdp,spc->sdc", part, signs)
+
+    return jax.lax.fori_loop(0, y.shape[2] // piece, step, jnp.zeros((total, size, columns), y.dtype))
 
 
 def _product(shape):

@@ -8,13 +8,11 @@ import hashlib
 import json
 import logging
 import os
-import resource
-import sys
 import time
 from concurrent import futures
 
 from jaxsub import config as configs, errors, plugins
-from jaxsub.pipelines import plan
+from jaxsub.pipelines import plan, provenance
 
 NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
 MAX_NEAR_COPIES = 1000
@@ -89,6 +87,10 @@ def validate(config):
             raise errors.ConfigError(
                 f"{name}={errors.quote(value)!r}: one of {', '.join(known)}{errors.nearest(value, known)}"
             )
+    if config.seed >= 2**63:
+        raise errors.ConfigError(f"seed={config.seed}: must be below 2**63")
+    if config.base and (config.view == "lora_factors" or config.match == "order"):
+        raise errors.ConfigError("base is subtracted by exact layer names from weights: not with lora_factors or order")
     if not 0 < config.lineage_threshold < 1:
         raise errors.ConfigError(f"lineage_threshold={config.lineage_threshold}: must lie between 0 and 1")
     for name in config.nulls:
@@ -146,17 +148,30 @@ class _Session:
         found = []
         for group in self.view.groups(self.opened):
             keep = [i for i, m in enumerate(group.members) if m not in out]
-            if keep:
+            if len(keep) >= 3:  # below that a layer is skipped, as one that few models have
                 members, entries = (tuple(x[i] for i in keep) for x in (group.members, group.entries))
                 found.append(dataclasses.replace(group, members=members, entries=entries))
         return found
 
+    def skipped(self):
+        """Layers that fewer than three distinct readable models have, though more files do."""
+        kept = {_key(g) for g in self.groups()}
+        reason = "fewer than 3 distinct models that can be read have it"
+        return [
+            {"name": g.name, "shape": list(g.shape), "num_models": len(g.members), "reason": reason}
+            for g in self.view.groups(self.opened)
+            if _key(g) not in kept
+        ]
+
     def drop(self, error, group):
         """Sets a model aside whose weights are not finite; too many stop the run."""
         member = group.members[error.member]
-        ref = self.opened.refs[member]
-        self.dropped.append({"id": ref.id, "member": member, "layer": error.key, "reason": error.message()})
-        log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
+        alike = next((c for c in self.copies if member in c), [member])  # its copies hold the same numbers
+        self.copies = [c for c in self.copies if member not in c]
+        for one in alike:
+            ref = self.opened.refs[one]
+            self.dropped.append({"id": ref.id, "member": one, "layer": error.key, "reason": error.message()})
+            log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
         total = len(self.opened.refs) + len(self.opened.quarantined)
         limit = self.config.max_quarantined if self.config.max_quarantined >= 0 else max(1, total // 20)
         aside = len(self.opened.quarantined) + len(self.dropped)
@@ -193,13 +208,15 @@ class _Session:
         found = {}
         with progress.Progress(total, len(groups), stream=self.stream) as bar:
             for group in groups:
-                found[group.name, group.shape] = self.layer(group)
+                found[_key(group)] = self.layer(group)
                 bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
         # A model that dropped out late is still in the layers before: those are read again without it.
-        for group in self.groups():
-            known = found[group.name, group.shape]
+        groups = self.groups()
+        found = {_key(g): found.get(_key(g)) for g in groups}
+        for group in groups:
+            known = found[_key(group)]
             if known is None or known.model_ids != self.ids(group):
-                found[group.name, group.shape] = self.layer(group)
+                found[_key(group)] = self.layer(group)
         return Report(self.record([s for s in found.values() if s is not None]))
 
     def preflight(self):
@@ -231,7 +248,7 @@ class _Session:
             keep = [i for i, m in enumerate(group.members) if m not in out]
             members, entries = (tuple(x[i] for i in keep) for x in (group.members, group.entries))
             group = dataclasses.replace(group, members=members, entries=entries)
-            if not members:
+            if len(members) < 3:
                 return None
             path, digest = self.saved_at(group)
             known = _load(path, digest)
@@ -266,11 +283,13 @@ class _Session:
         digest = hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
         if self.workdir is None:
             return None, digest
-        name = hashlib.sha256(f"{group.name}\0{group.shape}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        name = hashlib.sha256(
+            f"{group.name}\0{group.shape}\0{group.parametrisation}".encode("utf-8", "surrogatepass")
+        ).hexdigest()[:16]
         return os.path.join(self.workdir, "statistics", f"layer_{name}.safetensors"), digest
 
     def plans(self):
-        return plan.of(self.groups(), self.mesh, self.options)
+        return plan.of(self.groups(), self.mesh, self.options, self.base)
 
     # The report -----------------------------------------------------------------------------------------------
 
@@ -290,7 +309,7 @@ class _Session:
         duplicates = [[self.opened.refs[m].id for m in c] for c in self.copies]
         return {
             "schema": "jaxsub.report/1",
-            "provenance": self.provenance(),
+            "provenance": provenance.record(self.config, self.opened.fingerprint, self.mesh, self.meter, self.started),
             "collection": self.collection_record(kin, duplicates, records),
             "layers": records,
         }
@@ -320,36 +339,8 @@ class _Session:
             "cosine": kin.picture,
             "quarantined": [dict(q) for q in opened.quarantined]
             + [{k: d[k] for k in ("id", "layer", "reason")} for d in self.dropped],
-            "skipped_layers": [dict(s) for s in opened.skipped_layers],
+            "skipped_layers": [dict(s) for s in opened.skipped_layers] + self.skipped(),
             "warnings": warnings[:200],
-        }
-
-    def provenance(self):
-        import jax
-        import numpy
-
-        from jaxsub import __version__
-
-        total = time.perf_counter() - self.started
-        return {
-            "command": [errors.quote(a) for a in sys.argv],
-            "config": configs.to_dict(self.config),
-            "config_digest": configs.digest(self.config),
-            "collection_fingerprint": self.opened.fingerprint,
-            "jaxsub_version": __version__,
-            "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "numpy": numpy.__version__},
-            "platform": jax.default_backend(),
-            "devices": [str(d) for d in self.mesh.devices.flat],
-            "mesh": dict(self.mesh.shape),
-            "seed": self.config.seed,
-            "precision": self.config.precision,
-            "seconds": {
-                "read": round(self.meter.read_seconds, 3),
-                "compute": round(self.meter.compute_seconds, 3),
-                "total": round(total, 3),
-            },
-            "bytes_read": self.meter.bytes_read,
-            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
 
@@ -366,10 +357,14 @@ def _load(path, digest):
     return stats if stats.digest == digest else None
 
 
+def _key(group):
+    return group.name, group.shape, group.parametrisation
+
+
 def _identity(entry, path):
     """What must be the same for statistics to be used again: the tensor, and its file as it was."""
     if hasattr(entry, "a"):
-        return (_identity(entry.a, path), _identity(entry.b, path), entry.scale)
+        return (_identity(entry.a, path), _identity(entry.b, path), entry.scale, entry.transposed, entry.shape)
     if entry.extent is not None:
         file = entry.extent.file
         return (entry.name, entry.dtype, file.path, file.size, file.mtime_ns, entry.extent.offset)

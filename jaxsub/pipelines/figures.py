@@ -7,7 +7,7 @@ from concurrent import futures
 
 import numpy as np
 
-from jaxsub import heldout, lineage, plugins, spectrum, verdict
+from jaxsub import heldout, lineage, plugins, precision, spectrum, verdict
 from jaxsub.nulls import _observed
 
 HELD_OUT = (1, 2, 4, 8, 16, 32)
@@ -51,7 +51,10 @@ class _Layer:
         self.num_models, self.num_features = stats.num_models, stats.num_features
         self.uncentred, self.gram = stats.uncentred(), stats.centred()
         total = float(np.trace(self.uncentred))
-        self.constant = not float(np.trace(self.gram)) > CONSTANT[stats.dtype] * max(total, 0.0)
+        least = CONSTANT[stats.dtype]
+        if stats.parametrisation == "lora":  # made before it could be centred: see Statistics.floor
+            least = 64 * max(stats.num_models, 1) * (precision.EPS32 if stats.dtype == "float32" else precision.EPS64)
+        self.constant = not float(np.trace(self.gram)) > least * max(total, 0.0)
         if self.constant:
             self.gram = np.zeros_like(self.gram)
         self.ks = [k for k in HELD_OUT if k <= self.num_models - 2]
@@ -103,10 +106,10 @@ class _Layer:
             "num_features": self.num_features,
             "mean_energy": self.mean,
             "mean_energy_chance": 1.0 / max(n, 1),
-            "singular_values": _roots(self.values[:KEPT_VALUES], stats.scale),
-            "uncentred_singular_values": _roots(spectrum.energies(self.uncentred)[:KEPT_VALUES], stats.scale),
-            "floor": floor * stats.scale,
-            "total_energy": self.total * stats.scale**2,
+            "singular_values": _roots(self.values[:KEPT_VALUES], stats.exponent),
+            "uncentred_singular_values": _roots(spectrum.energies(self.uncentred)[:KEPT_VALUES], stats.exponent),
+            "floor": float(np.ldexp(floor, stats.exponent)),
+            "total_energy": _known(_scaled(self.total, 2 * stats.exponent)),
             "rank_at": ranks,
             "energy_at": spectrum.energy_at(self.values, self.total),
             "held_out": held_out,
@@ -226,7 +229,7 @@ class _Layer:
             values.append(eigen[0][: self.num_models - 1])
         held, sd = _mean_sd(curves)
         energy = np.mean(values, axis=0)
-        roots = np.sqrt(values) * self.stats.scale
+        roots = np.sqrt(values)
         return {
             "draws": len(curves),
             "mean_energy": float(np.mean(means)),
@@ -234,8 +237,8 @@ class _Layer:
             "energy_at": spectrum.energy_at(energy),
             "held_out": held,
             "held_out_sd": sd,
-            "singular_values": roots.mean(axis=0)[:KEPT_VALUES].tolist(),
-            "singular_values_sd": roots.std(axis=0)[:KEPT_VALUES].tolist(),
+            "singular_values": np.ldexp(roots.mean(axis=0), self.stats.exponent)[:KEPT_VALUES].tolist(),
+            "singular_values_sd": np.ldexp(roots.std(axis=0), self.stats.exponent)[:KEPT_VALUES].tolist(),
         }
 
     def _flags(self, saturated, above, nulls, held_out, k):
@@ -265,7 +268,7 @@ class _Layer:
             found.append(f"{len(zero)} models are zero in this layer, {zero[0]!r} among them")
         if self.stats.storage == "float64":
             found.append("weights are float64; all products were made in float64")
-        if self.stats.exponent:
+        if self.stats.exponent and not self.constant:
             found.append(f"weights were scaled by 2**{-self.stats.exponent} before any product; figures are unscaled")
         return found
 
@@ -282,11 +285,17 @@ def _mode(mode):
 
 
 def _known(value):
+    """`value`, or None where it is not a number that JSON can hold."""
     return value if np.isfinite(value) else None
 
 
-def _roots(values, scale):
-    return (np.sqrt(values) * scale).tolist()
+def _scaled(value, exponent):
+    with np.errstate(over="ignore"):
+        return float(np.ldexp(value, exponent))
+
+
+def _roots(values, exponent):
+    return np.ldexp(np.sqrt(values), exponent).tolist()
 
 
 def _mean_sd(curves):

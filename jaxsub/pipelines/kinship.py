@@ -103,6 +103,8 @@ def _untrained(all_stats, ids):
         for i, square, fourth in zip(stats.model_ids, squares, stats.row_fourths, strict=True):
             if square <= 0:
                 votes[i].append(True)
+            elif abs(stats.exponent) > 200:
+                votes[i].append(False)  # no initialiser draws such numbers
             elif len(stats.shape) > 1 and stats.num_features >= 1000 and np.isfinite(fourth):
                 power = stats.scale
                 looks = lineage.looks_untrained(square * power**2, fourth * power**4, stats.shape, stats.num_features)

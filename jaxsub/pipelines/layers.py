@@ -67,15 +67,19 @@ def statistics(group, models, mesh, options, *, base=None, meter=None):
 
 
 def _dense(group, models, mesh, options, base, meter):
-    plan = placement.plan_dense(group, mesh.size, options)
+    plan = placement.plan_dense(group, mesh.size, options, base)
     ids = tuple(i for i, _ in models)
     stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
     key = layer_key(group.name, options.seed)
+    stats.roundings = np.array([precision.rounding(t.dtype) for t in group.entries])
     sums = {axis: 0.0 for axis in plan.exact_axes}
+    other = strengths = 0.0
+    last = len(plan.shape) == 2 and plan.shape[1] <= plan.shape[0]
+    base_square = 0.0
     halves = {axis: [] if axis == 0 else 0.0 for axis in plan.sketched_axes}
     weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
     stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base)
-    exponent = 0
+    exponent = placement.ZERO_EXPONENT
     while True:
         started = time.perf_counter()
         block = next(stream, None)
@@ -88,19 +92,29 @@ def _dense(group, models, mesh, options, base, meter):
         if plan.sketched_axes:
             row = jnp.int32(block.row)
             tests = mode_kernels.sketch(mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS)
-        # Modes and sketches keep the scale of the layer's first block.
-        step = block.exponent - exponent if block.row else 0
-        exponent = exponent if block.row else block.exponent
+        # All sums are kept at the largest scale that any block has had: powers of two, exact.
+        if block.exponent > exponent:
+            down = max(exponent - block.exponent, -2000)
+            sums = {axis: np.ldexp(k, 2 * down) for axis, k in sums.items()}
+            halves = {a: [np.ldexp(t, down) for t in h] if a == 0 else np.ldexp(h, down) for a, h in halves.items()}
+            other, strengths = np.ldexp(other, 2 * down), np.ldexp(strengths, 2 * down)
+            exponent = block.exponent
+        step = max(block.exponent - exponent, -2000)
         for axis in plan.exact_axes:
-            found = mode_kernels.mode_gram(block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, axis))
+            found = mode_kernels.mode_gram(
+                block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, options, axis)
+            )
             sums[axis] = sums[axis] + np.ldexp(np.asarray(found), 2 * step)
+        if plan.other_side:
+            found = mode_kernels.unfolding_gram(block.x, shape=block.shape, dtype=_mode_dtype(plan, options, 0))
+            other = other + np.ldexp(np.asarray(found), 2 * step)
         for axis, test in zip(plan.sketched_axes, tests, strict=True):
             test = np.ldexp(np.asarray(test), step)
             halves[axis] = [*halves[axis], test] if axis == 0 else halves[axis] + test
         if plan.strengths:
-            small = mode_kernels.model_grams(block.x, shape=block.shape, dtype="float64")
-            strengths = np.sqrt(np.maximum(np.linalg.eigvalsh(np.asarray(small))[:, ::-1], 0.0))
-            stats.model_singular_values = strengths
+            small = mode_kernels.model_grams(block.x, shape=block.shape, last=last)
+            strengths = strengths + np.ldexp(np.asarray(small), 2 * step)
+        base_square += block.base_square
         stats.add(jax.device_get(dense), block.exponent)
         if plan.storage == "float64":
             rows = np.asarray(block.x)[:, : math.prod(block.shape)]
@@ -108,22 +122,29 @@ def _dense(group, models, mesh, options, base, meter):
         meter.compute_seconds += time.perf_counter() - started
     meter.bytes_read += plan.bytes_read
     total = float(np.trace(stats.centred()))
-    shift = exponent - stats.exponent
+    stats.base_norm = math.sqrt(base_square)
+    if plan.strengths:
+        values = np.linalg.eigvalsh(strengths)[:, ::-1]
+        stats.model_singular_values = np.sqrt(np.maximum(values, 0.0))
     with futures.ThreadPoolExecutor(2) as pool:  # LAPACK releases the interpreter lock
         sketched = pool.map(lambda item: _sketched_mode(*item, total), halves.items())
-        stats.modes = (*(_exact_mode(axis, np.ldexp(k, 2 * shift)) for axis, k in sums.items()), *sketched)
+        stats.modes = (*(_exact_mode(axis, plan.shape[axis], k) for axis, k in sums.items()), *sketched)
+    if plan.other_side:
+        stats.modes = (*stats.modes, _exact_mode(0, plan.shape[0], other))
     stats.modes = tuple(sorted(stats.modes, key=lambda m: m.axis))
+    if not total and not stats.mean_square:
+        stats.exponent = 0  # zeros have no scale
     return stats
 
 
-def _mode_dtype(plan, axis):
+def _mode_dtype(plan, options, axis):
     work = plan.num_models * math.prod(plan.shape) * plan.shape[axis]
-    return precision.compute_dtype(plan.storage, work)
+    return precision.compute_dtype(plan.storage, work, options.precision)
 
 
-def _exact_mode(axis, k, *, centred=True):
-    values = np.maximum(np.linalg.eigvalsh(k)[::-1], 0.0)
-    return ModeEnergies(axis, len(k), values, float(np.trace(k)), 0, centred)
+def _exact_mode(axis, size, k, *, centred=True):
+    values = np.maximum(np.linalg.eigvalsh(k)[::-1], 0.0)[:size]
+    return ModeEnergies(axis, size, values, float(np.trace(k)), 0, centred)
 
 
 def _sketched_mode(axis, halves, total, *, centred=True):
@@ -163,6 +184,9 @@ def _lora(group, models, mesh, options, meter):
         b = _finite(formats.read(model, pair.b), n, model, pair.b).reshape(width_b, pair.rank)
         bt[n, : pair.rank, :width_b] = b.T
     scales = np.array([e.scale for e in pairs])
+    common = math.frexp(float(np.abs(scales).max()))[1]
+    common = common if abs(common) > precision.SAFE_EXPONENT else 0
+    scales = np.ldexp(scales, -common)
     powers = [_safe_exponent(x) for x in (a, bt)]
     for x, power in zip((a, bt), powers, strict=True):
         if power:
@@ -177,7 +201,8 @@ def _lora(group, models, mesh, options, meter):
     )
     outer = scales[:, None] * scales[None, :]
     stats = Statistics.empty(group.name, pairs[0].shape, "lora", tuple(i for i, _ in models), storage, dtype)
-    stats.exponent = sum(powers)
+    stats.exponent = sum(powers) + common
+    stats.roundings = np.array([max(precision.rounding(t.dtype) for t in (e.a, e.b)) for e in pairs])
     stats.gram = sums.gram * outer
     stats.row_sums = scales * np.einsum("nr,nr->n", a.sum(axis=2, dtype=np.float64), bt.sum(axis=2, dtype=np.float64))
     stats.variance_squares = stats.deviation_fourths = math.nan  # not to be had from the factors alone
@@ -260,7 +285,9 @@ def plan_lora(group, mesh, options):
     work = n**2 * rank**2 * sum(widths)
     dtype = precision.compute_dtype(storage, work, options.precision)
     held = n * rank * sum(_padded(w, mesh) for w in widths)
-    host = held * itemsize + held * (8 if dtype == "float64" else 4) + n * rank * max(widths) * itemsize + 40 * 8 * n**2
+    rows = n * rank * max(widths)
+    host = placement.RUNTIME_BYTES + held * (itemsize + (8 if dtype == "float64" else 4)) + rows * (2 * itemsize + 8)
+    host += 40 * 8 * n**2
     return placement.LayerPlan(
         name=group.name,
         shape=tuple(group.shape),
@@ -271,6 +298,7 @@ def plan_lora(group, mesh, options):
         width=0,
         num_blocks=1,
         exact_axes=(),
+        other_side=False,
         sketched_axes=(),
         strengths=True,
         bytes_read=sum(e.a.num_bytes + e.b.num_bytes for e in pairs),

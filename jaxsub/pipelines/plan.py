@@ -3,15 +3,15 @@
 from jaxsub import errors
 
 
-def of(groups, mesh, options):
-    """LayerPlans of layer groups on a mesh; `options` is a `layers.Options`."""
+def of(groups, mesh, options, base=None):
+    """LayerPlans of layer groups on a mesh; `options` is a `layers.Options`, `base` a Model to subtract."""
     from jaxsub import placement
     from jaxsub.pipelines import layers
 
     return [
         layers.plan_lora(g, mesh, options)
         if g.parametrisation == "lora"
-        else placement.plan_dense(g, mesh.size, options)
+        else placement.plan_dense(g, mesh.size, options, base)
         for g in groups
     ]
 

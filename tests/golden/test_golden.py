@@ -177,3 +177,36 @@ def test_copies_of_one_file_under_other_names(tmp_path):
     report = jaxsub.analyze(str(folder), draws=2, splits=2)
     assert report["collection"]["duplicates"] == [["again1", "again2", "m004"]]
     assert report.layers[0]["num_models"] == 11
+
+
+def test_a_common_part_of_adapters_is_not_read_as_a_subspace(tmp_path):
+    """Updates equal to 1e-6: what their products lose to rounding is under the floor, not a shared direction."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((1, 4, 40)), rng.standard_normal((1, 50, 4))
+    a, b = (v + 1e-6 * rng.standard_normal((14, *v.shape[1:])) for v in (a, b))
+    folder = write_adapters(tmp_path / "c", a, b)
+    (layer,) = analyze(folder, precision="float32")
+    assert layer["verdict"] == "undetermined"
+
+
+def test_orientation_and_kind_of_a_layer_are_part_of_its_identity(tmp_path):
+    import json
+
+    a, b = adapters(10, o=16, i=16)
+    folder, workdir = write_adapters(tmp_path / "c", a, b), str(tmp_path / "out")
+    jaxsub.analyze(str(folder), workdir=workdir, draws=2, splits=2)
+    for path in folder.glob("*/adapter_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": True}))
+    turned = jaxsub.analyze(str(folder), workdir=workdir, draws=2, splits=2, restart=True).layers[0]
+    fresh = jaxsub.analyze(str(folder), draws=2, splits=2).layers[0]
+    assert turned["modes"] == fresh["modes"]
+
+
+@pytest.mark.parametrize("alpha", [1e200, 1e-90])
+def test_scales_that_no_square_can_hold(tmp_path, alpha):
+    a, b = adapters(10)
+    (layer,) = analyze(write_adapters(tmp_path / "c", a, b, alpha=alpha))
+    rows = (b @ a).reshape(10, -1)
+    want = np.linalg.svd(rows - rows.mean(0), compute_uv=False)[:9]
+    np.testing.assert_allclose(np.array(layer["singular_values"]) / (alpha / 4), want, rtol=1e-5)
+    assert layer["modes"][0]["energy_at"]["1"] > 0

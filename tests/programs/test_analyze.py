@@ -130,12 +130,117 @@ def test_float64_differences_of_1e_10_are_kept(tmp_path):
     assert abs(weak - exact[0]) > 0.5 * exact[0]  # float32 loses them
 
 
-def test_blocks_and_sketches_give_the_figures_of_one_block(tmp_path):
-    folder = worlds.write(tmp_path / "c", {"w": worlds.planted(20, (64, 48))})
-    whole, cut = analyze(folder), analyze(folder, max_host_bytes=200_000)
-    a, b = whole.layers[0], cut.layers[0]
+def small_blocks(monkeypatch, num_bytes, **options):
+    """Makes every analysis read its layers in blocks of about `num_bytes`."""
+    import functools
+
+    from jaxsub.pipelines import layers
+
+    monkeypatch.setattr(layers, "Options", functools.partial(layers.Options, block_bytes=num_bytes, **options))
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (300, 5), (6, 5, 3, 3)])
+def test_blocks_give_the_figures_of_one_block(tmp_path, monkeypatch, shape):
+    folder = worlds.write(tmp_path / "c", {"w": worlds.planted(20, shape)})
+    (a,) = analyze(folder).layers
+    small_blocks(monkeypatch, a["num_features"] * 20 * 4 // 5)
+    (b,) = analyze(folder).layers
     np.testing.assert_allclose(a["singular_values"], b["singular_values"], rtol=1e-10)
-    assert b["modes"][0]["sketched"] and not a["modes"][0]["sketched"]
+    exact = [m for m in b["modes"] if not m["sketched"]]
+    assert len(exact) >= len(shape) - 1
+    for mode in exact:
+        assert mode["energy_at"] == pytest.approx(a["modes"][mode["axis"]]["energy_at"], rel=1e-9)
+    if shape[1] <= shape[0]:
+        assert b["nulls"].keys() == a["nulls"].keys()
+
+
+def test_blocks_of_very_different_scale(tmp_path, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((9, 40, 8)) * np.array([1e-300, 1e60, 0.0, 1e50]).repeat(10)[:, None]
+    folder = worlds.write(tmp_path / "c", {"w": x})
+    small_blocks(monkeypatch, 9 * 8 * 8 * 10)
+    (layer,) = analyze(folder).layers
+    scaled = (x * 1e-60).reshape(9, -1)
+    want = np.linalg.svd(scaled - scaled.mean(0), compute_uv=False)[:8]
+    np.testing.assert_allclose(np.array(layer["singular_values"]) / 1e60, want, rtol=1e-9)
+    assert all(m["rank_at"]["0.9"] for m in layer["modes"])
+
+
+def test_a_sketch_of_a_wide_axis_sees_every_direction(tmp_path, monkeypatch):
+    """One axis of 5000 with a single column: a sketch by mixtures alone would have rank 8."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((60, 20)) @ rng.standard_normal((20, 5000))).astype(np.float32).reshape(60, 5000, 1)
+    small_blocks(monkeypatch, 60 * 4 * 1000)
+    (layer,) = analyze(worlds.write(tmp_path / "c", {"w": x})).layers
+    (mode,) = layer["modes"]
+    assert mode["rank_at"]["0.99"] <= 20 and mode["energy_at"]["32"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scale, dtype", [(1e30, "bfloat16"), (1e-39, "bfloat16"), (6e4, "float16"), (1e200, "float64")]
+)
+def test_awkward_scales_of_every_dtype(tmp_path, scale, dtype):
+    from jaxsub import descriptors
+
+    x = (worlds.noise(9).clip(-1, 1).astype(np.float64) * scale).astype(descriptors.numpy_dtype(dtype))
+    flat = x.reshape(9, -1).astype(np.float64) / scale
+    folder = worlds.write(tmp_path / "c", {"w": x})
+    for precision in ("auto", "float32"):
+        (layer,) = analyze(folder, precision=precision).layers
+        want = np.linalg.svd(flat - flat.mean(0), compute_uv=False)[:8]
+        np.testing.assert_allclose(np.array(layer["singular_values"]) / scale, want, rtol=2e-6)
+
+
+def test_rounding_of_eight_bit_weights_sets_the_floor(tmp_path):
+    from jaxsub import descriptors
+
+    base = worlds.noise(1, seed=3)
+    for dtype, least in (("float8_e4m3fn", 0.01), ("bfloat16", 0.0005), ("float32", 0.0)):
+        x = (base + 0.5 * worlds.noise(9)).astype(descriptors.numpy_dtype(dtype))
+        (layer,) = analyze(worlds.write(tmp_path / dtype, {"w": x})).layers
+        relative = layer["floor"] / layer["singular_values"][0]
+        assert least <= relative < 0.3 and (least or relative < 1e-6)
+
+
+def test_base_is_subtracted_in_the_wider_dtype_and_keeps_its_rounding(tmp_path):
+    from jaxsub import descriptors
+
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((40, 30))
+    models = (base + 1e-3 * rng.standard_normal((12, 40, 30))).astype(descriptors.numpy_dtype("bfloat16"))
+    safetensors.write(str(tmp_path / "base.safetensors"), {"w": base.astype(np.float32)}, None)
+    folder = worlds.write(tmp_path / "c", {"w": models})
+    (layer,) = analyze(folder, base=str(tmp_path / "base.safetensors")).layers
+    rows = (models.astype(np.float64) - base.astype(np.float32)).reshape(12, -1)
+    want = np.linalg.svd(rows - rows.mean(0), compute_uv=False)[:11]
+    np.testing.assert_allclose(layer["singular_values"], want, rtol=1e-6)
+    # What is left of differences of 1e-3 in bfloat16 is rounding, and is not called anything else.
+    assert layer["verdict"] == "undetermined" and "saturated" in layer["flags"]
+    base[3, 4] = np.nan
+    safetensors.write(str(tmp_path / "base.safetensors"), {"w": base.astype(np.float32)}, None)
+    with pytest.raises(errors.InputError, match=r"base\.safetensors.*NaN"):
+        analyze(folder, base=str(tmp_path / "base.safetensors"))
+
+
+def test_copies_of_a_model_that_is_not_finite_go_with_it(tmp_path):
+    x = worlds.noise(60)
+    x[7, 0, 0] = np.nan
+    folder = worlds.write(tmp_path / "c", {"w": x})
+    for n in (1, 2):
+        (folder / f"copy{n}.safetensors").write_bytes((folder / "m007.safetensors").read_bytes())
+    collection = analyze(folder)["collection"]
+    assert sorted(q["id"] for q in collection["quarantined"]) == ["copy1", "copy2", "m007"]
+    assert collection["num_models"] == collection["num_distinct"] == 59 and collection["duplicates"] == []
+
+
+def test_a_layer_left_with_two_models_is_skipped_and_listed(tmp_path):
+    x, rare = worlds.noise(9), worlds.noise(3, (6, 5))
+    rare[1, 2, 2] = np.inf
+    folder = worlds.write(tmp_path / "c", {"w": x[:6]})
+    for n in range(3):
+        safetensors.write(str(folder / f"z{n}.safetensors"), {"w": x[6 + n], "rare": rare[n]}, None)
+    report = analyze(folder)
+    assert [v["name"] for v in report.layers] == ["w"] and report.layers[0]["num_models"] == 8
+    assert [s["name"] for s in report["collection"]["skipped_layers"]] == ["rare"]
 
 
 def test_statistics_are_reused_and_a_changed_file_is_read_again(tmp_path):
