@@ -106,3 +106,21 @@ def test_held_out_within_and_by_lineage_are_there_only_with_lineages():
     assert layer["lineage_energy"] > 0.5 and layer["nulls"]["gaussian"]["held_out_within"]
     plain = verdict(rng.standard_normal((20, 20, 20)), draws=4)
     assert plain["held_out_within"] is None and plain["held_out_lineage"] is None and plain["lineage_energy"] is None
+
+
+def test_held_out_within_lineages_equals_brute_force():
+    """Each model against the mean of its own lineage without it, and the components of all other residuals."""
+    rng = np.random.default_rng(5)
+    x = np.repeat(rng.standard_normal((2, 60)) * 4, 7, axis=0) + rng.standard_normal((14, 60))
+    groups = [list(range(7)), list(range(7, 14))]
+    layer = figures.layer(statistics(x.reshape(14, 6, 10)), groups, figures.Options(draws=2, splits=2))
+    error = base = 0.0
+    for i in range(14):
+        rest = [[m for m in g if m != i] for g in groups]
+        residuals = np.concatenate([x[g] - x[g].mean(0) for g in rest])
+        vt = np.linalg.svd(residuals, full_matrices=False)[2][:4]
+        own = next(g for g, whole in zip(rest, groups, strict=True) if i in whole)
+        d = x[i] - x[own].mean(0)
+        base += d @ d
+        error += d @ d - np.square(vt @ d).sum()
+    assert layer["held_out_within"]["4"] == pytest.approx(error / base, abs=1e-6)

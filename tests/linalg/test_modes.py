@@ -74,3 +74,13 @@ def test_sketch_is_the_same_on_eight_devices():
     x, key = stack((64, 32)), layers.layer_key("w", 0)
     for one, eight in zip(sketch(x, key, 1), sketch(x, key, 8), strict=True):
         np.testing.assert_allclose(one, eight, atol=2e-4 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_energies_of_a_sketched_axis_do_not_flatter(seed):
+    x = stack((256, 64), num_models=24, seed=seed)
+    exact = reference.mode_energies(x, 0)
+    mode = layers._sketched_mode(0, sketch(x, layers.layer_key("w", seed))[0], exact.sum())
+    assert mode.size == 256 and mode.columns == 512 and mode.total == exact.sum()
+    assert (np.cumsum(mode.values)[:32] <= np.cumsum(exact)[:32] + 0.01 * exact.sum()).all()
+    assert np.cumsum(mode.values)[31] > 0.1 * exact.sum()

@@ -333,3 +333,15 @@ def test_models_of_another_kind_change_no_figure_and_are_mentioned(tmp_path):
     layer = next(v for v in mixed.layers if v["name"] == "w")
     assert (layer["verdict"], layer["lineages"]) == (alone.layers[0]["verdict"], 0)
     assert any("share no layer" in w for w in mixed["collection"]["warnings"])
+
+
+def test_models_that_differ_in_one_entry_are_no_copies(tmp_path):
+    """The samples that tell models apart are from the middle of a layer; the one entry is not."""
+    x = worlds.noise(10, (64, 64))
+    x[1], x[2], x[3] = x[0], x[0], x[0]
+    x[6] = x[5]
+    x[2, 0, 0] += 1
+    x[6, 0, 1] += 1
+    collection = analyze(worlds.write(tmp_path / "c", {"w": x}))["collection"]
+    assert collection["duplicates"] == [["m000", "m001", "m003"]] and collection["num_distinct"] == 8
+    assert sorted(sorted(p[:2]) for p in collection["near_duplicates"]) == [["m000", "m002"], ["m005", "m006"]]
