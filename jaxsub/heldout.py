@@ -11,6 +11,7 @@ Not for in-sample shares of energy: these are in `spectrum`. NumPy and SciPy flo
 import numpy as np
 import scipy.linalg
 
+from jaxsub import spectrum
 from jaxsub.linalg import secular
 
 # Eigenvalues under this times (number of models) times the largest are rounding of a float64 Gram matrix.
@@ -19,20 +20,6 @@ FLOOR_PER_MODEL = 8 * np.finfo(np.float64).eps
 # them: only models that alone hold nearly all the energy, or nearly all in some leading direction, come to that.
 DIRECT_TOLERANCE = 1e-9
 MAX_DIRECT = 64
-
-
-def centre(gram):
-    """Gram matrix of the rows minus their mean, H G H with H = I - 11^T / N.
-
-    Args:
-        gram: (N, N) symmetric inner products about any common point.
-
-    Returns:
-        (N, N) float64, symmetric.
-    """
-    gram = np.asarray(gram, np.float64)
-    gram = gram - gram.mean(0)
-    return _symmetric(gram - gram.mean(1)[:, None])
 
 
 def decompose(gram):
@@ -228,7 +215,7 @@ def _leading(gram, rank):
     if rank < 1:
         return np.zeros(0), np.zeros((size, 0))
     chosen = [size - rank, size - 1]
-    values, vectors = scipy.linalg.eigh(centre(gram), subset_by_index=chosen, check_finite=False)
+    values, vectors = scipy.linalg.eigh(spectrum.centred(gram), subset_by_index=chosen, check_finite=False)
     # Relative to the entries before centring: equal models far from the origin must come out with rank zero.
     kept = values[::-1] > FLOOR_PER_MODEL * size * max(np.diagonal(gram).max(), values[-1], 0.0)
     return values[::-1][kept], vectors[:, ::-1][:, kept]

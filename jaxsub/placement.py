@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import errors, formats, precision
+from jaxsub import descriptors, errors, formats, precision
 from jaxsub.linalg.gram import FEATURES
 
 ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
@@ -65,7 +65,7 @@ def plan_dense(group, num_devices, options, base=None):
         dtypes = {storage, "float32", *own}
         storage = precision.widest(dtypes)
     dtype = precision.compute_dtype(storage, num_models**2 * size, options.precision)
-    itemsize = precision.host_dtype(storage).itemsize
+    itemsize = descriptors.numpy_dtype(storage).itemsize
     row = size // shape[0] if shape[0] else 0
     rows = max(1, min(shape[0], options.block_bytes // max(1, num_models * row * itemsize)))
     width = _bucket(rows * row, num_devices)
@@ -189,7 +189,7 @@ class _Source:
 
     def __init__(self, model, tensor):
         self.model, self.tensor, self.loaded = model, tensor, None
-        self.dtype = precision.host_dtype(tensor.dtype)
+        self.dtype = descriptors.numpy_dtype(tensor.dtype)
 
     def read(self, start, count, out):
         """Copies `count` entries from flat index `start` on into `out` (count,), converting exactly."""
@@ -206,7 +206,7 @@ class _Source:
 
 
 def _aligned(plan):
-    dtype = precision.host_dtype(plan.storage)
+    dtype = descriptors.numpy_dtype(plan.storage)
     size = plan.num_models * plan.width * dtype.itemsize
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
@@ -221,7 +221,7 @@ def _fill(buffer, index, sources, base, plan, group, pool):
     start, count = row * per_row, rows * per_row
     reference, base_square = None, 0.0
     if base is not None:
-        reference = np.empty(count, precision.host_dtype(base.tensor.dtype))
+        reference = np.empty(count, descriptors.numpy_dtype(base.tensor.dtype))
         base.read(start, count, reference)
         reference = reference.astype(buffer.dtype)  # exact: the buffer's dtype holds both
         base_square = float(np.square(reference, dtype=np.float64).sum())

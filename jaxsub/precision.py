@@ -9,7 +9,6 @@ So float64 computes wherever it is cheap, and for float64 weights always.
 
 import math
 
-import ml_dtypes
 import numpy as np
 
 EPS32, EPS64 = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps)
@@ -70,8 +69,3 @@ def storage_floor(norms, num_features, roundings):
     """
     noise = float(np.sqrt(np.mean(np.square(np.asarray(norms) * roundings)))) if len(norms) else 0.0
     return noise * (1.0 + math.sqrt(len(norms) / max(num_features, 1)))
-
-
-def host_dtype(name):
-    """The numpy dtype called `name`, small floats included."""
-    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)

@@ -21,7 +21,7 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Modules that stand on others of their level.
-NAMED_SIBLINGS = {("finding", "formats"), ("statistics", "spectrum"), ("nulls", "heldout")}
+NAMED_SIBLINGS = {("finding", "formats"), ("statistics", "spectrum")}
 NO_JAX = (
     "errors", "plugins", "config", "descriptors", "formats", "finding", "lineup", "collection", "report", "spectrum",
     "heldout", "lineage", "verdict", "nulls", "cli",

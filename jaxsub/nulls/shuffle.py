@@ -20,7 +20,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxsub import heldout
+from jaxsub import spectrum
 from jaxsub.nulls import _draw
 
 REFERENCE = "Satterthwaite 1946 (effective degrees of freedom); Buja, Eyuboglu 1992 (permuted parallel analysis)"
@@ -60,7 +60,7 @@ def sample(observed, options, rng):
     for _ in range(options.draws):
         energy = rng.gamma(1.0 / spread, spread, num_models) if spread > 0 else np.ones(num_models)
         rows = _draw.unit_rows(_draw.bartlett(rng, num_models, dimension)) * np.sqrt(energy)[:, None]
-        gram = heldout.centre(rows @ rows.T)
+        gram = spectrum.centred(rows @ rows.T)
         trace = np.trace(gram)
         yield gram * (num_models * observed.variance_total / trace if trace > 0 else 0.0) + observed.mean_energy_total
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import formats, placement, precision
+from jaxsub import descriptors, formats, placement, precision
 from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.gram import FEATURES
 from jaxsub.statistics import ModeEnergies, Statistics
@@ -176,7 +176,7 @@ def _lora(group, models, mesh, options, meter):
     width_a, width_b = math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]
     work = len(pairs) ** 2 * rank**2 * (width_a + width_b)
     dtype = precision.compute_dtype(storage, work, options.precision)
-    read_dtype = precision.host_dtype("float64" if storage == "float64" else "float32")
+    read_dtype = descriptors.numpy_dtype("float64" if storage == "float64" else "float32")
     a = np.zeros((len(pairs), rank, _padded(width_a, mesh)), read_dtype)
     bt = np.zeros((len(pairs), rank, _padded(width_b, mesh)), read_dtype)
     for n, ((_, model), pair) in enumerate(zip(models, pairs, strict=True)):

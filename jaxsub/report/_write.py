@@ -1,30 +1,26 @@
-"""Whole text files or none: written under a temporary name, synced, renamed."""
+"""Whole text files or none, in the units a report is made of."""
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
 
 from jaxsub import errors
+from jaxsub.formats import _files
 
 
 def write_text(path, text):
-    """Writes a text file so that it is there whole or not at all."""
-    temporary = os.path.join(os.path.dirname(path) or ".", f".tmp-{secrets.token_hex(6)}")
+    """Writes a text file so that it is there whole or not at all.
+
+    Raises:
+        ResourceError: it cannot be written; says how much is needed and free.
+    """
+    data = text.encode("utf-8", "surrogatepass")
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o666), "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _files.write_atomic(path, [data])
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        free = shutil.disk_usage(os.path.dirname(path) or ".").free
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
         raise errors.ResourceError(
-            f"{errors.quote(path)}: cannot be written: {error.strerror} ({len(text)} bytes needed, {free} free)"
+            f"{errors.quote(path)}: cannot be written: {error.strerror} ({len(data)} bytes needed, {free} free)"
         ) from error
 
 

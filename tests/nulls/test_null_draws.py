@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxsub import errors, heldout, plugins
+from jaxsub import errors, heldout, plugins, spectrum
 from jaxsub.nulls import _draw, _observed, fresh_init, gaussian, permutation, shuffle, strength
 
 NUM_MODELS, SHAPE = 24, (15, 20)
@@ -35,9 +35,9 @@ def observe(rows, shape=SHAPE, **more):
 
 def figures(gram):
     """Energy at 1, 4, 8, 16, LOO at `KS`, mean energy."""
-    values, vectors = heldout.decompose(heldout.centre(gram))
+    values, vectors = heldout.decompose(spectrum.centred(gram))
     energy = np.cumsum(values) / values.sum()
-    curve = heldout.leave_one_out(heldout.centre(gram), KS, eigen=(values, vectors))
+    curve = heldout.leave_one_out(spectrum.centred(gram), KS, eigen=(values, vectors))
     return np.array([*energy[[0, 3, 7, 15]], *curve, gram.mean() * len(gram) / np.trace(gram)])
 
 
@@ -130,7 +130,7 @@ def test_gaussian_gives_the_golden_shares_of_an_iid_stack():
     observed = _observed.Observed(num_features=768 * 768, shape=(768, 768), norms=np.ones(100))
     shares = []
     for gram in gaussian.sample(observed, gaussian.Options(), rng):
-        values, _ = heldout.decompose(heldout.centre(gram))
+        values, _ = heldout.decompose(spectrum.centred(gram))
         shares.append([values[0] / values.sum(), values[:16].sum() / values.sum()])
     np.testing.assert_allclose(shares, np.tile([0.0103, 0.1648], (20, 1)), rtol=0, atol=5e-4)
 
