@@ -85,7 +85,7 @@ def plan_dense(group, num_devices, options, base=None):
     host = RUNTIME_BYTES + buffers * block + 14 * 8 * (num_models + 1) ** 2
     host += sum(24 * shape[a] ** 2 for a in exact) + (24 * side**2 if other else 0)
     # Sketches: mixtures of a block, and two halves of 512 columns an axis with their decomposition.
-    host += bool(sketched) * 16 * width * wide * 3 + sum(6 * 8 * 512 * shape[a] for a in sketched)
+    host += bool(sketched) * 16 * width * wide * 6 + sum(6 * 8 * 512 * shape[a] for a in sketched)
     host += num_models * min(shape) ** 2 * 24 if strengths else 0
     host += 3 * 8 * num_models * min(width, 65536) + block if storage == "float64" else 0
     if any(t.extent is None for t in group.entries):
