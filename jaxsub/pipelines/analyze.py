@@ -220,7 +220,7 @@ class _Session:
         return Report(self.record([s for s in found.values() if s is not None]))
 
     def preflight(self):
-        from jaxsub import formats, placement
+        from jaxsub import collection, formats, placement
         from jaxsub.pipelines import layers
 
         for group in self.groups():
@@ -229,8 +229,8 @@ class _Session:
                     continue
                 model = self.opened.models[member]
                 try:
-                    for tensor in (entry,) if hasattr(entry, "extent") else (entry.a, entry.b):
-                        layers._finite(formats.read(model, tensor), position, model, tensor)
+                    for tensor in collection.stored_tensors(entry):
+                        layers.require_finite(formats.read(model, tensor), position, model, tensor)
                         self.meter.bytes_read += tensor.num_bytes
                 except placement.NonFiniteError as error:
                     self.drop(error, group)

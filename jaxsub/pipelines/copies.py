@@ -8,7 +8,7 @@ import hashlib
 
 import numpy as np
 
-from jaxsub import formats
+from jaxsub import collection, formats
 
 SAMPLE_BYTES, SAMPLED_LAYERS = 256, 64
 
@@ -38,13 +38,9 @@ def find(groups, models, meter=None):
     return sorted(sorted(c) for s in suspects for c in _split(s, own, models, meter))
 
 
-def _tensors(entry):
-    return (entry,) if hasattr(entry, "extent") else (entry.a, entry.b)
-
-
 def _sample(model, entry):
     parts = [repr(getattr(entry, "scale", ""))]
-    for tensor in _tensors(entry):
+    for tensor in collection.stored_tensors(entry):
         if tensor.extent is None or not tensor.num_bytes:
             parts.append("")
             continue
@@ -75,7 +71,7 @@ def _split(members, own, models, meter):
 
 def _hash(model, entry, meter):
     digest = hashlib.sha256(repr((getattr(entry, "scale", ""), getattr(entry, "transposed", ""))).encode())
-    for tensor in _tensors(entry):
+    for tensor in collection.stored_tensors(entry):
         digest.update(f"{tensor.dtype}{tensor.shape}".encode())
         digest.update(np.ascontiguousarray(formats.read(model, tensor)).reshape(-1).view(np.uint8))
         if meter is not None:

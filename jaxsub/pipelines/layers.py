@@ -180,8 +180,10 @@ def _lora(group, models, mesh, options, meter):
     a = np.zeros((len(pairs), rank, _padded(width_a, mesh)), read_dtype)
     bt = np.zeros((len(pairs), rank, _padded(width_b, mesh)), read_dtype)
     for n, ((_, model), pair) in enumerate(zip(models, pairs, strict=True)):
-        a[n, : pair.rank, :width_a] = _finite(formats.read(model, pair.a), n, model, pair.a).reshape(pair.rank, width_a)
-        b = _finite(formats.read(model, pair.b), n, model, pair.b).reshape(width_b, pair.rank)
+        a[n, : pair.rank, :width_a] = require_finite(formats.read(model, pair.a), n, model, pair.a).reshape(
+            pair.rank, width_a
+        )
+        b = require_finite(formats.read(model, pair.b), n, model, pair.b).reshape(width_b, pair.rank)
         bt[n, : pair.rank, :width_b] = b.T
     scales = np.array([e.scale for e in pairs])
     common = math.frexp(float(np.abs(scales).max()))[1]
@@ -267,7 +269,8 @@ def _safe_exponent(x):
     return exponent if largest and abs(exponent) > precision.SAFE_EXPONENT // 2 else 0
 
 
-def _finite(array, member, model, tensor):
+def require_finite(array, member, model, tensor):
+    """The array, at least float32 wide; raises NonFiniteError naming the model where it holds a NaN or an Inf."""
     wide = array if array.dtype.itemsize >= 4 else array.astype(np.float32)
     if not np.isfinite(wide).all():
         bad = np.flatnonzero(~np.isfinite(wide.reshape(-1)))

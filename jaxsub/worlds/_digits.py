@@ -8,12 +8,10 @@ where chance is 0.5 %.
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from jaxsub import errors
 from jaxsub.models import mlp
-from jaxsub.tasks import digits
 from jaxsub.worlds import _files, _training
 
 KERNELS = ("hidden/kernel", "output/kernel")
@@ -75,32 +73,13 @@ def make(options, seed, folder, *, same_start, split_task):
 
 def trained(options, seed, *, same_start, split_task):
     """Parameters (N, ...) by layer and name, classes (N, 10) bool, held-out accuracy (N,) of one world."""
-    train, held_out = digits.load()
     model = mlp.MLP(hidden=options.hidden, activation=options.activation)
-    start_key, batch_key = _training.numbered(seed, "start", "batches")
-    start_keys = jax.random.split(start_key, options.num_models)
-    params = _training.start(start_keys[:1] if same_start else start_keys, model=model)
-    if same_start:
-        params = jax.tree.map(lambda p: p.repeat(options.num_models, axis=0), params)
     classes = random_halves(options.num_models, seed) if split_task else np.ones((options.num_models, 10), bool)
     names = np.tile(np.arange(10, dtype=np.int32), (options.num_models, 1))
-    rows, num_rows = _training.rows_of(train.labels, classes)
-    params = _training.train(
-        params,
-        {},
-        rows,
-        num_rows,
-        names,
-        jax.random.split(batch_key, options.num_models),
-        train.images,
-        train.labels,
-        np.float32(options.learning_rate),
-        model=model,
-        batch=digits.Options(batch_size=options.batch_size),
-        steps=options.steps,
+    params, reached = _training.collection(
+        options, seed, ("start", "batches"), classes, names, {}, same_start=same_start, model=model
     )
-    answers = _training.logits(params, {}, held_out.images, model=model)
-    return jax.device_get(params), classes, _training.accuracy(answers, names, classes, held_out)
+    return params, classes, reached
 
 
 def random_halves(num_models, seed):

@@ -104,3 +104,44 @@ def numbered(seed, *names):
 
     root = jax.random.key(seed)
     return [jax.random.fold_in(root, zlib.crc32(name.encode())) for name in names]
+
+
+def collection(options, seed, streams, classes, names, frozen, *, same_start, model):
+    """N networks trained together from one start or their own, each on its classes and names.
+
+    Args:
+        options: num_models, learning_rate, batch_size and steps.
+        seed: of starts and batches.
+        streams: names of the two random streams, starts and batches.
+        classes: (N, 10) bool, the classes a network sees.
+        names: (N, 10) int32 output unit that stands for each class.
+        frozen: other variable collections of the model; {} for none.
+        same_start: whether all start from the same weights.
+        model: flax module.
+
+    Returns:
+        parameters, a tree of (N, ...) on the host, and held-out accuracy (N,).
+    """
+    data, held_out = digits.load()
+    start_key, batch_key = numbered(seed, *streams)
+    start_keys = jax.random.split(start_key, options.num_models)
+    params = start(start_keys[:1] if same_start else start_keys, model=model)
+    if same_start:
+        params = jax.tree.map(lambda p: p.repeat(options.num_models, axis=0), params)
+    rows, num_rows = rows_of(data.labels, classes)
+    params = train(
+        params,
+        frozen,
+        rows,
+        num_rows,
+        names,
+        jax.random.split(batch_key, options.num_models),
+        data.images,
+        data.labels,
+        np.float32(options.learning_rate),
+        model=model,
+        batch=digits.Options(batch_size=options.batch_size),
+        steps=options.steps,
+    )
+    answers = logits(params, frozen, held_out.images, model=model)
+    return jax.device_get(params), accuracy(answers, names, classes, held_out)

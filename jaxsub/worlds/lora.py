@@ -62,33 +62,14 @@ def trained(options, seed):
     batch = {"learning_rate": options.learning_rate, "batch_size": options.batch_size}
     alone = _digits.Options(num_models=1, steps=options.base_steps, **batch)
     base = jax.tree.map(lambda p: p[0], _digits.trained(alone, seed, same_start=True, split_task=False)[0])
-    train, held_out = digits.load()
     model = mlp.LoraMLP(rank=options.rank, scale=options.alpha / options.rank)
-    start_key, batch_key = _training.numbered(seed, "adapters", "adapter batches")
-    starts = jax.random.split(start_key, options.num_models)
-    params = _training.start(starts[:1] if options.shared_start else starts, model=model)
-    if options.shared_start:
-        params = jax.tree.map(lambda p: p.repeat(options.num_models, axis=0), params)
     classes, names = np.ones((options.num_models, 10), bool), permutations(options.num_models, seed)
-    rows, num_rows = _training.rows_of(train.labels, classes)
-    params = _training.train(
-        params,
-        {"base": base},
-        rows,
-        num_rows,
-        names,
-        jax.random.split(batch_key, options.num_models),
-        train.images,
-        train.labels,
-        np.float32(options.learning_rate),
-        model=model,
-        batch=digits.Options(batch_size=options.batch_size),
-        steps=options.steps,
-    )
-    answers = _training.logits(params, {"base": base}, held_out.images, model=model)
-    params = jax.device_get(params)
+    params, reached = _training.collection(
+        options, seed, ("adapters", "adapter batches"), classes, names, {"base": base},
+        same_start=options.shared_start, model=model,
+    )  # fmt: skip
     factors = {layer: (params[layer]["lora_a"], params[layer]["lora_b"]) for layer in LAYERS}
-    return base, factors, names, _training.accuracy(answers, names, classes, held_out)
+    return base, factors, names, reached
 
 
 def permutations(num_models, seed):
