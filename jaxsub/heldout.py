@@ -32,7 +32,7 @@ def decompose(gram):
         values: (N,) float64; negative rounding is set to zero.
         vectors: (N, N) float64, columns in the order of `values`.
     """
-    values, vectors = scipy.linalg.eigh(np.asarray(gram, np.float64), driver="evd", check_finite=False)
+    values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))  # unlike SciPy's, it releases the interpreter lock
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 

@@ -231,6 +231,12 @@ def _fill(buffer, index, sources, base, plan, group, pool):
     def one(member):
         target = buffer[member, :count]
         sources[member].read(start, count, target)
+        if reference is None and target.dtype == np.float32 and count:
+            # One fast pass tells almost always that all is finite and of a size that needs no scaling.
+            with np.errstate(over="ignore", invalid="ignore"):
+                square = float(np.dot(target, target)) / count
+            if 4.0**-precision.SAFE_EXPONENT <= square <= 2.0**precision.SAFE_EXPONENT:
+                return math.sqrt(square)
         wide = target if target.dtype.itemsize >= 4 else target.astype(np.float32)
         low, high = (float(wide.min()), float(wide.max())) if count else (0.0, 0.0)
         if not (math.isfinite(low) and math.isfinite(high)):

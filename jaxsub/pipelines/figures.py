@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 import zlib
 from concurrent import futures
 
@@ -191,15 +192,12 @@ class _Layer:
             return {}
         observed = self._observed()
 
-        def one(name):
+        found = {}
+        for name in self.options.nulls:
             module = plugins.load("nulls", name)
-            if module.applies(observed) is not None:
-                return name, None
-            rng = generator(self.options.seed, self.stats.name, name)
-            return name, self._summary(module.sample(observed, module.Options(draws=self.options.draws), rng))
-
-        with futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # LAPACK and NumPy release the interpreter lock
-            found = {name: summary for name, summary in pool.map(one, self.options.nulls) if summary is not None}
+            if module.applies(observed) is None:
+                rng = generator(self.options.seed, self.stats.name, name)
+                found[name] = self._summary(module.sample(observed, module.Options(draws=self.options.draws), rng))
         if within is not None and not self.one_lineage and "gaussian" in found:
             found["gaussian"] |= self._null_within(within, leverage)
         return found
@@ -219,14 +217,15 @@ class _Layer:
         return {"held_out_within": mean, "held_out_within_sd": sd}
 
     def _summary(self, draws):
-        curves, means, values = [], [], []
-        for uncentred in draws:
+        def one(uncentred):
             gram = spectrum.centred(uncentred)
             eigen = heldout.decompose(gram)
             held = heldout.leave_one_out(gram, self.ks, eigen=eigen)
-            curves.append({str(k): float(v) for k, v in zip(self.ks, held, strict=True)})
-            means.append(self.num_models * uncentred.mean() / np.trace(uncentred))
-            values.append(eigen[0][: self.num_models - 1])
+            mean = self.num_models * uncentred.mean() / np.trace(uncentred)
+            curve = {str(k): float(v) for k, v in zip(self.ks, held, strict=True)}
+            return curve, mean, eigen[0][: self.num_models - 1]
+
+        curves, means, values = zip(*_parallel(one, draws), strict=True)
         held, sd = _mean_sd(curves)
         energy = np.mean(values, axis=0)
         roots = np.sqrt(values)
@@ -271,6 +270,27 @@ class _Layer:
         if self.stats.exponent and not self.constant:
             found.append(f"weights were scaled by 2**{-self.stats.exponent} before any product; figures are unscaled")
         return found
+
+
+def _parallel(work, items):
+    """[work(item) ...], in order, by all cores; items are made one at a time, as they are asked for.
+
+    LAPACK and NumPy release the interpreter lock.
+    """
+    lock, numbered, results = threading.Lock(), enumerate(items), {}
+
+    def run(_):
+        while True:
+            with lock:
+                index, item = next(numbered, (None, None))
+            if index is None:
+                return
+            results[index] = work(item)
+
+    threads = os.cpu_count() or 1
+    with futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
+    return [results[i] for i in range(len(results))]
 
 
 def _mode(mode):

@@ -119,5 +119,7 @@ def _picture(cosine, groups, ids):
     if len(order) > PICTURED:
         order = [order[i] for i in np.linspace(0, len(order) - 1, PICTURED).round().astype(int)]
     part = cosine[np.ix_(order, order)]
-    matrix = [[None if np.isnan(x) else round(float(x), 3) for x in line] for line in part]
+    rounded = np.round(part, 3).astype(object)
+    rounded[np.isnan(part)] = None
+    matrix = rounded.tolist()
     return {"ids": [ids[i] for i in order], "matrix": matrix}

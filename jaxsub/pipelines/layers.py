@@ -87,7 +87,8 @@ def _dense(group, models, mesh, options, base, meter):
         if block is None:
             break
         started = time.perf_counter()
-        dense, mixed = gram_kernels.dense_gram(block.x, weights, mesh=mesh, dtype=plan.dtype)
+        columns = math.prod(block.shape)
+        dense, mixed = gram_kernels.dense_gram(block.x, weights, columns, mesh=mesh, dtype=plan.dtype)
         tests = ()
         if plan.sketched_axes:
             row = jnp.int32(block.row)
@@ -117,7 +118,7 @@ def _dense(group, models, mesh, options, base, meter):
         base_square += block.base_square
         stats.add(jax.device_get(dense), block.exponent)
         if plan.storage == "float64":
-            rows = np.asarray(block.x)[:, : math.prod(block.shape)]
+            rows = np.asarray(block.x)[:, :columns]
             stats.add_factor(rows - rows.mean(axis=0), block.exponent)
         meter.compute_seconds += time.perf_counter() - started
     meter.bytes_read += plan.bytes_read
@@ -149,22 +150,37 @@ def _exact_mode(axis, size, k, *, centred=True):
 
 def _sketched_mode(axis, halves, total, *, centred=True):
     """Energies of directions found in one half of a sketch and measured in the other, both ways, averaged."""
-    tests = np.concatenate(halves, axis=1) if isinstance(halves, list) else np.asarray(halves)
-    first, second = _shares(tests[0], tests[1]), _shares(tests[1], tests[0])
-    return ModeEnergies(axis, tests.shape[1], total * (first + second) / 2, total, tests.shape[2], centred)
+    first, second = np.concatenate(halves, axis=1) if isinstance(halves, list) else np.asarray(halves)
+    shares = sum(_cross_shares(first, second)) / 2
+    return ModeEnergies(axis, first.shape[0], total * shares, total, first.shape[1], centred)
 
 
-def _shares(found, scored):
-    small = found.T @ found if found.shape[0] >= found.shape[1] else found @ found.T
-    values, vectors = np.linalg.eigh(small)
+def _cross_shares(first, second):
+    """Shares of each half (size, columns) along the directions found in the other."""
+    size, columns = first.shape
+    if columns <= size:  # from inner products of test columns: directions are combinations of them
+        grams, across = (first.T @ first, second.T @ second), first.T @ second
+        return _shares(grams[0], across, grams[1]), _shares(grams[1], across.T, grams[0])
+    grams = first @ first.T, second @ second.T
+    return _shares(grams[0], None, grams[1]), _shares(grams[1], None, grams[0])
+
+
+def _shares(found, across, scored):
+    """Shares of the scored half's energy along the directions found in the other, strongest first.
+
+    Args:
+        found, scored: the halves' Gram matrices, of test columns where `across` is given, else of rows.
+        across: inner products of the found half's test columns with the scored half's.
+    """
+    values, vectors = np.linalg.eigh(found)
     values, vectors = values[::-1], vectors[:, ::-1]
     keep = values > values[0] * 1e-10 if values[0] > 0 else np.zeros(len(values), bool)
-    basis = vectors
-    if found.shape[0] >= found.shape[1]:
-        basis = np.divide(found @ vectors, np.sqrt(np.where(keep, values, 1.0)))
-    energy = np.square(basis.T @ scored).sum(axis=1) * keep
-    total = np.square(scored).sum()
-    return energy / total if total > 0 else energy
+    if across is None:
+        energy = np.einsum("dj,dj->j", vectors, scored @ vectors)
+    else:
+        energy = np.square(across.T @ vectors).sum(axis=0) / np.where(keep, values, 1.0)
+    total = np.trace(scored)
+    return energy * keep / total if total > 0 else energy * 0.0
 
 
 def _lora(group, models, mesh, options, meter):

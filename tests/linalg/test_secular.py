@@ -67,3 +67,31 @@ def test_untouched_eigenvectors_are_deflated():
 def test_no_components_wanted():
     roots, projections = secular.downdate(np.array([1.0, 0.5]), np.ones((3, 2)), np.ones(3), rank=0)
     assert roots.shape == projections.shape == (3, 0)
+
+
+def spectra():
+    rng = np.random.default_rng(2)
+    wigner = rng.standard_normal((300, 300))
+    return {
+        "flat": 1 + 1e-3 * np.linalg.eigvalsh(wigner + wigner.T)[::-1] / 30,
+        "slow decay": 0.98 ** np.arange(300.0),
+        "power law": 1 / np.arange(1.0, 301),
+        "two levels": np.concatenate([np.linspace(3, 2.9, 20), np.linspace(1, 0.9, 280)]),
+    }
+
+
+@pytest.mark.parametrize("name", spectra())
+def test_distant_poles_may_enter_as_a_polynomial(name, monkeypatch):
+    values = spectra()[name]
+    weights = values * np.random.default_rng(3).chisquare(1, (40, 300)) / 300
+    leverage = np.full(40, 40 / 39)
+    found = secular.downdate(values, weights, leverage, rank=32)
+    assert any(poles.far is not None for poles in secular._poles(values / values[0], 32))
+    monkeypatch.setattr(secular, "DEGREE", 1)
+    weak = secular.downdate(values, weights, leverage, rank=32)
+    monkeypatch.setattr(secular, "NEAR", np.inf)
+    exact = secular.downdate(values, weights, leverage, rank=32)
+    sums = [np.cumsum(projections, axis=1) for _, projections in (found, weak, exact)]
+    assert np.abs(sums[0] / sums[2] - 1).max() < 1e-9
+    assert np.abs(sums[1] / sums[2] - 1).max() > 1e-6
+    np.testing.assert_allclose(found[0], exact[0], rtol=1e-12)
