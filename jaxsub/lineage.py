@@ -159,13 +159,15 @@ def looks_untrained(squares, fourths, shape, num_features):
         return False
     std = math.sqrt(squares / num_features)
     kurtosis = fourths * num_features / squares**2
+    # Of wide layers fourth powers are taken from an eighth of the columns, without the squares of the same columns.
+    sample = num_features / 32 if num_features >= 65536 else num_features
     field = math.prod(shape[2:])
     fans = {shape[0], shape[1], shape[0] * field, shape[1] * field}
     widths = {math.sqrt(g / f) for f in fans for g in (1.0, 2.0, 1.0 / 3.0)} | set(KNOWN_STDS)
     widths.add(math.sqrt(2.0 / ((shape[0] + shape[1]) * field)))
     for shape_kurtosis, spread in ((1.8, 0.9), (3.0, 4.9), (2.37, 1.9)):
         # Three standard errors of a sample kurtosis and of a sample standard deviation.
-        if abs(kurtosis - shape_kurtosis) > 3 * spread / math.sqrt(num_features):
+        if abs(kurtosis - shape_kurtosis) > 3 * spread / math.sqrt(sample):
             continue
         slack = 3 * math.sqrt((shape_kurtosis - 1) / 4 / num_features)
         if any(abs(std / width - 1) < slack for width in widths):

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxsub.linalg import products
@@ -40,14 +39,13 @@ class DenseSums(NamedTuple):
     deviation_fourths: jax.Array  # () sum of y**4 over columns and models
 
 
-def dense_gram(x, weights, columns=None, *, mesh, dtype):
+def dense_gram(x, weights, *, mesh, dtype):
     """Sums of a block of dense rows, see `DenseSums`, and mixtures of its centred rows.
 
     Args:
         x: (N, D) rows in storage dtype, D a multiple of the number of devices, features sharded; zero columns
             at the end are exact padding.
         weights: (m, N) coefficients of the mixtures, m >= 0.
-        columns: how many of the D columns are not padding; all by default.
         mesh: mesh with an axis "features".
         dtype: "float32" or "float64", the dtype of the products.
 
@@ -57,31 +55,28 @@ def dense_gram(x, weights, columns=None, *, mesh, dtype):
     Fails on: non-finite entries, which spread to everything. The caller refuses them before.
     Source: method of snapshots, Sirovich 1987; centring before the product, Chan, Golub and LeVeque 1983.
     """
-    return _dense_gram(x, weights, np.int32(x.shape[1] if columns is None else columns), mesh=mesh, dtype=dtype)
+    return _dense_gram(x, weights, mesh=mesh, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
-def _dense_gram(x, weights, columns, *, mesh, dtype):
-    def local(x, weights, columns):
-        first = jax.lax.axis_index(FEATURES) * x.shape[1]
-        sums, fourths, sampled, mixed = _dense_local(x, weights.astype(dtype), columns - first, dtype)
-        sums, fourths, sampled = jax.lax.psum((sums, fourths, sampled), FEATURES)
-        factor = columns / jnp.maximum(sampled, 1.0)
-        return DenseSums(*sums, *(f * factor for f in fourths)), mixed
+def _dense_gram(x, weights, *, mesh, dtype):
+    def local(x, weights):
+        sums, mixed = _dense_local(x, weights.astype(dtype), dtype)
+        return jax.lax.psum(sums, FEATURES), mixed
 
     features = P(None, FEATURES)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(features, P(), P()), out_specs=(P(), features), check_vma=False
-    )(x, weights, columns)  # fmt: skip
+    return jax.shard_map(local, mesh=mesh, in_specs=(features, P()), out_specs=(P(), features), check_vma=False)(
+        x, weights
+    )
 
 
-def _dense_local(x, weights, columns, dtype):
-    """(gram, cross, mean_square, row_sums), fourth moments, columns these are of, and mixtures, of one device."""
+def _dense_local(x, weights, dtype):
     num_models, width = x.shape
     chunk = min(CHUNK, width)
     whole = width // chunk
     # Two row blocks skip a quarter of the product, which is symmetric; XLA has no symmetric product on CPU.
     half = num_models // 2 if num_models >= 128 else 0
+    part = SAMPLED if whole >= MANY else chunk
     wide = jnp.float64
 
     def fourth_moments(z, y):
@@ -93,7 +88,7 @@ def _dense_local(x, weights, columns, dtype):
         )
 
     def step(start, size, carry):
-        sums, fourths, sampled, mixed = carry
+        sums, fourths, mixed = carry
         z = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(dtype)
         mean = jnp.mean(z, axis=0)
         y = products.row_major(z - mean)
@@ -106,28 +101,28 @@ def _dense_local(x, weights, columns, dtype):
             sums[3] + jnp.sum(jnp.square(mean.astype(wide))),
             sums[4] + jnp.sum(z, axis=1).astype(wide),
         )
-        part, at = (SAMPLED, start // chunk * 5 % (chunk // SAMPLED) * SAMPLED) if whole >= MANY else (size, 0)
-        found = fourth_moments(*(jax.lax.dynamic_slice_in_dim(a, at, part, axis=1) for a in (z, y)))
+        at = start // chunk * 5 % (chunk // SAMPLED) * SAMPLED if part < size else 0
+        found = fourth_moments(*(jax.lax.dynamic_slice_in_dim(a, at, min(part, size), axis=1) for a in (z, y)))
         fourths = jax.tree.map(jnp.add, fourths, found)
-        sampled += jnp.clip(columns - start - at, 0, part).astype(wide)
         if weights.shape[0]:
             mixture = products.row_major(products.matmul(weights, y))
             mixed = jax.lax.dynamic_update_slice_in_dim(mixed, mixture, start, axis=1)
-        return sums, fourths, sampled, mixed
+        return sums, fourths, mixed
 
     zeros = functools.partial(jnp.zeros, dtype=wide)
     sums = (zeros((num_models - half, num_models)), zeros((half, half)), zeros(num_models), zeros(()))
     sums = (*sums, zeros(num_models))
     fourths = (zeros(num_models), zeros(()), zeros(()))
-    carry = (sums, fourths, zeros(()), jnp.zeros((weights.shape[0], width), dtype))
+    carry = (sums, fourths, jnp.zeros((weights.shape[0], width), dtype))
     carry = jax.lax.fori_loop(0, whole, lambda j, c: step(j * chunk, chunk, c), carry)
     if width % chunk:
         carry = step(whole * chunk, width % chunk, carry)
-    sums, fourths, sampled, mixed = carry
+    sums, fourths, mixed = carry
     lower, upper = sums[0], sums[1]
     top = jnp.concatenate([upper, lower[:, :half].T], axis=1)
     gram = jnp.concatenate([top, lower], axis=0)
-    return ((gram + gram.T) / 2, *sums[2:]), fourths, sampled, mixed
+    factor = width / (whole * part + min(part, width % chunk))
+    return DenseSums((gram + gram.T) / 2, *sums[2:], *(f * factor for f in fourths)), mixed
 
 
 class LoraSums(NamedTuple):

@@ -87,8 +87,7 @@ def _dense(group, models, mesh, options, base, meter):
         if block is None:
             break
         started = time.perf_counter()
-        columns = math.prod(block.shape)
-        dense, mixed = gram_kernels.dense_gram(block.x, weights, columns, mesh=mesh, dtype=plan.dtype)
+        dense, mixed = gram_kernels.dense_gram(block.x, weights, mesh=mesh, dtype=plan.dtype)
         tests = ()
         if plan.sketched_axes:
             row = jnp.int32(block.row)
@@ -118,7 +117,7 @@ def _dense(group, models, mesh, options, base, meter):
         base_square += block.base_square
         stats.add(jax.device_get(dense), block.exponent)
         if plan.storage == "float64":
-            rows = np.asarray(block.x)[:, :columns]
+            rows = np.asarray(block.x)[:, : math.prod(block.shape)]
             stats.add_factor(rows - rows.mean(axis=0), block.exponent)
         meter.compute_seconds += time.perf_counter() - started
     meter.bytes_read += plan.bytes_read
