@@ -248,7 +248,9 @@ def _fill(buffer, index, sources, base, plan, group, pool):
             low, high = float(target.min()), float(target.max())
         return max(-low, high)
 
-    results = list(pool.map(one, range(plan.num_models)))
+    # A few models a task: handing over single ones costs as much as reading them where blocks are small.
+    spans = np.array_split(np.arange(plan.num_models), min(plan.num_models, 4 * READERS))
+    results = [r for span in pool.map(lambda span: [one(int(m)) for m in span], spans) for r in span]
     for result in results:
         if isinstance(result, NonFiniteError):
             raise result

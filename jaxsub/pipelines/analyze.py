@@ -37,7 +37,7 @@ class Config:
     draws: int = 20  # null draws a layer
     splits: int = 20  # random halves for the stability of the subspace
     precision: str = "auto"  # auto, float32, float64
-    max_host_bytes: int = 0  # bound on the plan's peak; 0: blocks of 256 MiB
+    max_host_bytes: int = 0  # bound on the plan's peak; 0: blocks of 128 MiB
     lineage_threshold: float = 0.15
     devices: int = 0  # 0: all
     seed: int = 0

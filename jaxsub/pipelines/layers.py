@@ -24,7 +24,7 @@ class Options:
     """What decides the bits of a layer's statistics, beside the weights and the mesh."""
 
     precision: str = "auto"  # auto, float32 or float64: dtype of the products (float64 weights always keep theirs)
-    block_bytes: int = 256 * 2**20  # stored bytes of one block of a stack
+    block_bytes: int = 128 * 2**20  # stored bytes of one block of a stack
     mode_work: int = 2**36  # multiply-adds (N * D * d) above which a weight axis of size d is sketched
     mode_width: int = 2048  # axes wider than this are sketched
     strength_width: int = 128  # matrices with a shorter side up to this keep each model's singular values
