@@ -2,8 +2,11 @@
 
 import os
 import pathlib
+import tempfile
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Programs that tests start keep their compiled kernels here, not in the user's cache.
+os.environ.setdefault("XDG_CACHE_HOME", os.path.join(tempfile.gettempdir(), f"jaxsub-tests-{os.getuid()}"))
 
 import pytest
 

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import importlib
 import os
+import platform
 import signal
 import sys
 import traceback
+import zlib
 
 from absl import app, flags as absl_flags, logging
 
@@ -35,6 +37,7 @@ def program(name, argv):
 
     def main(parsed):
         logging.set_verbosity(logging.WARNING)  # jax reports every backend it does not find
+        keep_compiled_kernels()
         module.main(parsed)
 
     signal.signal(signal.SIGTERM, _stop)
@@ -59,6 +62,29 @@ def program(name, argv):
             _fail(f"jaxsub {name}: {cause}", errors.ResourceError.exit_code, debug)
         text = f"{type(error).__name__}: {errors.quote(error)} {_place(error)}"
         _fail(f"jaxsub {name}: this is a bug in jaxsub ({text}); report it with what --debug prints", 70, debug)
+
+
+def keep_compiled_kernels():
+    """Lets a second start compile nothing: JAX's compilation cache in the user's cache folder, unless set otherwise.
+
+    Must run before jax is imported. Compiled CPU code holds for one kind of CPU, so each kind has a folder of its own:
+    home folders are shared between machines.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    try:
+        with open("/proc/cpuinfo", "rb") as file:
+            kind = next((line for line in file if line.startswith((b"flags", b"Features"))), b"")
+    except OSError:
+        kind = b""
+    kind = f"{platform.machine()}-{zlib.crc32(kind):08x}"
+    folder = os.path.join(root, "jaxsub", "kernels", kind)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return  # a read-only home: kernels are compiled again
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def _stop(number, _):

@@ -42,10 +42,12 @@ class Progress:
             self.bar.update(self.task, completed=self.done, description=errors.quote(name, 40))
         elif self.stream is not None:
             spent = time.monotonic() - self.started
-            left = spent * (self.total_bytes - self.done) / max(self.done, 1)
+            # The first layers compile: a twentieth of the bytes must be through before their rate means anything.
+            known = self.done > self.total_bytes / 20
+            left = f"{spent * (self.total_bytes - self.done) / self.done:.0f} s left" if known else ""
             width = len(str(self.num_layers))
             self.stream.write(
-                f"[{self.layers:{width}}/{self.num_layers}] {errors.quote(name, 60)}  {text}  {left:.0f} s left\n"
+                f"[{self.layers:{width}}/{self.num_layers}] {errors.quote(name, 60)}  {text}  {left}".rstrip() + "\n"
             )
 
 
