@@ -16,7 +16,7 @@ from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.gram import FEATURES
 from jaxsub.statistics import ModeEnergies, Statistics
 
-MIXTURES, COLUMNS = 8, 64  # of one half of a sketch: 512 test columns an axis
+MIXTURES, COLUMNS = 8, 32  # of one half of a sketch: 256 test columns an axis
 
 
 @dataclasses.dataclass(frozen=True)
