@@ -6,11 +6,13 @@ beats the null: gain exceeds the null's mean gain by max(.02, 4 sd over draws), 
 """
 
 import dataclasses
+import statistics
 
 MARGIN, SIGMAS, MEAN_FACTOR, FEWEST_MODELS = 0.02, 4.0, 3.0, 8
 # Nulls that must all be beaten. The others are shown beside the result: `shuffle` keeps each coordinate's spread and
 # so asks another question (is there more than a common set of strong coordinates?), answered by a flag.
 DECIDING = ("permutation", "gaussian", "strength", "fresh_init")
+FEWEST_DRAWS = 8  # of a null; a standard deviation over 8 is known to about a quarter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,16 @@ class Gain:
     def beats(self):
         """Whether the gain exceeds the null's by the margin."""
         return self.value - self.null > max(MARGIN, SIGMAS * self.sd)
+
+
+def settled(curves):
+    """Whether null curves (dicts from k to LOO(k)) agree so well that more draws cannot move a margin of .02.
+
+    The margin is max(.02, 4 sd): where the sd is under a hundredth of .02 at every k,
+    means are known to a thousandth of it. So it is wherever a layer is much wider than there are models; narrow layers
+    take all their draws.
+    """
+    return all(statistics.pstdev(c[k] for c in curves) < MARGIN / 100 for k in curves[0]) if curves else True
 
 
 def deciding_rank(num_models):

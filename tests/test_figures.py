@@ -59,6 +59,14 @@ def test_draws_depend_on_the_layer_alone():
     assert verdict(x, "w", draws=3, seed=1)["nulls"] != a["nulls"]
 
 
+def test_draws_stop_where_more_could_not_move_a_verdict():
+    rng = np.random.default_rng(0)
+    wide, narrow = verdict(rng.standard_normal((20, 300, 300))), verdict(rng.standard_normal((20, 12, 10)))
+    assert {null["draws"] for null in wide["nulls"].values()} == {8}
+    assert {null["draws"] for null in narrow["nulls"].values()} == {20}
+    assert verdict(rng.standard_normal((20, 12, 10)), draws=3)["nulls"]["gaussian"]["draws"] == 3
+
+
 def test_null_ranks_and_energies_are_those_of_noise():
     """The Gaussian null of 40 models with D = 4000 against 20 literal stacks."""
     rng = np.random.default_rng(1)

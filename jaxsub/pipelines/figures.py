@@ -1,6 +1,7 @@
 """Every figure of a layer from its Statistics alone: spectra, nulls, held-out errors, the verdict. No weights."""
 
 import dataclasses
+import itertools
 import os
 import threading
 import zlib
@@ -22,7 +23,7 @@ class Options:
     """Null models, draws and splits."""
 
     nulls: tuple[str, ...] = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
-    draws: int = 20
+    draws: int = 20  # at most: see verdict.settled
     splits: int = 20
     seed: int = 0
 
@@ -225,7 +226,11 @@ class _Layer:
             curve = {str(k): float(v) for k, v in zip(self.ks, held, strict=True)}
             return curve, mean, eigen[0][: self.num_models - 1]
 
-        curves, means, values = zip(*_parallel(one, draws), strict=True)
+        draws = iter(draws)
+        found = _parallel(one, itertools.islice(draws, verdict.FEWEST_DRAWS))
+        if not verdict.settled([f[0] for f in found]):
+            found += _parallel(one, draws)
+        curves, means, values = zip(*found, strict=True)
         held, sd = _mean_sd(curves)
         energy = np.mean(values, axis=0)
         roots = np.sqrt(values)
