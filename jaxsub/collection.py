@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 
 from jaxsub import descriptors, errors, finding, formats, lineup
@@ -69,6 +68,7 @@ class Collection:
         fingerprint: sha256 over ids, file sizes and times, names, shapes, dtypes and scales.
         num_candidates: models found, readable or not.
         refusal: the InputError that `open_collection` raises for this collection, or None.
+        name: of the folder or folders, for people; data, as the ids are.
     """
 
     refs: tuple[descriptors.ModelRef, ...]
@@ -82,6 +82,7 @@ class Collection:
     num_candidates: int = 0
     refusal: errors.InputError | None = None
     layers: tuple[Mapping, ...] = dataclasses.field(default=(), repr=False)  # of every model, as selected and matched
+    name: str = ""
 
     def without(self, ids, reasons=None):
         """The collection without some models; layers left to fewer than three are skipped.
@@ -148,7 +149,7 @@ def open_collection(
     """
     if match not in _MATCHES:
         raise errors.ConfigError(f"match is {match!r}, known are exact and order{errors.nearest(match, _MATCHES)}")
-    chosen = _layer_filter(layers, exclude_layers)
+    chosen = lineup.layer_filter(layers, exclude_layers)
     found = finding.find(paths, tuple(allow_roots))
     num_candidates = len(found.candidates) + len(found.refused)
     if not num_candidates:
@@ -159,12 +160,13 @@ def open_collection(
     every = lineup.by_place(every) if match == "order" else every
     chosen_layers = [{key: entry for key, entry in own.items() if chosen(key[0])} for own in every]
     if every and not any(chosen_layers):
-        raise errors.ConfigError(_nothing_chosen(layers, exclude_layers, every))
+        raise errors.ConfigError(lineup.nothing_chosen(layers, exclude_layers, every))
     usual = max(1, num_candidates // 20)
     odd = lineup.odd_models(chosen_layers, usual)
     for position, (layer, what) in odd.items():
         candidate, model = opened[position]
-        error = errors.InputError(model.path, what, key=layer, hint=_ODD_HINT)
+        advice = _STRANGER_HINT if layer is None else _ODD_HINT
+        error = errors.InputError(model.path, what, key=layer, hint=advice)
         aside.append(_record(candidate.id, model.path, layer, str(error), "N2"))
     keep = [position for position in range(len(opened)) if position not in odd]
     pairs = [opened[p] for p in keep]
@@ -184,16 +186,23 @@ def open_collection(
         skipped_layers=skipped,
         quarantined=tuple(aside),
         ignored=tuple(found.ignored),
-        warnings=(*((hint,) if hint else ()), *_repeated_warnings(refs, models)),
+        warnings=(
+            *((hint,) if hint else ()),
+            *lineup.unmatched(layers, exclude_layers, every),
+            *_kinds(refs, kept_layers, groups),
+            *_repeated_warnings(refs, models),
+        ),
         fingerprint=_fingerprint(refs, models),
         num_candidates=num_candidates,
         refusal=refusal,
         layers=kept_layers,
+        name=finding.name_of(found.folders),
     )
 
 
 _ORDER_HINT = "layer names differ from model to model in run numbers only: --match=order matches them by their place"
 _ODD_HINT = "repair or remove the model, or leave the layer out with --exclude_layers"
+_STRANGER_HINT = "if it is of another architecture, move it out of the collection"
 
 
 def stored_tensors(entry):
@@ -216,30 +225,6 @@ def _open_all(found, allow_roots):
 
 def _record(identifier, file, layer, reason, rule):
     return {"id": identifier, "file": str(file), "layer": layer, "reason": reason, "rule": rule}
-
-
-# Choosing layers --------------------------------------------------------------------------------------------------
-
-
-def _layer_filter(layers, exclude):
-    wanted, unwanted = _patterns(layers, "layers"), _patterns(exclude, "exclude_layers")
-    return lambda name: (
-        (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
-    )
-
-
-def _patterns(texts, option):
-    texts = (texts,) if isinstance(texts, str) else tuple(texts or ())
-    try:
-        return [re.compile(text) for text in texts]
-    except re.error as error:
-        raise errors.ConfigError(f"--{option}: {error.pattern!r} is no regular expression: {error}") from error
-
-
-def _nothing_chosen(layers, exclude, every):
-    names = sorted({name: True for own in every for name, _ in own}, key=lineup.natural)
-    some = ", ".join(errors.quote(n, 60) for n in names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"--layers={layers} --exclude_layers={exclude} leave none of the {len(names)} layers: {some}"
 
 
 def _grouped(models, layers):
@@ -289,6 +274,31 @@ def _known_endings():
 
 
 # What is said about it --------------------------------------------------------------------------------------------
+
+
+def _kinds(refs, layers, groups):
+    """Who takes part in no layer that is analysed, and which models share no layer with which."""
+    kinds = lineup.kinds(len(refs), [group.members for group in groups])
+    large = [kind for kind in kinds if len(kind) > 1]
+    apart = [kind[0] for kind in kinds if len(kind) == 1]
+    said = []
+    if len(large) > 1:
+        each = ", ".join(f"{len(kind)} like {errors.quote(refs[kind[0]].id, 60)}" for kind in large[:5])
+        more = f" and {len(large) - 5} more kinds" if len(large) > 5 else ""
+        said.append(
+            f"{len(large)} kinds of models share no layer with one another: {each}{more}; if they are other "
+            "architectures, analyse each kind by itself, in a folder of its own"
+        )
+    if large and apart:
+        who = lineup.listed([refs[i].id for i in apart])
+        if any(layers[i] for i in apart):
+            why = f"fewer than {lineup.SMALLEST_GROUP} models have their layers in these shapes"
+            cure = "if they are of another architecture, move them out of the collection"
+        else:
+            why, cure = "they hold none of the layers chosen", "choose other --layers, or move them out"
+        models = "model takes" if len(apart) == 1 else "models take"
+        said.append(f"{len(apart)} of {len(refs)} {models} part in no layer that is analysed: {who} ({why}); {cure}")
+    return said
 
 
 def _repeated_warnings(refs, models):

@@ -15,6 +15,7 @@ _WORKDIR_LOCK = ".jaxsub.lock"
 MAX_DEPTH = 32  # folders under folders; deeper is a loop or an accident
 MAX_LIST_BYTES = 64 * 2**20  # of a text file of paths
 _LIST = ".txt"
+_GENERIC = ("models", "checkpoints", "weights")
 _CACHE_ONLY = ("blobs", "refs")  # of a hub cache: its models are under snapshots/
 
 
@@ -34,6 +35,7 @@ class Found:
     candidates: list = dataclasses.field(default_factory=list)
     ignored: list = dataclasses.field(default_factory=list)
     refused: list = dataclasses.field(default_factory=list)  # (Candidate, InputError): no model where one should be
+    folders: list = dataclasses.field(default_factory=list)  # that the paths name, each once: ids are relative to them
 
 
 def find(paths, allow_roots=()):
@@ -46,6 +48,7 @@ def find(paths, allow_roots=()):
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     for path in paths:
         for item, base in _expand(os.fspath(path)):
+            found.folders += [] if base in found.folders else [base]
             if os.path.isdir(item) and not formats.is_model(item):
                 _Walk(base, allow_roots, found).folder(item)
             else:
@@ -175,6 +178,20 @@ def _distinct_ids(candidates):
 
 def _are_distinct(candidates):
     return len({c.id: None for c in candidates}) == len(candidates)
+
+
+def name_of(folders, most=3):
+    """What to call a collection: the names of its folders, with their parents' where two are called alike.
+
+    A folder called `models` says nothing by itself and goes with its parent's name.
+    """
+    folders = list(dict.fromkeys(os.path.abspath(folder) for folder in folders))
+    names = [_name(folder) for folder in folders]
+    counts = collections.Counter(names)
+    for i, folder in enumerate(folders):
+        if counts[names[i]] > 1 or names[i] in _GENERIC:
+            names[i] = os.path.join(_name(os.path.dirname(folder)), names[i])
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _name(root):

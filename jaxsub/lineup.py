@@ -1,16 +1,20 @@
-"""Which layers of different models are the same layer, and which models do not fit the rest. Names and shapes only.
+"""Which layers of different models are the same layer, which are chosen, and which models do not fit the rest.
+
+Names and shapes only.
 
 Layers are the same if they agree in name, parametrisation and shape. Frameworks that number their layers by run
 (Keras: dense_12 in one file, dense_31 in the next) need `by_place`, which renames them by their order in the model.
 """
 
 import collections
+import difflib
 import math
 import re
 
-from jaxsub import descriptors
+from jaxsub import descriptors, errors
 
 SMALLEST_GROUP = 3  # models; fewer have no held-out error worth the name
+TOO_FEW = f"fewer than {SMALLEST_GROUP} models have it in this shape"
 DENSE, LORA = "dense", "lora"
 _RUN_NUMBER = re.compile(r"(?:(?:^|_)\d+)+$")
 _SEPARATOR = re.compile(r"([/.])")
@@ -31,6 +35,81 @@ def layers_of(model):
 def form_of(entry):
     """(shape, whether it is a weight): layers of one form can be stacked."""
     return (entry.shape, isinstance(entry, descriptors.LoraPair) or entry.is_float)
+
+
+# Choosing layers --------------------------------------------------------------------------------------------------
+
+
+def layer_filter(layers, exclude):
+    """Whether a layer's name is chosen, as a function of the name.
+
+    Args:
+        layers: regular expressions, one or several or None; one of them must be found in the name.
+        exclude: the same; none of them may be.
+
+    Raises:
+        ConfigError: an expression that is none.
+    """
+    wanted, unwanted = _patterns(layers, "layers"), _patterns(exclude, "exclude_layers")
+    return lambda name: (
+        (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
+    )
+
+
+def _patterns(texts, option):
+    texts = (texts,) if isinstance(texts, str) else tuple(texts or ())
+    try:
+        return [re.compile(text) for text in texts]
+    except re.error as error:
+        raise errors.ConfigError(f"--{option}: {error.pattern!r} is no regular expression: {error}") from error
+
+
+def nothing_chosen(layers, exclude, every):
+    """What is wrong with expressions that leave no layer of any model; arguments as `layer_filter` and `by_place`."""
+    names = _names(every)
+    wanted = list(filter(layer_filter(layers, None), names))
+    if wanted:
+        chosen = f" of {len(names)} that {_flags(layers, 'layers', 'selects')}" if layers else ""
+        left_out = "the only layer" if len(wanted) == 1 else f"all {len(wanted)} layers"
+        return f"{_flags(exclude, 'exclude_layers', 'leaves')} out {left_out}{chosen}: {listed(wanted)}"
+    near = _nearest(_patterns(layers, "layers"), names)
+    near = f"; the nearest: {listed(near)}" if near else ""
+    return f"{_flags(layers, 'layers', 'matches')} none of the {len(names)} layers: {listed(names)}{near}"
+
+
+def unmatched(layers, exclude, every):
+    """One sentence for each expression that matches no layer."""
+    names = _names(every) if layers or exclude else []
+    return [
+        f"{_flags(pattern.pattern, option, 'matches')} none of the {len(names)} layers"
+        for option, texts in (("layers", layers), ("exclude_layers", exclude))
+        for pattern in _patterns(texts, option)
+        if not any(pattern.search(name) for name in names)
+    ]
+
+
+def listed(names, most=5):
+    """The first names in one line, quoted."""
+    return ", ".join(errors.quote(n, 60) for n in names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _nearest(patterns, names):
+    """At most three names that, whole or in a part, look like one of the patterns."""
+    known = {part: name for name in reversed(names) for part in (*re.split(r"[/._:]", name), name)}
+    close = [p for x in patterns for p in difflib.get_close_matches(x.pattern, known, n=3, cutoff=0.6)]
+    return list(dict.fromkeys(known[part] for part in close))[:3]
+
+
+def _names(every):
+    return sorted({name: True for own in every for name, _ in own}, key=natural)
+
+
+def _flags(texts, option, verb):
+    """'--layers='a' matches', with the verb in the plural for several expressions."""
+    texts = (texts,) if isinstance(texts, str) else texts
+    flags = [f"--{option}='{errors.quote(text, 80)}'" for text in texts]
+    plural = {"matches": "match", "leaves": "leave", "selects": "select"}[verb]
+    return f"{' and '.join(flags)} {verb if len(flags) == 1 else plural}"
 
 
 # Run-numbered names -----------------------------------------------------------------------------------------------
@@ -153,6 +232,30 @@ def _strangers(all_layers, forms):
     return alone if len(alone) + SMALLEST_GROUP <= len(all_layers) else []
 
 
+def kinds(count, groups):
+    """Positions of models that are connected by common layers, largest part first; a model in no group is alone.
+
+    Args:
+        count: number of models.
+        groups: for each layer, the positions of the models that have it.
+    """
+    part_of = list(range(count))
+
+    def root(i):
+        while part_of[i] != i:
+            part_of[i] = part_of[part_of[i]]
+            i = part_of[i]
+        return i
+
+    for members in groups:
+        for member in members:
+            part_of[root(member)] = root(members[0])
+    parts = collections.defaultdict(list)
+    for position in range(count):
+        parts[root(position)].append(position)
+    return sorted(parts.values(), key=lambda part: (-len(part), part))
+
+
 # Groups -----------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +281,7 @@ def stacks(all_layers):
         elif math.prod(shape) == 0:
             reason = "has no entries"
         elif len(pairs) < SMALLEST_GROUP:
-            reason = f"fewer than {SMALLEST_GROUP} models have it in this shape"
+            reason = TOO_FEW
         if reason:
             skipped.append({"name": name, "shape": list(shape), "num_models": len(pairs), "reason": reason})
         else:

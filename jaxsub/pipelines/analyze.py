@@ -154,11 +154,18 @@ class _Session:
         return found
 
     def skipped(self):
-        """Layers that fewer than three distinct readable models have, though more files do."""
+        """Layers of the view that fewer than three distinct readable models have."""
+        from jaxsub import lineup
+
         kept = {_key(g) for g in self.groups()}
-        reason = "fewer than 3 distinct models that can be read have it"
+        reasons = {True: lineup.TOO_FEW, False: "fewer than 3 distinct models that can be read have it"}
         return [
-            {"name": g.name, "shape": list(g.shape), "num_models": len(g.members), "reason": reason}
+            {
+                "name": g.name,
+                "shape": list(g.shape),
+                "num_models": len(g.members),
+                "reason": reasons[len(g.members) < lineup.SMALLEST_GROUP],
+            }
             for g in self.view.groups(self.opened)
             if _key(g) not in kept
         ]
@@ -325,6 +332,7 @@ class _Session:
         for record in records:
             warnings += [f"{errors.quote(record['name'])}: {w}" for w in record["warnings"][:2]]
         return {
+            "name": opened.name,
             "num_models": len(refs),
             "num_distinct": len(refs) - sum(len(d) - 1 for d in duplicates),
             "models": [{"id": r.id, "path": r.path, "format": r.format} for r in refs],

@@ -67,7 +67,11 @@ def run(config, workdir=None, *, write=None):
         write(page(found))
     # Layers that do not match are what this program explains; models that cannot be used are refused as elsewhere.
     if opened.refusal is not None and (opened.groups or opened.quarantined or len(opened.refs) < SMALLEST_GROUP):
-        raise opened.refusal
+        refusal = opened.refusal
+        if write is None:
+            raise refusal
+        advice = refusal.hint.partition("\n")[0].rstrip(":")  # whom it is about is on the page
+        raise errors.InputError(refusal.file, refusal.reason, key=refusal.key, hint=advice, rule=refusal.rule)
     return found
 
 

@@ -50,11 +50,6 @@ def find(all_stats, ids, threshold):
     near = lineage.near_copies(cosine)
     untrained = _untrained(all_stats, ids)
     warnings = []
-    if len(parts) > 1:
-        sizes = ", ".join(str(len(p)) for p in parts[:5])
-        warnings.append(
-            f"{len(parts)} kinds of models share no layer with one another ({sizes}): one architecture a run?"
-        )
     if len(near) > 1000:
         warnings.append(
             f"{len(near)} pairs are near copies (cosine above {lineage.NEAR_COPY}); the 1000 closest are listed"

@@ -8,10 +8,21 @@ _MOST = 200  # items of a list written out; the rest is counted (report.json has
 _OPENLY = 8  # warnings shown without a click
 _SIDE = 520  # of the picture, in view-box units
 _MARGIN = 62  # for the brackets, left and above
+_FIRST = 6  # lineages of which some members are shown without a click
+_SAMPLE = 40  # members shown of these, in all
 
 
 def lineages(collection):
-    """The lineage section: the cosine picture, and the members of each lineage folded."""
+    """The lineage section: what was found, the cosine picture, its key, and the members of each lineage beside it."""
+    said, listed = tag("p", _found(collection)), _lists(collection)
+    picture = _picture(collection)
+    if picture is None:
+        return [said, *listed]
+    style = "beside" if listed else "beside small"
+    return [tag("div", said, picture, _key(collection), tag("div", listed), class_=style)]
+
+
+def _found(collection):
     groups = collection["lineages"]
     grouped = sum(len(group) for group in groups)
     singles = (collection["num_distinct"] or 0) - grouped
@@ -24,18 +35,31 @@ def lineages(collection):
     if threshold is not None:
         said += f" Groups are joined down to an average cosine of {words.amount(threshold)}"
         said += f" (unrelated models reach {words.amount(chance)})." if chance is not None else "."
-    listed = [_members(f"L{i + 1}", group) for i, group in enumerate(groups[:_MOST])]
-    starts = [_members(f"Start {i + 1}", group) for i, group in enumerate(collection["lora_starts"][:_MOST])]
-    lists = tag("div", listed, class_="members") if listed else None
-    if starts:
-        heading = tag("h3", "Adapters that start from the same A")
-        lists = join([lists, heading, tag("div", starts, class_="members")])
-    return [tag("p", said), tag("div", _picture(collection), tag("div", lists), class_="beside")]
+    return said
 
 
-def _members(title, group):
-    head = tag("summary", tag("b", title), f" {words.plural(len(group), 'model')}: ", name(group[0], 40))
-    return tag("details", head, _names(group))
+def _lists(collection):
+    parts = []
+    for heading, title, groups in (
+        ("Members of the lineages", "L", collection["lineages"]),
+        ("Adapters that start from the same A", "Start ", collection["lora_starts"]),
+    ):
+        if groups:
+            each = _SAMPLE // min(len(groups), _FIRST)
+            members = [
+                _members(f"{title}{i + 1}", group, each if i < _FIRST else 1) for i, group in enumerate(groups[:_MOST])
+            ]
+            parts += [tag("h3", heading), tag("div", members, _rest(groups, "p"), class_="members")]
+    return parts
+
+
+def _members(title, group, shown):
+    """One group: its size and the first `shown` names; all of them on a click where there are more."""
+    named = [join([name(item, 40), ", " if i + 1 < len(group) else None]) for i, item in enumerate(group[:shown])]
+    head = join([tag("b", title), f" {words.plural(len(group), 'model')}: ", *named])
+    if len(group) <= shown:
+        return tag("p", head)
+    return tag("details", tag("summary", head, f"and {words.count(len(group) - shown)} more"), _names(group))
 
 
 def _names(ids):
@@ -57,18 +81,25 @@ def _picture(collection):
     if sorted(order) != list(range(size)):  # a sub-sample may list places in the whole collection: keep as stored
         order = range(size)
     shown = [[matrix[i][j] for j in order] for i in order]
-    total = _MARGIN + _SIDE + 8
-    frame = tag("rect", x=_MARGIN, y=_MARGIN, width=_SIDE, height=_SIDE, class_="frame")
-    image = tag("image", href=png.data_uri(shown), x=_MARGIN, y=_MARGIN, width=_SIDE, height=_SIDE, class_="pixels")
-    title = tag("title", f"Cosine between the weights of {size} models, ordered by lineage")
     brackets = _brackets([ids[i] for i in order], collection["lineages"], _SIDE / size)
+    margin = _MARGIN if brackets else 1
+    total = margin + _SIDE + 1
+    place = {"x": margin, "y": margin, "width": _SIDE, "height": _SIDE}
+    frame = tag("rect", **place, class_="frame")
+    image = tag("image", href=png.data_uri(shown), **place, class_="pixels")
+    title = tag("title", f"Cosine between the weights of {size} models, ordered by lineage")
     chart = tag("svg", title, image, frame, brackets, class_="heat", viewBox=f"0 0 {total} {total}", role="img")
-    caption = f"Cosine between the weights of each pair of {words.plural(size, 'model')}"
-    caption += (
-        f" (a sample of {words.count(collection['num_distinct'])})" if size < (collection["num_distinct"] or 0) else ""
-    )
-    caption += ", ordered by lineage. Blank: unrelated."
-    return tag("figure", chart, tag("figcaption", _legend(), caption), class_="picture")
+    return tag("figure", chart, class_="picture")
+
+
+def _key(collection):
+    """How to read the picture."""
+    size, count = len(collection["cosine"]["matrix"]), collection["num_distinct"] or 0
+    said = f"Cosine between the weights of each pair of {words.plural(size, 'model')}"
+    said += f" (a sample of {words.count(count)})" if size < count else ""
+    said += ", ordered by lineage. The diagonal is each model with itself; a square along it is a group with a common"
+    said += " start or parent. Blank: unrelated."
+    return tag("div", _legend(), tag("p", said), class_="key")
 
 
 def _brackets(ids, groups, cell):
@@ -151,8 +182,11 @@ def _rest(items, element="li"):
     return tag(element, f"and {len(items) - _MOST} more, in report.json") if len(items) > _MOST else None
 
 
-def set_aside(collection):
-    """What was not analysed and why: models, layers, groups of other shapes; warnings about the collection."""
+def set_aside(collection, analysed=True):
+    """What was not analysed and why: models, layers, groups of other shapes; warnings about the collection.
+
+    `analysed` says whether any layer was.
+    """
     parts = []
     warnings = [tag("li", shorten(item, 600)) for item in collection["warnings"][:_MOST]]
     if warnings:
@@ -182,7 +216,8 @@ def set_aside(collection):
         parts += [tag("h3", "Layers identical in all models"), _names(collection["identical_layers"])]
     if collection["untrained"]:
         parts += [tag("h3", "Models that look untrained"), _names(collection["untrained"])]
-    return [part for part in parts if part is not None] or [tag("p", "Nothing: every model and every layer was used.")]
+    nothing = "Nothing: every model and every layer was used." if analysed else "No model and no layer is listed."
+    return [part for part in parts if part is not None] or [tag("p", nothing)]
 
 
 def _skipped(groups):

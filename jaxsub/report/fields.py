@@ -53,6 +53,7 @@ _NULL = {
 }
 _MODE = {"size": None, "rank_at": {}, "energy_at": {}, "sketched": False, "centred": None}
 _COLLECTION = {
+    "name": "",
     "num_models": None,
     "num_distinct": None,
     "models": [],
@@ -146,9 +147,21 @@ def gains(layer):
     return _gain(layer["held_out"], k), _gain(null["held_out"], k), null["held_out_sd"].get(k)
 
 
+def errors(layer):
+    """(LOO(k), the null's) at the deciding k; each None where unknown."""
+    k = str(deciding_rank(layer))
+    return layer["held_out"].get(k), deciding_null(layer)[1]["held_out"].get(k)
+
+
 def _gain(held_out, k):
     error = held_out.get(k)
     return None if error is None else 1 - error
+
+
+def one_rank(layers):
+    """The deciding k if all layers that have one have the same, else None."""
+    ranks = {deciding_rank(layer) for layer in layers} - {None}
+    return ranks.pop() if len(ranks) == 1 else None
 
 
 def verdict_counts(layers, order):

@@ -11,15 +11,18 @@ import importlib.resources
 import json
 
 from . import collection_parts, fields, layer_cards, layer_charts, words
-from .markup import Markup, join, name, shorten, tag
+from .markup import Markup, join, name, shorten, tag, visible
 
 _FILTER_FROM = 8  # layers; fewer are seen at a glance
+_FOLD_FROM = 4  # cards; fewer are opened one by one
 _OVERVIEW_FROM = 10  # layers; the bars of the table do for fewer
 _OVERVIEW_HEIGHT = 150
+_MOST_TITLE = 80  # characters of the collection's name
+_NAME = 52  # characters of a layer's name in the table
 
 
 def render(report):
-    """The page of a report.json dictionary, as text; the title does not depend on the data.
+    """The page of a report.json dictionary, as text.
 
     Args:
         report: dictionary as report.json; optional parts may be missing. It is not changed.
@@ -27,25 +30,25 @@ def render(report):
     summary = words.summary(report)
     report = fields.complete(report)
     layers, collection = report["layers"], report["collection"]
-    cards = _cards(layers)
     sections = [
         ("layers", "Layers", _layers(layers)),
-        ("lineages", "Lineages", collection_parts.lineages(collection)),
-        ("copies", "Copies and near copies", collection_parts.copies(collection)),
-        ("aside", "Set aside", collection_parts.set_aside(collection)),
-        ("cards", "Layer by layer", cards),
+        ("lineages", "Lineages", collection_parts.lineages(collection) if layers else None),
+        ("copies", "Copies and near copies", collection_parts.copies(collection) if layers else None),
+        ("aside", "Set aside", collection_parts.set_aside(collection, bool(layers))),
+        ("cards", "Layer by layer", _cards(layers) if layers else None),
         ("definitions", "How each figure is defined", [_glossary()]),
         ("provenance", "Provenance", [_provenance(report["provenance"])]),
     ]
+    sections = [section for section in sections if section[2] is not None]
     body = tag(
         "main",
         _header(report, summary, sections),
         [tag("section", tag("h2", title), parts, id=anchor) for anchor, title, parts in sections],
     )
-    return _page(body)
+    return _page(body, shorten(collection["name"], _MOST_TITLE))
 
 
-def _page(body):
+def _page(body, about):
     script, style = _asset("page.js"), _asset("style.css")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     policy = (
@@ -58,7 +61,7 @@ def _page(body):
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", name="referrer", content="no-referrer"),
-        tag("title", "jaxsub report"),
+        tag("title", f"{about} · jaxsub report" if about else "jaxsub report"),
         tag("style", Markup(style)),
     ]
     page = tag("html", tag("head", head), tag("body", body, tag("script", Markup(script))), lang="en")
@@ -74,7 +77,8 @@ def _header(report, summary, sections):
     said = shorten(collection["summary"], 600)
     parts = [
         tag("p", "jaxsub report", class_="kind"),
-        tag("h1", said or summary),
+        tag("h1", name(collection["name"], _MOST_TITLE)) if collection["name"] else None,
+        tag("p", said or summary, class_="claim") if collection["name"] else tag("h1", said or summary),
         tag("p", summary, class_="lead") if said and said != summary else None,
         _facts(layers, collection),
         _verdicts(layers),
@@ -124,21 +128,28 @@ def _meaning(verdict, number):
     return tag("div", tag("dt", layer_cards.chip(verdict), tag("b", number)), tag("dd", said))
 
 
-_COLUMNS = [  # (heading, class, tooltip)
-    ("layer", "", "name of the layer"),
-    ("shape", "wide", "shape of the weight in one model"),
-    ("N", "num mid", "distinct models that have the layer"),
-    ("verdict", "", "sorted as listed above"),
-    ("mean", "num mid", "share of the uncentred energy in the mean model"),
-    ("chance", "num mid", "what unrelated models of the same norms hold in their mean"),
-    ("k90", "num mid", "fewest components that hold 90 % of the centred energy"),
-    ("null k90", "num mid", "the same under the null"),
-    ("gain", "num", "held-out gain 1 - LOO(k) at the k that decides"),
-    ("null gain", "num", "the same under the null; the dark tick in the bar"),
-    ("", "plain", "held-out gain from 0 to 1, the null's as a tick"),
-    ("lineage", "num wide", "share of the centred energy in the lineage means"),
-    ("flags", "wide plain", "see the layer's card"),
-]
+def _columns(layers, rank):
+    """(heading, class, tooltip) of each column; None for one that would be empty throughout."""
+    error, null_error, gain, null_gain = words.held_out_titles(rank)
+    has_lineages = any(layer["lineage_energy"] is not None for layer in layers)
+    has_flags = any(layer["flags"] for layer in layers)
+    return [
+        ("layer", "", "name of the layer"),
+        ("shape", "wide", "shape of the weight in one model"),
+        ("N", "num mid", "distinct models that have the layer"),
+        ("verdict", "", "sorted as listed above"),
+        ("mean", "num mid", "share of the uncentred energy in the mean model"),
+        ("chance", "num mid", "what unrelated models of the same norms hold in their mean"),
+        ("k90", "num mid", "fewest components that hold 90 % of the centred energy; never: no number of them does"),
+        ("null k90", "num mid", "the same under the null"),
+        (error, "num wide", "held-out error at the k that decides"),
+        (null_error, "num wide", "the same under the null"),
+        (gain, "num", "held-out gain, 1 - LOO(k)"),
+        (null_gain, "num low", "the same under the null; the dark tick in the bar"),
+        ("", "plain", "held-out gain from 0 to 1, the null's as a tick"),
+        ("lineage", "num wide", "share of the centred energy in the lineage means") if has_lineages else None,
+        ("flags", "wide plain", "see the layer's card") if has_flags else None,
+    ]
 
 
 def _layers(layers):
@@ -148,9 +159,11 @@ def _layers(layers):
     said = "Gain: the part of an unseen model's deviation from the mean that the subspace of the others rebuilds"
     said += f", 1 - LOO(k) at k = {' or '.join(map(str, ranks))}." if ranks else "."
     said += " The tick in the bar is the null. A row leads to the layer's card."
-    head = tag("tr", [_heading(*column) for column in _COLUMNS])
-    prefix = words.common_prefix(layers)
-    rows = [_row(position, layer, prefix) for position, layer in enumerate(layers)]
+    rank, prefix = fields.one_rank(layers), words.common_prefix(layers)
+    columns = _columns(layers, rank)
+    short = words.distinct([visible(layer["name"].removeprefix(prefix)) for layer in layers], _NAME, shorten)
+    head = tag("tr", [_heading(*column) for column in columns if column])
+    rows = [_row(i, layer, short[i], columns, rank) for i, layer in enumerate(layers)]
     table = tag("table", tag("thead", head), tag("tbody", rows), class_="layers", id="layer-table")
     omitted = tag("p", "All names start with ", name(prefix, 100), ", left out in the table.") if prefix else None
     return [tag("p", said), _overview(layers), _filter(layers), omitted, table]
@@ -158,7 +171,9 @@ def _layers(layers):
 
 def _heading(title, style, tooltip):
     sortable = "plain" not in style
-    shown = tag("button", title, type="button", title=tooltip) if sortable else title
+    first, _, last = title.partition(" ")
+    broken = join([first, tag("br"), last]) if last else title  # narrow figures under a wide heading waste room
+    shown = tag("button", broken, type="button", title=tooltip) if sortable else broken
     return tag("th", shown, class_=style or None, scope="col", title=None if sortable else tooltip)
 
 
@@ -178,32 +193,32 @@ def _filter(layers):
     )
 
 
-def _row(position, layer, prefix):
-    gain, null_gain, _ = fields.gains(layer)
+def _row(position, layer, short, columns, rank):
+    (error, null_error), (gain, null_gain, _) = fields.errors(layer), fields.gains(layer)
+    written = words.held_out_figures(layer, rank)
     null = fields.deciding_null(layer)[1]
     k90, null_k90 = layer["rank_at"].get("0.9"), null["rank_at"].get("0.9")
     shape = words.shape(layer["shape"])
     order = list(words.VERDICTS).index(layer["verdict"]) if layer["verdict"] in words.VERDICTS else 9
     flags = ", ".join(shorten(flag, 30) for flag in layer["flags"])
-    never = "not reached"
     cells = [
-        (tag("a", name(layer["name"], 52, prefix), href=f"#layer-{position}"), position),
+        (tag("a", name(layer["name"], shown=short), href=f"#layer-{position}"), position),
         (shorten(shape, 24), layer["num_features"]),
         (words.count(fields.models_used(layer)), fields.models_used(layer)),
         (layer_cards.chip(layer["verdict"], words.verdict_label(layer)), order),
         (words.percent(layer["mean_energy"]), layer["mean_energy"]),
         (words.percent(layer["mean_energy_chance"]), layer["mean_energy_chance"]),
-        (words.rank(k90, never) if layer["rank_at"] else "-", k90),
-        (words.rank(null_k90, never) if null["rank_at"] else "-", null_k90),
-        (words.ratio(gain), gain),
-        (words.ratio(null_gain), null_gain),
+        (words.rank(k90, "never") if layer["rank_at"] else "-", k90),
+        (words.rank(null_k90, "never") if null["rank_at"] else "-", null_k90),
+        *zip(written, (error, null_error, gain, null_gain), strict=True),
         (layer_charts.gain_bar(gain, null_gain), None),
         (words.percent(layer["lineage_energy"]), layer["lineage_energy"]),
         (flags, None),
     ]
     shown = [
-        tag("td", cell, class_=style or None, data_sort=_sort_key(key))
-        for (cell, key), (_, style, _) in zip(cells, _COLUMNS, strict=True)
+        tag("td", cell, class_=column[1] or None, data_sort=_sort_key(key))
+        for (cell, key), column in zip(cells, columns, strict=True)
+        if column
     ]
     text = shorten(f"{layer['name']} {flags}", 600).lower()
     return tag("tr", shown, data_verdict=layer["verdict"], data_text=text)
@@ -253,6 +268,8 @@ def _overview(layers):
 def _cards(layers):
     opened = layer_cards.most_telling(layers)
     cards = [layer_cards.card(position, layer, position in opened) for position, layer in enumerate(layers)]
+    if len(cards) < _FOLD_FROM:
+        return cards
     buttons = [
         tag("button", "open all", type="button", id="open-all"),
         tag("button", "close all", type="button", id="close-all"),

@@ -1,6 +1,7 @@
 """Elements and escaping: text becomes markup only through `tag`, which escapes whatever is not markup already."""
 
 import html
+import re
 import unicodedata
 
 
@@ -47,14 +48,17 @@ def attributes(named):
     return "".join(written)
 
 
-_VOID = frozenset({"br", "hr", "input", "meta", "line", "circle", "path", "rect", "image"})
+_OPEN = ("br", "hr", "input", "meta", "wbr")  # never closed in HTML
+_VOID = frozenset({*_OPEN, "line", "circle", "path", "rect", "image"})
+_LONG_WORD = 16  # characters; a longer one may break anywhere, since a phone's column may be narrower
+_BREAKS = re.compile(r"(?<=[/._])(?=[^/._])")
 
 
 def tag(element, /, *children, **named):
     """`<element attributes>children</element>`; children that are lists are joined, None is left out."""
     opened = f"<{element}{attributes(named)}>"
     if element in _VOID and not children:
-        return Markup(opened if element in ("br", "hr", "input", "meta") else f"{opened[:-1]}/>")
+        return Markup(opened if element in _OPEN else f"{opened[:-1]}/>")
     inner = [join(child) if isinstance(child, (list, tuple)) else child for child in children]
     return Markup(f"{opened}{join(inner)}</{element}>")
 
@@ -69,12 +73,17 @@ def shorten(text, limit):
     return f"{text[:head]}…{text[-tail:]}"
 
 
-def name(text, limit=56, prefix=""):
+def name(text, limit=56, shown=None):
     """A name from the data: isolated from the text around it, shortened, whole in the tooltip (up to 600).
 
-    `prefix` is a start that the reader knows already; it is left out where the name has it.
+    `shown` is what to show of it, where the caller knows better than to shorten it.
     """
-    rest = str(text).removeprefix(prefix)
-    shown = shorten(rest, limit)
+    shown = shorten(text, limit) if shown is None else shown
     whole = None if shown == str(text) else shorten(text, 600)
-    return tag("bdi", shown, class_="name", title=whole)
+    return tag("bdi", breakable(shown), class_="name", title=whole)
+
+
+def breakable(text):
+    """`text` that breaks after "/", "." and "_", and inside a word only where the word is very long."""
+    words = [tag("span", word, class_="long") if len(word) > _LONG_WORD else word for word in _BREAKS.split(text)]
+    return join([words[0], *[join([tag("wbr"), word]) for word in words[1:]]])

@@ -3,6 +3,7 @@
 One row a layer; more than forty layers are grouped by verdict and the first of each group shown.
 """
 
+import collections
 import textwrap
 
 from ..errors import quote
@@ -17,15 +18,18 @@ _MIN_NAME = 12
 _COLUMNS = [
     ("layer", False, 0),
     ("shape", False, 3),
-    ("N", True, 6),
+    ("N", True, 7),
     ("mean", True, 4),
     ("chance", True, 2),
-    ("k90", True, 5),
+    ("k90", True, 6),
     ("null k90", True, 1),
     ("LOO", True, 8),
-    ("null LOO", True, 7),
-    ("verdict", False, 9),
+    ("null LOO", True, 5),
+    ("gain", True, 10),
+    ("null gain", True, 9),
+    ("verdict", False, 11),
 ]
+_HELD_OUT = slice(7, 11)
 
 
 def render(report, width=100):
@@ -60,11 +64,14 @@ def _layer_lines(layers, width):
         ]
         shown = [layer for _, group in groups for layer in group[:_ROWS_A_GROUP]]
     prefix = words.common_prefix(layers)
-    ranks = {fields.deciding_rank(layer) for layer in shown} - {None}
-    heading = [title for title, _, _ in _COLUMNS]
-    heading[7] = f"LOO({ranks.pop()})" if len(ranks) == 1 else "LOO(k)"
-    cells = {id(layer): _cells(layer, prefix, len(ranks) > 0) for layer in shown}
-    columns, widths, gap = _fit([heading, *cells.values()], width)
+    titles = [title for title, _, _ in _COLUMNS]
+    rank = fields.one_rank(layers)
+    titles[_HELD_OUT] = words.held_out_titles(rank)
+    upper, lower = zip(*[title.rpartition(" ")[::2] for title in titles], strict=True)  # "null" above "k90"
+    rows = [_cells(layer, prefix, rank) for layer in shown]
+    columns, widths, gap = _fit([upper, lower, *rows], width)
+    names = words.distinct([row[0] for row in rows], widths[0], _cut)
+    cells = {id(layer): [name, *row[1:]] for layer, name, row in zip(shown, names, rows, strict=True)}
 
     def row(values):
         parts = [
@@ -73,7 +80,8 @@ def _layer_lines(layers, width):
         ]
         return gap.join(parts)
 
-    lines = [row(heading), gap.join("-" * w for w in widths)]
+    heading = [row(lower)] if not any(upper[c] for c in columns) else [row(upper), row(lower)]
+    lines = [*heading, gap.join("-" * w for w in widths)]
     for verdict, group in groups:
         part = group if verdict is None else group[:_ROWS_A_GROUP]
         if verdict is not None:
@@ -86,12 +94,9 @@ def _layer_lines(layers, width):
     return lines
 
 
-def _cells(layer, prefix, with_rank):
-    """The ten texts of a layer's row; `with_rank` writes the k beside its error, where layers differ in it."""
+def _cells(layer, prefix, rank):
+    """The texts of a layer's row; `rank` is the k that decides in all layers, or None."""
     null = fields.deciding_null(layer)[1]
-    k = fields.deciding_rank(layer)
-    error, null_error = layer["held_out"].get(str(k)), null["held_out"].get(str(k))
-    shown = f"{k}: {words.ratio(error)}" if with_rank and error is not None else words.ratio(error)
     return [
         quote(layer["name"].removeprefix(prefix), 2000),
         _cut(quote(words.shape(layer["shape"])), 13),
@@ -100,8 +105,7 @@ def _cells(layer, prefix, with_rank):
         words.percent(layer["mean_energy_chance"]),
         _rank(layer["rank_at"]),
         _rank(null["rank_at"]),
-        shown,
-        words.ratio(null_error),
+        *words.held_out_figures(layer, rank),
         _cut(quote(words.verdict_label(layer)), 16),
     ]
 
@@ -115,7 +119,7 @@ def _fit(rows, width):
     columns = list(range(len(_COLUMNS)))
     wanted = [max(len(row[c]) for row in rows) for c in columns]
     least = min(wanted[0], _MIN_NAME)
-    gap = "  " if _room(columns, wanted, width, 2) >= min(wanted[0], 24) else " "
+    gap = "  " if _room(columns, wanted, width, 2) >= min(wanted[0], 36) else " "
     while len(columns) > 1 and _room(columns, wanted, width, len(gap)) < least:
         columns.remove(min(columns[1:], key=lambda c: _COLUMNS[c][2]))
     room = max(min(_room(columns, wanted, width, len(gap)), wanted[0]), 1)
@@ -172,10 +176,16 @@ def _collection_lines(collection, width):
         where = f", {quote(item['layer'], 60)}" if item["layer"] is not None else ""
         lines += _wrap(f"set aside: {quote(item['id'], 60)}{where}: {quote(item['reason'], 200)}", width, "  ")
     lines += _more(collection["quarantined"], "set aside")
-    for title, key in (("not analysed", "skipped_layers"), ("identical in all models", "identical_layers")):
-        if collection[key]:
-            names = [item["name"] if isinstance(item, dict) else item for item in collection[key]]
-            lines += _wrap(f"{title}, {words.plural(len(names), 'layer')}: {_ids(names)}", width, "  ")
+    skipped = collections.defaultdict(list)
+    for layer in collection["skipped_layers"]:
+        skipped[layer.get("reason") or "no reason given"].append(layer["name"])
+    for reason, names in list(skipped.items())[:_LISTED]:
+        said = f"not analysed, {words.plural(len(names), 'layer')} ({quote(reason, 100)}): {_ids(names)}"
+        lines += _wrap(said, width, "  ")
+    lines += _more(list(skipped), "reasons why layers are not analysed")
+    if collection["identical_layers"]:
+        names = collection["identical_layers"]
+        lines += _wrap(f"identical in all models, {words.plural(len(names), 'layer')}: {_ids(names)}", width, "  ")
     if collection["untrained"]:
         lines += _wrap(f"look untrained: {_ids(collection['untrained'])}", width, "  ")
     for warning in collection["warnings"][:_LISTED]:

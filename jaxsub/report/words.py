@@ -1,5 +1,6 @@
 """What the report says in words: verdicts, flags, definitions, and how a figure is written."""
 
+import collections
 import os.path
 
 from . import fields
@@ -129,6 +130,18 @@ GLOSSARY = [
 ]
 
 
+def held_out_titles(rank):
+    """Headings of the held-out figures, the same in both tables; `rank` is the k that decides, None where it varies."""
+    return f"LOO({rank or 'k'})", "null LOO", "gain", "null gain"
+
+
+def held_out_figures(layer, rank):
+    """The figures of `held_out_titles` as written; the error with its own k where `rank` is None."""
+    (error, null_error), (gain, null_gain, _) = fields.errors(layer), fields.gains(layer)
+    named = f"{fields.deciding_rank(layer)}: " if error is not None and rank is None else ""
+    return named + ratio(error), ratio(null_error), ratio(gain), ratio(null_gain)
+
+
 def summary(report):
     """One sentence with the verdict counts: 'Of 12 layers, 9 are explained by lineage alone, ...'."""
     layers = fields.complete(report)["layers"]
@@ -170,6 +183,35 @@ def common_prefix(layers):
     start = os.path.commonprefix(names) if len(names) > 2 else ""
     start = start[: max(start.rfind("."), start.rfind("/")) + 1]
     return start if 8 <= len(start) <= 300 else ""
+
+
+def distinct(names, limit, cut):
+    """The names cut to `limit` characters; those that would look alike show the part in which they differ.
+
+    Args:
+        names: texts.
+        limit: characters of each.
+        cut: function (text, limit) -> text that leaves out the middle.
+    """
+    short = [cut(name, limit) for name in names]
+    alike = collections.defaultdict(set)
+    for name, shown in zip(names, short, strict=True):
+        alike[shown].add(name)
+    return [
+        shown if len(alike[shown]) == 1 else _cut_around(name, sorted(alike[shown]), limit, cut)
+        for name, shown in zip(names, short, strict=True)
+    ]
+
+
+def _cut_around(name, others, limit, cut):
+    start = os.path.commonprefix(others)
+    end = os.path.commonprefix([other[len(start) :][::-1] for other in others])[::-1]
+    own = name[len(start) : len(name) - len(end)]
+    room = limit - min(len(own), limit // 2)
+    if room < 12:
+        return cut(name, limit)
+    before = min(len(start), max(room // 2, room - len(end)))
+    return cut(start, before) + cut(own, limit // 2) + cut(end, room - before)
 
 
 def percent(share, digits=1):

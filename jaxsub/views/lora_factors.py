@@ -13,7 +13,7 @@ NEEDS_BASE = False
 
 
 def groups(collection):
-    """Dense groups, and for every LoRA group one group of A and one of B where all ranks are equal."""
+    """Dense groups, and for every LoRA group one group of A and one of B for each rank, of any number of models."""
     if all(g.parametrisation != "lora" for g in collection.groups):
         raise errors.ConfigError("view=lora_factors: the collection holds no LoRA layers")
     found = []
@@ -26,8 +26,6 @@ def groups(collection):
             shapes = {t.shape for t in tensors}
             for shape in sorted(shapes):
                 at = [i for i, t in enumerate(tensors) if t.shape == shape]
-                if len(at) < 3:
-                    continue
                 found.append(
                     dataclasses.replace(
                         group,

@@ -8,7 +8,7 @@ import pytest
 
 import jaxsub
 from jaxsub import errors
-from jaxsub.formats import safetensors
+from jaxsub.formats import peft, safetensors
 from tests.programs import worlds
 
 QUICK = dict(draws=8, splits=4)
@@ -332,7 +332,31 @@ def test_models_of_another_kind_change_no_figure_and_are_mentioned(tmp_path):
     mixed = analyze(tmp_path / "b")
     layer = next(v for v in mixed.layers if v["name"] == "w")
     assert (layer["verdict"], layer["lineages"]) == (alone.layers[0]["verdict"], 0)
-    assert any("share no layer" in w for w in mixed["collection"]["warnings"])
+    (warning,) = [w for w in mixed["collection"]["warnings"] if "share no layer" in w]
+    assert "40 like second/m000, 30 like first/m000" in warning
+
+
+def test_factors_that_few_models_have_are_listed_as_skipped(tmp_path):
+    rng = np.random.default_rng(0)
+    for n, r in enumerate([4] * 8 + [2] * 2):
+        a, b = rng.standard_normal((r, 20)), rng.standard_normal((24, r))
+        peft.write(str(tmp_path / f"m{n}"), {"q": (a.astype("f4"), b.astype("f4"), 8, r)})
+    report = analyze(tmp_path, view="lora_factors")
+    assert {v["name"]: (v["shape"], v["num_models"]) for v in report.layers} == {
+        "q.lora_A": ([4, 20], 8),
+        "q.lora_B": ([24, 4], 8),
+    }
+    reason = "fewer than 3 models have it in this shape"
+    assert report["collection"]["skipped_layers"] == [
+        {"name": "q.lora_A", "shape": [2, 20], "num_models": 2, "reason": reason},
+        {"name": "q.lora_B", "shape": [24, 2], "num_models": 2, "reason": reason},
+    ]
+
+
+def test_the_report_bears_the_name_of_the_folder(tmp_path):
+    report = analyze(worlds.write(tmp_path / "wake & <words>", {"w": worlds.noise(12)}))
+    assert report["collection"]["name"] == "wake & <words>"
+    assert "<title>wake &amp; &lt;words&gt; · jaxsub report</title>" in report.html()
 
 
 def test_models_that_differ_in_one_entry_are_no_copies(tmp_path):

@@ -96,6 +96,20 @@ def test_refused_collection_is_described_first(tmp_path):
     assert len(look(tmp_path, max_quarantined=2)[0]["quarantined"]) == 2
 
 
+def test_models_set_aside_are_listed_once(tmp_path):
+    for i in range(4):
+        safetensors.write(tmp_path / f"m{i}.safetensors", {"w": np.ones((2, 3), np.float32)})
+    for i in range(2):
+        (tmp_path / f"x{i}.safetensors").write_bytes(b"no")
+    command = [sys.executable, "-m", "jaxsub", "inspect", f"--collection={tmp_path}"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert found.returncode == 4 and found.stderr.count("\n") == 1
+    assert (found.stdout + found.stderr).count("x0: ") == 1 and "  x0: " in found.stdout
+    assert found.stderr.endswith("repair or remove them, or allow it with --max_quarantined=2\n")
+    with pytest.raises(errors.InputError, match="x0: "):  # without a page, the error is all there is
+        inspect.run(inspect.Config(collection=(str(tmp_path),)))
+
+
 def test_page_fits_100_columns_and_holds_no_hostile_character(tmp_path):
     names = ["x" * 300 + str(i) for i in range(3)] + ["<script>alert(1)</script>", "\u00fc.weight"]
     for i in range(3):

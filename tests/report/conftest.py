@@ -127,6 +127,7 @@ def make_hostile():
         "lora_starts": [HOSTILE],
         "warnings": HOSTILE,
         "summary": HOSTILE[0],
+        "name": HOSTILE[2],
     }
     collection["cosine"]["ids"] = (HOSTILE * 4)[: len(collection["cosine"]["ids"])]
     report["layers"][0]["verdict"] = HOSTILE[0]

@@ -18,7 +18,7 @@ from jaxsub.report import fields, html, markup, png, svg, words
 
 ELEMENTS = set(
     "html head meta title style body script main header section nav h1 h2 h3 p b i a dl dt dd div span bdi ul li table "
-    "caption thead tbody tr th td details summary figure figcaption label input select option button pre "
+    "caption thead tbody tr th td details summary figure figcaption label input select option button pre br wbr "
     "svg path rect circle line text image".split()
 )
 ATTRIBUTES = set(
@@ -26,7 +26,7 @@ ATTRIBUTES = set(
     "value aria-label aria-hidden data-sort data-text data-verdict viewbox d x y x1 x2 y1 y2 cx cy r width height "
     "text-anchor preserveaspectratio".split()
 )
-VOID = {"meta", "input"}
+VOID = {"meta", "input", "br", "wbr"}
 
 
 class Strict(HTMLParser):
@@ -88,7 +88,7 @@ def shown(page):
 def test_hostile_names_stay_text(hostile, hostile_names):
     page = html.render(hostile)
     parsed = Strict(page)
-    assert parsed.titles == ["jaxsub report"]
+    assert parsed.titles == ["</title></style></svg><h1>x</h1> · jaxsub report"]
     assert len(parsed.ids) == len(set(parsed.ids))
     text = "".join(parsed.text)
     for name in ('"><script>alert(1)</script>', "</title></style></svg><h1>x</h1>", "&lt;b&gt; &amp; ]]> <!-- -->"):
@@ -170,9 +170,9 @@ def test_rank_never_reached_is_said_and_is_not_the_cap(report, layer):
 
 def test_three_hundred_layers_are_small_and_quick(report, layer):
     given = report([layer(f"blocks.{i}.attention.query.kernel", num_models=120) for i in range(300)], num_models=120)
-    start = time.perf_counter()
+    start = time.process_time()
     page = html.render(given)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert len(page) < 12e6
     assert seconds < 3
     cards = page.split('<details class="card"')[1:]

@@ -15,6 +15,18 @@ def body(text):
     return lines[start : lines.index("", start)]
 
 
+def headings(text):
+    """Titles of the columns, put together from the lines above the rule."""
+    lines = text.split("\n")
+    rule = next(i for i, line in enumerate(lines) if line.startswith("---"))
+    above = [line for line in lines[:rule] if line and not line.startswith("All names")]
+    ends = [0, *[match.end() for match in re.finditer("-+", lines[rule])]]
+    return [
+        " ".join(" ".join(line[start:end] for line in above).split())
+        for start, end in zip(ends, [*ends[1:-1], None], strict=False)
+    ]
+
+
 @pytest.mark.parametrize("width", [1, 2, 5, 13, 20, 39, 40, 60, 79, 80, 100, 140, 300])
 def test_hostile_names_fit_and_are_ascii(hostile, width):
     text = table.render(hostile, width)
@@ -37,15 +49,16 @@ def test_a_row_holds_the_layers_figures(report, layer):
     text = table.render(report([given]))
     row = body(text)[0].split()
     null = given["nulls"]["permutation"]
-    errors = [f"{given['held_out']['16']:.3f}", f"{null['held_out']['16']:.3f}"]
+    errors = [given["held_out"]["16"], null["held_out"]["16"]]
+    figures = [f"{value:.3f}" for value in (*errors, 1 - errors[0], 1 - errors[1])]
     ranks = [str(given["rank_at"]["0.9"]), str(null["rank_at"]["0.9"])]
-    assert row == ["fc1/kernel", "64x32", "40", "47.1%", "2.5%", *ranks, *errors, "lineage+shared"]
-    assert "LOO(16)" in text.split("\n")[0]
+    assert row == ["fc1/kernel", "64x32", "40", "47.1%", "2.5%", *ranks, *figures, "lineage+shared"]
+    assert headings(text)[-5:] == ["LOO(16)", "null LOO", "gain", "null gain", "verdict"]
 
 
 def test_layers_that_differ_in_k_name_it(report, layer):
     text = table.render(report([layer("a", num_models=40), layer("b", num_models=12)]))
-    assert "LOO(k)" in text.split("\n")[0]
+    assert "LOO(k)" in headings(text)
     assert [re.search(r"(\d+): 0\.", line).group(1) for line in body(text)] == ["16", "4"]
 
 
@@ -96,11 +109,29 @@ def test_collection_lines(report, layer):
     assert "near copies, cosine 0.9961: run/001, run/002" in text
     assert "lineage 1, 10 models: run/000, run/001, run/002, run/003, and 6 more" in text
     assert "set aside: broken: cut short" in text
-    assert "not analysed, 1 layer: head" in text
+    assert "not analysed, 1 layer (fewer than 3 models): head" in text
     assert "shared (1 start) (1): all models come from one start" in text
     assert "The one layer has a shared subspace under one common start." in text
 
 
 def test_narrow_terminals_keep_name_and_verdict(report, layer):
-    head = table.render(report([layer()]), 40).split("\n")[0].split()
+    head = headings(table.render(report([layer()]), 40))
     assert head[0] == "layer" and head[-1] == "verdict"
+
+
+def test_long_names_that_differ_inside_are_told_apart(report, layer):
+    """Cut in the middle all would read alike; a common start is said once, so one layer has another."""
+    names = [f"{'encoder' * 9}.{i}.{'attention' * 9}" for i in (3, 4, 15)]
+    rows = body(table.render(report([layer(name) for name in [*names, "head"]])))
+    shown = [row.split()[0] for row in rows]
+    assert len(set(shown)) == 4
+    assert all(f".{i}." in row for i, row in zip((3, 4, 15), shown, strict=False))
+
+
+@pytest.mark.parametrize("length", [3, 20, 60])
+def test_all_held_out_figures_fit_a_hundred_columns(report, layer, length):
+    layers = [
+        layer(f"{i}" * length, verdict="lineage+shared", num_models=40 + i) | {"shape": [1536, 32]} for i in (1, 2)
+    ]
+    text = table.render(report(layers))
+    assert [t for t in headings(text) if "LOO" in t or "gain" in t] == ["LOO(16)", "null LOO", "gain", "null gain"]
