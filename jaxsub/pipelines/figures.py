@@ -132,7 +132,7 @@ class _Layer:
             "verdict": word,
             "why": why,
             "flags": self._flags(saturated, above, nulls, held_out, k),
-            "warnings": self._warnings(),
+            "warnings": self._warnings(nulls),
         }
 
     def _unit_energies(self):
@@ -265,8 +265,11 @@ class _Layer:
                 flags.append("coordinate_spread")
         return flags
 
-    def _warnings(self):
+    def _warnings(self, nulls):
         found = []
+        fewest = min((null["draws"] for null in nulls.values()), default=verdict.FEWEST_DRAWS)
+        if fewest < verdict.FEWEST_DRAWS:
+            found.append(f"nulls have {fewest} draws: no verdict should rest on a standard deviation of so few")
         zero = [i for i, norm in zip(self.stats.model_ids, self.stats.norms(), strict=True) if norm == 0]
         if zero and len(zero) < self.num_models:
             found.append(f"{len(zero)} models are zero in this layer, {zero[0]!r} among them")
