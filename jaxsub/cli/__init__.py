@@ -7,6 +7,7 @@ PROGRAMS = {
     "inspect": "what a collection holds, from headers alone",
     "analyze": "what a collection's weights share, layer by layer, and why: the report",
     "zoo": "makes a collection of small models of known truth",
+    "bench": "throughput and accuracy of the kernels on this machine, beside their peers",
 }
 
 

@@ -37,6 +37,7 @@ def test_frames_equal_the_twin(name, shape):
     assert frames.orthonormality_error(got) < 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 def test_derivatives_equal_differences(name, shape):
@@ -57,6 +58,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

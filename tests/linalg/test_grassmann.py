@@ -101,6 +101,7 @@ def test_the_whole_space_is_one_point():
     assert grassmann.distance(x, frame(4, 4, 1)) < 1e-14
 
 
+@pytest.mark.slow
 def test_derivatives_are_right_and_finite():
     x, y, w = frame(3, 7), frame(3, 7, 1), np.random.default_rng(2).standard_normal((3, 7))
     h = jnp.asarray(tangent(x, 1.0))

@@ -47,6 +47,7 @@ def largest_angle(basis, exact):
     return float(np.sin(angles.principal_angles(np.asarray(basis, np.float64), exact)[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
 def test_a_stream_that_fits_is_exact(devices, dtype, tolerance):
@@ -63,6 +64,7 @@ def test_a_stream_that_fits_is_exact(devices, dtype, tolerance):
     np.testing.assert_allclose(overlap, np.eye(6), atol=1e-6 if dtype == "float32" else 1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("rows", [8, 16])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -85,6 +87,7 @@ def test_stated_errors_are_upper_bounds(name, rows, dtype, seed):
         assert found.residual < 1.5 * residual and found.angle < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [300, 20_000])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_rounding_is_a_quarter_of_what_is_allowed(name, d):

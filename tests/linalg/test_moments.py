@@ -42,6 +42,7 @@ def compare(got, x, tolerance):
         np.testing.assert_allclose(found, want, rtol=0, atol=tolerance * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("counts", [(1, 1), (5, 1), (1, 6), (20, 12)])
 def test_adding_equals_recomputing(devices, counts):
@@ -107,6 +108,7 @@ def test_the_mean_survives_a_large_offset():
     np.testing.assert_allclose(back, x[:10].astype(np.float64).mean(0), rtol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 2), (7,)])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-11)])
 def test_mode_grams_of_added_and_removed_models(shape, dtype, tolerance):

@@ -76,6 +76,7 @@ def test_dtypes(dtype, tolerance):
     np.testing.assert_allclose(found.rotation, planted, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_derivatives():
     rng = np.random.default_rng(5)
     a, b, w = rng.standard_normal((9, 3)), rng.standard_normal((9, 3)), rng.standard_normal((3, 3))

@@ -50,6 +50,7 @@ def test_pivots_are_those_of_the_rows(rank):
     assert found.traces[-1] == pytest.approx(float(found.residuals.sum())) and (np.diff(found.traces) <= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.5, 0.8, 1.0])
 @pytest.mark.parametrize("rank", [1, 6, 24])
 def test_selected_models_span_the_collection(decay, rank):

@@ -1,0 +1,168 @@
+"""What the decompositions share: what is subtracted first, and results in the words of `subspace`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsub import errors, precision, subspace
+from jaxsub.linalg import svd, tucker
+
+
+@dataclasses.dataclass(frozen=True)
+class TuckerOptions:
+    """The first of `ranks`, `error`, `energy` that is given chooses the ranks."""
+
+    ranks: tuple[int, ...] = ()  # one for each axis of `axes`
+    error: float = 0.0  # relative error that the fit may have
+    energy: float = 0.9  # share of its energy that each axis keeps
+    axes: tuple[int, ...] = ()  # weight axes to reduce; all by default
+
+
+def fit_tucker(kernel, name, reference, stack, options, **more):
+    """TuckerSubspace of the centred stack, models axis free, by a kernel of `linalg.tucker`."""
+    with jax.enable_x64(True):
+        axes, chosen = rule(stack, options)
+        y, mean = centre(stack.x, centring="models")
+        cap = max(stack.shape[a] for a in axes)
+        found = kernel(y, dtype=dtype_of(stack, cap), **chosen, **more)
+        procedure = subspace.Procedure(name, tuple(map(str, axes)), "models", cap, reference=reference)
+        certificate = subspace.Certificate(
+            float(found.error), float(found.certificate), exact=True, passes=int(found.num_passes)
+        )
+        factors = {a: found.factors[a + 1] for a in axes}
+        spectra = {a: spectrum_of(found, a + 1) for a in axes}
+        return subspace.TuckerSubspace(mean, factors, spectra, stack.shape, procedure, certificate)
+
+
+def dtype_of(stack, axis_size):
+    """'float32' or 'float64' for products that contract a stack with itself to (axis_size, axis_size)."""
+    return precision.compute_dtype(str(stack.x.dtype), stack.x.size * axis_size)
+
+
+@functools.partial(jax.jit, static_argnames=("centring", "axis"))
+def centre(x, *, centring, axis=None):
+    """x (N, *shape), float32 or wider, minus its mean, and that mean in a shape that broadcasts to `shape`.
+
+    `centring`: "models" subtracts the mean model, "columns" one mean for each entry of weight axis `axis`.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if centring == "none":
+        return x, jnp.zeros((1,) * (x.ndim - 1), x.dtype)
+    over = (0,) if centring == "models" else tuple(a for a in range(x.ndim) if a != axis + 1)
+    mean = jnp.mean(x.astype(jnp.float64), axis=over, keepdims=True).astype(x.dtype)
+    return x - mean, mean[0]
+
+
+def axis_spectrum(y, axis, dtype):
+    """All directions of weight axis `axis` of a stack y (N, *shape): ((d, d) rows, Spectrum)."""
+    ranks = tuple(y.shape[axis + 1] if a == axis + 1 else None for a in range(y.ndim))
+    found = tucker.hosvd(y, ranks=ranks, dtype=dtype, method="lapack", certify="norms")
+    return found.factors[axis + 1], spectrum_of(found, axis + 1)
+
+
+def spectrum_of(found, axis):
+    """Spectrum of one axis of a `tucker.Tucker`."""
+    energies = np.asarray(found.energies[axis], np.float64)
+    return subspace.Spectrum(np.sqrt(energies), float(found.totals[axis]), float(np.sqrt(found.floors[axis])))
+
+
+def axis_subspace(stack, mean, axis, factor, spectrum, procedure, *, passes):
+    """TuckerSubspace of one factor (k, d): its error is the tail of the axis' energies (E11)."""
+    total, kept = spectrum.total_energy, np.square(spectrum.values[: len(factor)]).sum()
+    error = float(np.sqrt(max(total - kept, 0.0) / total)) if total > 0 else 0.0
+    # What lies under the floor was not measured: it may be missing from the tail.
+    slack = spectrum.floor / np.sqrt(total) if total > 0 else 0.0
+    certificate = subspace.Certificate(error, float(np.hypot(error, slack)), exact=True, passes=passes)
+    return subspace.TuckerSubspace(mean, {axis: factor}, {axis: spectrum}, stack.shape, procedure, certificate)
+
+
+def rule(stack, options):
+    """Keyword arguments of the Tucker kernels for options with `ranks`, `energy`, `error` and `axes`.
+
+    Raises:
+        ConfigError: several rules at once, or axes and ranks that do not fit the weights.
+    """
+    ndim = len(stack.shape)
+    axes = tuple(options.axes) or tuple(range(ndim))
+    if any(not 0 <= a < ndim for a in axes) or len(set(axes)) != len(axes):
+        raise errors.ConfigError(f"axes={axes}: weights of shape {stack.shape} have axes 0 to {ndim - 1}")
+    if options.ranks:
+        if len(options.ranks) != len(axes):
+            raise errors.ConfigError(f"ranks={tuple(options.ranks)}: one for each of the axes {axes}")
+        for axis, rank in zip(axes, options.ranks, strict=True):
+            subspace.require_rank(rank, stack.shape[axis], f"axis {axis}")
+        ranks = dict(zip(axes, options.ranks, strict=True))
+        return axes, {"ranks": (None, *(ranks.get(a) for a in range(ndim)))}
+    shifted = tuple(a + 1 for a in axes)
+    if options.error > 0:
+        return axes, {"error": options.error, "axes": shifted}
+    if not 0 < options.energy <= 1:
+        raise errors.ConfigError(f"energy={options.energy}: must lie in (0, 1]")
+    return axes, {"energy": options.energy, "axes": shifted}
+
+
+def row_cap(stack):
+    """Most components that N centred models of D weights can have."""
+    return min(stack.num_models - 1, stack.num_features)
+
+
+def fit_rows(name, reference, stack, *, rank, energy):
+    """LinearSubspace of the models as rows, by their Gram matrix; rank 0 takes as many components as `energy` needs."""
+    cap = row_cap(stack)
+    if rank:
+        subspace.require_rank(rank, cap, f"a centred stack of {stack.num_models} models")
+    elif not 0 < energy <= 1:
+        raise errors.ConfigError(f"energy={energy}: must lie in (0, 1]")
+    with jax.enable_x64(True):
+        y, mean = centre(stack.x.reshape(stack.num_models, -1), centring="models")
+        dtype = dtype_of(stack, min(stack.num_models, stack.num_features))
+        found = svd.gram_svd(y, rank=rank or 1, dtype=dtype)
+        spectrum = subspace.Spectrum(np.asarray(found.s)[:cap], float(found.energy), float(found.floor))
+        reached = True
+        if not rank:
+            needed = spectrum.rank_of(energy)
+            rank, reached = needed or cap, needed is not None
+            found = svd.gram_svd(y, rank=rank, dtype=dtype)
+        total = spectrum.total_energy
+        left = max(total - float(np.square(spectrum.values[:rank]).sum()), 0.0)
+        error = float(np.sqrt(left / total)) if total > 0 else 0.0
+        # What lies under the floor was not measured: it may be missing from the tail, or from the basis.
+        slack = spectrum.floor * np.sqrt(rank / total) if total > 0 else 0.0
+        certificate = subspace.Certificate(error, float(np.hypot(error, slack)), exact=True, passes=2)
+        procedure = subspace.Procedure(name, ("models",), "models", cap, reached=reached, reference=reference)
+        return subspace.LinearSubspace(mean, found.vt, spectrum, stack.shape, procedure, certificate)
+
+
+def long_axis(stack):
+    """(axis, cap): the longer axis of a stack of LoRA factors, and the most directions it can show.
+
+    Raises:
+        ConfigError: if the weights are not matrices.
+    """
+    if len(stack.shape) != 2:
+        raise errors.ConfigError(f"a LoRA factor is a matrix, not of shape {tuple(stack.shape)}")
+    axis = int(stack.shape[1] > stack.shape[0])
+    return axis, min(stack.shape[axis], stack.num_models * stack.shape[1 - axis])
+
+
+def fit_columns(name, reference, stack, *, rank, faithful):
+    """TuckerSubspace of LoRA factors side by side, one mean for each entry of the long axis."""
+    axis, cap = long_axis(stack)
+    rank = min(rank, cap)
+    subspace.require_rank(rank, cap, "the stack")
+    with jax.enable_x64(True):
+        y, mean = centre(stack.x, centring="columns", axis=axis)
+        rows, spectrum = axis_spectrum(y, axis, dtype_of(stack, stack.shape[axis]))
+        procedure = subspace.Procedure(name, (str(axis),), "columns", cap, faithful=faithful, reference=reference)
+        found = axis_subspace(stack, mean, axis, rows[:rank], spectrum, procedure, passes=2)
+        if not faithful:
+            return found
+        # Projected without the mean: the error on the stack as it is, not the tail of the fit.
+        bare = dataclasses.replace(found, mean=jnp.zeros_like(mean))
+        left = stack.x.astype(jnp.float64) - bare.reconstruct(bare.project(stack.x))
+        error = float(jnp.sqrt(jnp.sum(jnp.square(left)) / jnp.sum(jnp.square(stack.x.astype(jnp.float64)))))
+        certificate = dataclasses.replace(found.certificate, relative_error=error, bound=error * (1 + 1e-5))
+        return dataclasses.replace(bare, certificate=certificate)

@@ -1,0 +1,21 @@
+"""Exact principal components of the models (rows) through their Gram matrix. For fewer models than weights."""
+
+import dataclasses
+
+from jaxsub.decompositions import _fit
+
+REFERENCE = "Sirovich 1987, method of snapshots (E17)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How many components."""
+
+    rank: int = 0  # 0: as many as `energy` asks for
+    energy: float = 0.9  # share of the centred energy
+
+
+def fit(stack, options, key):
+    """LinearSubspace of a DenseStack; deterministic, `key` is not used."""
+    del key
+    return _fit.fit_rows("gram", REFERENCE, stack, rank=options.rank, energy=options.energy)

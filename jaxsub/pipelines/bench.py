@@ -1,0 +1,207 @@
+"""`jaxsub bench`: time, rate, memory and accuracy of the kernels, beside the peers that are installed.
+
+One process; the project and its peers take turns (A B C, C B A, ...), inputs are where each wants them, and medians are
+compared. A machine is noisy: believe ratios within a run, not seconds across runs.
+"""
+
+import dataclasses
+import os
+import platform
+import statistics
+import time
+
+import numpy as np
+
+from jaxsub import errors, plugins
+from jaxsub.report import _write
+
+SCHEMA, RECORD = "jaxsub.bench/1", "bench.json"
+SAMPLE_SECONDS = 0.15  # short calls are repeated until a sample is this long
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of the bench program."""
+
+    workloads: tuple[str, ...] = ()  # names of modules of jaxsub.workloads; all by default
+    peers: bool = False  # also time the installed libraries a user would take instead
+    quick: bool = False  # small sizes, under a minute: for a look, not for figures
+    rounds: int = 5  # interleaved rounds, medians are taken of
+    seed: int = 0
+
+
+def run(config, workdir=None, progress=None):
+    """Times the workloads; writes bench.json to `workdir` if there is one.
+
+    Args:
+        config: Config.
+        workdir: output folder, or None.
+        progress: called with a line of text before a workload is made; None for silence.
+
+    Returns:
+        dict as in bench.json.
+
+    Raises:
+        ConfigError: no such workload, or rounds under 1.
+    """
+    if config.rounds < 1:
+        raise errors.ConfigError(f"rounds={config.rounds}: must be at least 1")
+    names = config.workloads or tuple(plugins.available("workloads"))
+    modules = {name: plugins.load("workloads", name) for name in names}
+    limits = _limits(config.quick)
+    rows = []
+    for name, module in modules.items():
+        if progress is not None:
+            progress(f"{name}: {(module.__doc__ or '').partition(chr(10))[0]}")
+        rows.append({"workload": name, **_measure(module, config, limits)})
+    record = {"schema": SCHEMA, "machine": _machine(), "limits": limits, "config": dataclasses.asdict(config)}
+    record["workloads"] = rows
+    if workdir is not None:
+        os.makedirs(workdir, exist_ok=True)
+        _write.write_json(os.path.join(workdir, RECORD), record)
+    return record
+
+
+def _measure(module, config, limits):
+    options = module.QUICK if config.quick else module.Options()
+    problem = module.problem(options, np.random.default_rng(config.seed))
+    calls = {"jaxsub": module.ours(problem, options)}
+    if config.peers:
+        calls |= module.peers(problem, options)
+    first, results, memory = {}, {}, {}
+    for name, call in calls.items():
+        first[name], results[name] = _timed(call)
+        memory[name] = _peak_growth(call)
+    accuracy = {name: module.error(problem, options, result) for name, result in results.items()}
+    del results
+    times = _interleaved(calls, config.rounds)
+    flops, num_bytes = module.work(options)
+    floor = max(flops / limits["flops"], num_bytes / limits["bytes"])
+    ours = times["jaxsub"]
+    return {
+        "options": dataclasses.asdict(options),
+        "first_call_seconds": first["jaxsub"],
+        "seconds": ours,
+        "gflops": flops / ours / 1e9,
+        "gbytes_per_second": num_bytes / ours / 1e9,
+        "share_of_floor": floor / ours,
+        "peak_bytes": memory["jaxsub"],
+        "error": accuracy["jaxsub"],
+        "peers": [
+            {
+                "name": name,
+                "seconds": times[name],
+                "ratio": ours / times[name],
+                "error": accuracy[name],
+                "peak_bytes": memory[name],
+            }
+            for name in calls
+            if name != "jaxsub"
+        ],
+    }
+
+
+def _interleaved(calls, rounds):
+    """Name -> median seconds a call, the calls taking turns, every second round backwards."""
+    counts = {}
+    for name, call in calls.items():
+        seconds, _ = _timed(call)
+        counts[name] = max(1, int(SAMPLE_SECONDS / max(seconds, 1e-6)))
+    samples = {name: [] for name in calls}
+    for turn in range(rounds):
+        order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
+        for name in order:
+            started = time.perf_counter()
+            for _ in range(counts[name]):
+                _finished(calls[name]())
+            samples[name].append((time.perf_counter() - started) / counts[name])
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _timed(call):
+    started = time.perf_counter()
+    result = _finished(call())
+    return time.perf_counter() - started, result
+
+
+def _finished(result):
+    import jax
+
+    return jax.block_until_ready(result)
+
+
+def _peak_growth(call):
+    """Bytes by which a call's peak exceeds what is resident before it; None where the system does not say."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        _finished(call())
+        return max(0, _status("VmHWM") - before)
+    except (OSError, KeyError):
+        return None
+
+
+def _status(field):
+    with open("/proc/self/status", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file if ":" in line)
+    return int(fields[field].split()[0]) * 1024
+
+
+def _limits(quick):
+    """What the devices can do: float32 products and reading of memory, measured."""
+    import jax
+
+    from jaxsub.linalg import products
+
+    size, length = (1024, 2**24) if quick else (3072, 2**27)
+    x = jax.numpy.ones((size, size), "float32")
+    y = jax.numpy.ones((length,), "float32")
+    product, total = jax.jit(products.matmul), jax.jit(lambda a: a.sum())
+    times = _interleaved({"product": lambda: product(x, x), "read": lambda: total(y)}, 5)
+    return {"flops": 2 * size**3 / times["product"], "bytes": 4 * length / times["read"]}
+
+
+def _machine():
+    import jax
+
+    from jaxsub import __version__
+
+    device = jax.devices()[0]
+    versions = {"jaxsub": __version__, "jax": jax.__version__, "numpy": np.__version__}
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "device": getattr(device, "device_kind", device.platform),
+        "num_devices": jax.device_count(),
+        "versions": versions | {"python": platform.python_version()},
+    }
+
+
+def table(record):
+    """The record as text of at most 100 columns."""
+    limits = record["limits"]
+    lines = [
+        f"{record['machine']['num_devices']} x {record['machine']['device']}, {record['machine']['cores']} cores; "
+        f"products {limits['flops'] / 1e9:.0f} GFLOP/s, memory {limits['bytes'] / 1e9:.0f} GB/s",
+        f"{'workload / peer':34} {'ms':>9} {'ratio':>6} {'first s':>8} {'GFLOP/s':>8} {'GB/s':>6} {'floor':>6} "
+        f"{'MiB':>6} {'error':>8}",
+    ]
+    for row in record["workloads"]:
+        lines.append(
+            f"{row['workload']:34} {row['seconds'] * 1e3:9.1f} {'':>6} {row['first_call_seconds']:8.2f} "
+            f"{row['gflops']:8.0f} {row['gbytes_per_second']:6.1f} {row['share_of_floor']:6.0%} "
+            f"{_mebibytes(row['peak_bytes']):>6} {row['error']:8.1e}"
+        )
+        lines += [
+            f"  {peer['name'][:32]:32} {peer['seconds'] * 1e3:9.1f} {peer['ratio']:6.2f} {'':32}"
+            f"{_mebibytes(peer['peak_bytes']):>6} {peer['error']:8.1e}"
+            for peer in row["peers"]
+        ]
+    lines.append("ratio: time of jaxsub / time of the peer; floor: share of the time that arithmetic or memory needs;")
+    lines.append("MiB: peak beyond the inputs; error: against float64, see each workload")
+    return "\n".join(lines)
+
+
+def _mebibytes(num_bytes):
+    return "-" if num_bytes is None else f"{num_bytes / 2**20:.0f}"

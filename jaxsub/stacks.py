@@ -1,0 +1,58 @@
+"""The models of one layer as one array, as decompositions take them.
+
+A stack is whole on its devices. Collections whose layers do not fit are read block by block into `statistics`; that way
+leads to a Gram matrix, not here.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsub import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseStack:
+    """N models of one layer, `x` (N, *shape) of any float dtype."""
+
+    x: jax.Array
+    name: str = ""
+    model_ids: tuple[str, ...] = ()
+
+    @classmethod
+    def create(cls, x, name="", model_ids=()):
+        """A checked stack.
+
+        Raises:
+            InputError: NaN or Inf, naming the layer and the first such model.
+            ConfigError: fewer than two models, no weights, or not floating point.
+        """
+        x = jnp.asarray(x)
+        if x.ndim < 2 or len(x) < 2 or not x.size:
+            raise errors.ConfigError(f"a stack of shape {x.shape}: expected (N, ...) with at least two models")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise errors.ConfigError(f"a stack of dtype {x.dtype}: expected floating point")
+        finite = np.asarray(jnp.isfinite(x).reshape(len(x), -1).all(axis=1))
+        if not finite.all():
+            n = int(np.flatnonzero(~finite)[0])
+            label = model_ids[n] if model_ids else f"model {n}"
+            raise errors.InputError(label, "holds NaN or Inf", key=name or None, rule="N1")
+        return cls(x, name, tuple(model_ids))
+
+    @property
+    def num_models(self):
+        """N."""
+        return self.x.shape[0]
+
+    @property
+    def shape(self):
+        """Shape of one model's weights."""
+        return self.x.shape[1:]
+
+    @property
+    def num_features(self):
+        """D, product of `shape`."""
+        return math.prod(self.shape)

@@ -1,0 +1,170 @@
+"""Fitted subspaces: what a decomposition returns. Projects models to coefficients and rebuilds them.
+
+    LinearSubspace   w = mean + c @ basis                     c (n, k)
+    TuckerSubspace   w = mean + c x_1 F_1^T x_2 F_2^T ...     c (n, k_1, k_2, ...), axes without a factor kept whole
+
+Each names the procedure that made it, the axes, what was subtracted before the fit and the cap on its rank, and carries
+the error of the fit. Not for files: that is `bundle`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsub import errors
+from jaxsub.linalg import products, unfold
+
+CENTRINGS = ("models", "columns", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """Error of a fit on the data it was fitted to, relative to what was left after centring (Frobenius norms)."""
+
+    relative_error: float  # |X - X_k| / |X|
+    bound: float  # never below the true error
+    exact: bool  # an identity (E11, E12 of the specification's source), or an estimate
+    passes: int  # how often the data were read
+    confidence: float = 1.0  # that the true error is not above the bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Procedure:
+    """Who made a subspace, and how."""
+
+    name: str
+    axes: tuple[str, ...]  # "models", or weight axes as "0", "1", ...
+    centring: str  # "models": their mean; "columns": one mean an entry of the axis; "none"
+    cap: int  # the largest rank this procedure could have returned for this stack
+    reached: bool = True  # whether the asked share of energy was reached within the cap
+    faithful: bool = False  # as in the released code, defects included
+    flags: tuple[str, ...] = ()  # what makes the figures look better than they are
+    reference: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """Singular values of what was fitted, all that are known, non-increasing."""
+
+    values: np.ndarray  # (K,) float64
+    total_energy: float  # sum of all squared values, known or not
+    floor: float  # values under it are noise of the arithmetic
+
+    @property
+    def shares(self):
+        """(K,) shares of the total energy."""
+        return np.square(self.values) / self.total_energy if self.total_energy > 0 else np.zeros(len(self.values))
+
+    def rank_of(self, energy):
+        """Fewest leading values that hold `energy` of the total; None if they never do."""
+        sums = np.cumsum(self.shares)
+        found = int(np.searchsorted(sums, energy - 64 * np.finfo(np.float64).eps))
+        return found + 1 if found < len(sums) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSubspace:
+    """Mean and orthonormal directions of models as flat rows."""
+
+    mean: jax.Array  # (D,)
+    basis: jax.Array  # (k, D) orthonormal rows; the largest entry of each is positive
+    spectrum: Spectrum
+    shape: tuple[int, ...]
+    procedure: Procedure
+    certificate: Certificate
+
+    @property
+    def rank(self):
+        """k."""
+        return self.basis.shape[0]
+
+    def project(self, x):
+        """Coefficients of models, c = (x - mean) @ basis.T.
+
+        Args:
+            x: (n, *shape) or (n, D) models.
+
+        Returns:
+            (n, k) in the basis' dtype.
+
+        Raises:
+            ConfigError: if `x` has another shape.
+        """
+        with jax.enable_x64(True):
+            return _project_rows(_rows(x, self.shape).astype(self.basis.dtype), self.mean, self.basis)
+
+    def reconstruct(self, c):
+        """Models (n, *shape) = mean + c @ basis from coefficients (n, k)."""
+        with jax.enable_x64(True):
+            rows = _rebuild_rows(jnp.asarray(c, self.basis.dtype), self.mean, self.basis)
+            return rows.reshape(rows.shape[0], *self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuckerSubspace:
+    """Mean and one orthonormal factor a reduced weight axis; the models axis is never reduced."""
+
+    mean: jax.Array  # broadcasts to `shape`; zeros of shape (1, ..., 1) without centring
+    factors: dict[int, jax.Array]  # weight axis -> (k_m, d_m) orthonormal rows
+    spectra: dict[int, Spectrum]
+    shape: tuple[int, ...]
+    procedure: Procedure
+    certificate: Certificate
+
+    @property
+    def dtype(self):
+        """Of the factors, and so of coefficients."""
+        return next(iter(self.factors.values())).dtype
+
+    @property
+    def rank(self):
+        """Weight axis -> k_m."""
+        return {axis: f.shape[0] for axis, f in self.factors.items()}
+
+    def project(self, x):
+        """Coefficients (n, k_1, k_2, ...) of models (n, *shape): (x - mean) times each factor on its axis (E7).
+
+        Raises:
+            ConfigError: if `x` has another shape.
+        """
+        with jax.enable_x64(True):
+            x = _rows(x, self.shape).reshape(-1, *self.shape)
+            x = x.astype(self.dtype) - self.mean.astype(self.dtype)
+            for axis, factor in self.factors.items():
+                x = unfold.mode_product(x, factor, axis + 1)
+            return x
+
+    def reconstruct(self, c):
+        """Models (n, *shape) from coefficients (E8)."""
+        with jax.enable_x64(True):
+            c = jnp.asarray(c, self.dtype)
+            for axis, factor in self.factors.items():
+                c = unfold.mode_product(c, factor.T, axis + 1)
+            return c + self.mean.astype(self.dtype)
+
+
+def _rows(x, shape):
+    x = jnp.asarray(x)
+    size = math.prod(shape)
+    if x.shape[1:] not in (tuple(shape), (size,)):
+        raise errors.ConfigError(f"models of shape {x.shape[1:]}, the subspace is of {tuple(shape)}")
+    return x.reshape(x.shape[0], size)
+
+
+@jax.jit
+def _project_rows(x, mean, basis):
+    return products.matmul(x - mean, basis.T)
+
+
+@jax.jit
+def _rebuild_rows(c, mean, basis):
+    return products.row_major(products.matmul(c, basis)) + mean
+
+
+def require_rank(rank, cap, what):
+    """Raises ConfigError for a rank that the data cannot have."""
+    if not 1 <= rank <= cap:
+        raise errors.ConfigError(f"rank={rank}: {what} has at most {cap} components")

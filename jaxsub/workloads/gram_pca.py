@@ -1,0 +1,90 @@
+"""Centred PCA of a few wide models: singular values and coefficients through the Gram matrix."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from jaxsub import placement, spectrum
+from jaxsub.linalg import gram
+from jaxsub.workloads import _data, _peers
+
+REFERENCE = "method of snapshots (Sirovich 1987)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Size of the stack."""
+
+    models: int = 256
+    features: int = 2**20
+    rank: int = 32
+
+
+QUICK = Options(models=64, features=2**16)
+
+
+def problem(options, rng):
+    """Rows with a known decaying spectrum above a floor and a mean 30 times the first direction's share."""
+    return _data.stack(rng, options.models, options.features)
+
+
+def work(options):
+    """(floating-point operations of the symmetric half, bytes read)."""
+    return options.models**2 * options.features, 4 * options.models * options.features
+
+
+def ours(x, options):
+    """A call that computes (s (k,), coefficients (N, k))."""
+    mesh = placement.make_mesh()
+    with jax.enable_x64(True):
+        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "features")))
+    weights = np.zeros((0, len(x)), np.float32)
+
+    def call():
+        with jax.enable_x64(True):
+            sums, _ = gram.dense_gram(placed, weights, mesh=mesh, dtype="float32")
+            found = np.asarray(sums.gram)
+        values, vectors = np.linalg.eigh(spectrum.centred(found))
+        s = np.sqrt(np.maximum(values[::-1][: options.rank], 0.0))
+        return s, vectors[:, ::-1][:, : options.rank] * s
+
+    return call
+
+
+def peers(x, options):
+    """Name -> call with the same results, for the libraries that are installed."""
+    rank = options.rank
+
+    def numpy_snapshots():
+        y = x - x.mean(0)
+        values, vectors = np.linalg.eigh(y @ y.T)
+        s = np.sqrt(np.maximum(values[::-1][:rank], 0.0))
+        return s, vectors[:, ::-1][:, :rank] * s
+
+    found = {"numpy centre, x @ x.T, eigh": numpy_snapshots}
+    if _peers.sklearn():
+        from sklearn.decomposition import PCA
+
+        def randomized():
+            fitted = PCA(rank, svd_solver="randomized", random_state=0)
+            coefficients = fitted.fit_transform(x)
+            return fitted.singular_values_, coefficients
+
+        found["scikit-learn PCA(randomized)"] = randomized
+    if _peers.torch():
+        import torch
+
+        t = torch.from_numpy(x)
+
+        def lowrank():
+            u, s, _ = torch.pca_lowrank(t, q=rank + 16)
+            return s[:rank].numpy(), (u * s)[:, :rank].numpy()
+
+        found["torch.pca_lowrank"] = lowrank
+    return found
+
+
+def error(x, options, result):
+    """Sine of the largest angle between the coefficients' span and the exact one, from float64."""
+    return _data.angle(_data.left_vectors(x, options.rank), result[1])

@@ -1,0 +1,88 @@
+"""Inner products of LoRA updates from their factors, B @ A never formed."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from jaxsub import placement
+from jaxsub.linalg import gram
+from jaxsub.workloads import _peers
+
+REFERENCE = "<W_i, W_j> = tr((B_i^T B_j)(A_j A_i^T)) (E18)"
+BLOCK = 32  # models a block of pairs of the hand-written peers
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Size of the collection."""
+
+    models: int = 512
+    rank: int = 16
+    inputs: int = 4096
+    outputs: int = 4096
+
+
+QUICK = Options(models=64, inputs=1024, outputs=1024)
+
+
+def problem(options, rng):
+    """(a (N, r, i), bt (N, r, o)) float32."""
+    shapes = [(options.models, options.rank, d) for d in (options.inputs, options.outputs)]
+    return tuple(rng.standard_normal(s, dtype=np.float32) / np.float32(np.sqrt(s[2])) for s in shapes)
+
+
+def work(options):
+    """(operations of one half of the pairs, bytes of the factors)."""
+    width = options.inputs + options.outputs
+    return (options.models * options.rank) ** 2 * width, 4 * options.models * options.rank * width
+
+
+def ours(factors, options):
+    """A call that computes the (N, N) Gram matrix."""
+    mesh = placement.make_mesh()
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "features"))
+    placed = [jax.device_put(f, spec) for f in factors]
+
+    def call():
+        with jax.enable_x64(True):
+            return gram.lora_gram(*placed, mesh=mesh, dtype="float32").gram
+
+    return call
+
+
+def peers(factors, options):
+    """The same algorithm by hand: two products and an r x r contraction, in blocks of pairs."""
+    count, rank = options.models, options.rank
+    rows = [f.reshape(count * rank, -1) for f in factors]
+
+    def by(matmul, rows, zeros):
+        def call():
+            out = zeros((count, count))
+            for p in range(0, count, BLOCK):
+                left = [r[p * rank : (p + BLOCK) * rank] for r in rows]
+                for q in range(0, p + 1, BLOCK):
+                    pa, pb = (matmul(x, r[q * rank : (q + BLOCK) * rank]) for x, r in zip(left, rows, strict=True))
+                    block = (pa * pb).reshape(len(pa) // rank, rank, -1, rank).sum((1, 3))
+                    out[p : p + BLOCK, q : q + BLOCK] = block
+                    out[q : q + BLOCK, p : p + BLOCK] = block.T
+            return out
+
+        return call
+
+    found = {"numpy, blocks of pairs": by(lambda x, y: x @ y.T, rows, lambda s: np.zeros(s, np.float32))}
+    if _peers.torch():
+        import torch
+
+        tensors = [torch.from_numpy(r) for r in rows]
+        found["torch, blocks of pairs"] = by(lambda x, y: x @ y.T, tensors, torch.zeros)
+    return found
+
+
+def error(factors, options, result):
+    """Largest error of an entry among 64 models, relative to the largest entry."""
+    a, bt = (f[:64].astype(np.float64) for f in factors)
+    n = len(a)
+    pa, pb = (f.reshape(n * options.rank, -1) @ f.reshape(n * options.rank, -1).T for f in (a, bt))
+    exact = (pa * pb).reshape(n, options.rank, n, options.rank).sum((1, 3))
+    return float(np.abs(np.asarray(result)[:n, :n] - exact).max() / np.abs(exact).max())

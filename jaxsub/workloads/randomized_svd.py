@@ -1,0 +1,80 @@
+"""Rank-32 randomized SVD of a large matrix, both sides long."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from jaxsub.linalg import svd
+from jaxsub.workloads import _data, _peers
+
+REFERENCE = "Halko, Martinsson, Tropp 2011 (E20)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Size of the matrix; 48 test vectors and 6 passes, as torch.svd_lowrank(q=48, niter=2)."""
+
+    rows: int = 4096
+    columns: int = 16384
+    rank: int = 32
+    oversample: int = 16
+    passes: int = 6
+
+
+QUICK = Options(rows=1024, columns=2048)
+
+
+def problem(options, rng):
+    """Float32 matrix with spectrum 0.9^i over noise."""
+    return _data.stack(rng, options.rows, options.columns, mean=False)
+
+
+def work(options):
+    """(operations, bytes): `passes` products with rank + oversample vectors, each a read."""
+    size = options.rows * options.columns
+    return 2 * size * (options.rank + options.oversample) * options.passes, 4 * size * options.passes
+
+
+def ours(x, options):
+    """A call that computes (u, s, vt)."""
+    placed, key = jax.device_put(x), jax.random.key(0)
+
+    def call():
+        with jax.enable_x64(True):
+            found = svd.randomized_svd(
+                placed, key, rank=options.rank, oversample=options.oversample, passes=options.passes
+            )
+            return found.u, found.s, found.vt
+
+    return call
+
+
+def peers(x, options):
+    """torch.svd_lowrank and scikit-learn's randomized_svd, two power iterations each."""
+    found = {}
+    if _peers.torch():
+        import torch
+
+        t = torch.from_numpy(x)
+
+        def lowrank():
+            u, s, v = torch.svd_lowrank(t, q=options.rank + options.oversample, niter=2)
+            return u[:, : options.rank].numpy(), s[: options.rank].numpy(), v[:, : options.rank].T.numpy()
+
+        found["torch.svd_lowrank"] = lowrank
+    if _peers.sklearn():
+        from sklearn.utils.extmath import randomized_svd
+
+        more = {"n_oversamples": options.oversample, "n_iter": 2, "random_state": 0}
+        found["scikit-learn randomized_svd"] = lambda: randomized_svd(x, options.rank, **more)
+    return found
+
+
+def error(x, options, result):
+    """Relative Frobenius error of the rank-32 approximation over that of the best one, minus 1."""
+    u, s, vt = (np.asarray(r, np.float64) for r in result)
+    total = float(np.square(x, dtype=np.float64).sum())
+    captured = np.square(np.linalg.norm(_data.project_rows(x, vt)))
+    best = np.sort(np.linalg.eigvalsh(_data.gram(x, centre=False)))[::-1][: options.rank].sum()
+    return float(np.sqrt(max(total - captured, 0.0) / (total - best)) - 1)

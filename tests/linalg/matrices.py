@@ -1,0 +1,32 @@
+"""Test matrices by name, float64: planted singular values between random orthonormal bases."""
+
+import numpy as np
+
+
+def planted(num_rows, width, values, seed=0):
+    """(x (N, D), vt (k, D)) with the singular values `values`, k of them."""
+    rng = np.random.default_rng(seed)
+    u = np.linalg.qr(rng.standard_normal((num_rows, len(values))))[0]
+    v = np.linalg.qr(rng.standard_normal((width, len(values))))[0]
+    return (u * values) @ v.T, v.T
+
+
+def spectrum(name, size):
+    """`size` singular values: the triad of randomized methods, and spectra of LAPACK's tests."""
+    i = np.arange(size)
+    ulp = 2.0**-23
+    return {
+        "low_rank": np.where(i < min(8, size), 0.8**i, 0.0),
+        "low_rank_noise": np.where(i < 8, 0.8**i, 1e-3),
+        "slow_decay": 1.0 / (1.0 + i) ** 0.5,
+        "fast_decay": 0.5**i,
+        "zero": np.zeros(size),
+        "identity": np.ones(size),
+        "arithmetic": np.linspace(1, ulp, size),
+        "geometric": ulp ** (i / max(size - 1, 1)),
+        "clustered_low": np.where(i == 0, 1.0, ulp),
+        "clustered_high": np.where(i == size - 1, ulp, 1.0),
+        "graded": 1e-12 ** (i / max(size - 1, 1)),
+        "harmonic": 1.0 / (1 + i),
+        "rank3": np.where(i < 3, 1.0, 0.0),
+    }[name]
