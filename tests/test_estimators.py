@@ -61,6 +61,7 @@ def test_share_of_variance_chooses_the_components(rows):
     assert estimators.GramPCA().fit(rows).n_components_ == 12  # what lies under the floor is not counted
 
 
+@pytest.mark.slow
 def test_tucker_of_all_directions_is_exact_and_fewer_say_their_error(rows):
     whole = estimators.Tucker((10, 20), ranks=(10, 20)).fit(rows)
     np.testing.assert_allclose(whole.inverse_transform(whole.transform(rows)), rows, atol=1e-8)

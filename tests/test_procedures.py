@@ -49,6 +49,7 @@ def test_row_pca_faithful_keeps_the_cap_or_refits_as_the_scripts_do():
     assert fit("row_pca", x, cap=29).rank[1] < 29
 
 
+@pytest.mark.slow
 def test_a_stack_of_narrow_factors_is_flagged():
     """Defect 4.3-1: d x 16 factors stacked on axis 0 have 16 components by construction."""
     narrow, square = spread(10, 128, 16), spread(10, 32, 30)
@@ -57,6 +58,7 @@ def test_a_stack_of_narrow_factors_is_flagged():
     assert fit("row_pca", square).procedure.flags == ()
 
 
+@pytest.mark.slow
 def test_col_svd_is_the_uncentred_left_basis_and_flags_full_rank():
     x = spread(5, 70, 40)
     u = np.linalg.svd(np.concatenate(list(x), axis=1).astype(np.float64), full_matrices=False)[0]
@@ -67,6 +69,7 @@ def test_col_svd_is_the_uncentred_left_basis_and_flags_full_rank():
     assert "full_rank" in small.procedure.flags and small.certificate.relative_error < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora_col_svd", "lora_cov"])
 def test_lora_columns_and_the_mean_that_is_never_added_back(name):
     x = spread(7, 40, 4)  # B factors, d = 40
@@ -93,6 +96,7 @@ def test_lora_factors_may_lie_either_way():
     np.testing.assert_allclose(a.factors[0], b.factors[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_tucker_orders():
     x = spread(6, 30, 4)
     columns = np.concatenate(list(x), axis=1).astype(np.float64)
@@ -105,6 +109,7 @@ def test_lora_tucker_orders():
     same_span(third.factors[0], original.factors[1])
 
 
+@pytest.mark.slow
 def test_flat_pca_is_pca_of_flattened_factors():
     decomposition = pytest.importorskip("sklearn.decomposition")
     x = spread(12, 10, 4)

@@ -96,6 +96,7 @@ def test_dtypes(dtype, tolerance):
     np.testing.assert_allclose(again, 0, atol=5e-7 if dtype != "float64" else 1e-14)
 
 
+@pytest.mark.slow
 def test_derivatives_are_right_and_stay_finite():
     a, b = frame(3, 6), frame(3, 6, 1)
 
@@ -111,6 +112,7 @@ def test_derivatives_are_right_and_stay_finite():
         assert np.isfinite(jax.grad(lambda m: angles.projector_distance(m, b))(jnp.asarray(start))).all()
 
 
+@pytest.mark.slow
 def test_chance_levels():
     # methods.md names 87.0, 83.9 and 82.7; full-size draws give 82.92 +- 0.04 for the last.
     for d, degrees in ((4096, 87.0), (1024, 83.9), (768, 83.0)):

@@ -107,6 +107,7 @@ def test_ranks_by_energy_and_by_total_error(fit, rule, centred):
         assert captured[k - 1] >= tau - 1e-12 and captured[k - 2] < tau
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("condition", [1.0, 1e3])
 def test_nothing_depends_on_the_gauge(condition):
     a, b, scales = stack()
@@ -132,6 +133,7 @@ def test_factors_of_very_different_size_lose_nothing():
     assert np.abs(got - want).max() < 1e-6 * np.abs(want).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("centred", [False, True])
 def test_zero_updates(fit, centred):
@@ -142,6 +144,7 @@ def test_zero_updates(fit, centred):
         np.testing.assert_allclose(f @ f.T, np.eye(len(f)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_equal_models_have_no_centred_energy_above_the_floor():
     a, b, _ = stack(num_models=1)
     a, b = np.repeat(a, 5, 0), np.repeat(b, 5, 0)

@@ -29,6 +29,7 @@ def tangent(x, largest, seed=1):
 SHAPES = [(1, 2), (1, 9), (3, 9), (8, 9)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("largest", [1e-9, 0.3, 1.5])
 def test_kernels_equal_their_twins(shape, largest):
@@ -143,6 +144,7 @@ def test_karcher_mean_is_stationary_and_does_not_depend_on_start_or_bases(radius
     assert np.mean(distances**2) < np.mean([float(grassmann.distance(x, b)) ** 2 for b in bases])
 
 
+@pytest.mark.slow
 def test_mean_of_one_of_two_and_of_equal():
     x, bases = cloud(0.5, count=2)
     one = grassmann.mean(bases[:1])
@@ -183,6 +185,7 @@ def test_nothing_of_the_size_of_a_projector_is_formed():
         assert "10000,10000]" not in text and "12288,12288]" not in text
 
 
+@pytest.mark.slow
 def test_float32_without_x64():
     with jax.enable_x64(False):
         x, y = jnp.asarray(frame(3, 50)), jnp.asarray(frame(3, 50, 1))
@@ -195,6 +198,7 @@ def test_float32_without_x64():
         assert level.mean.dtype == jnp.float32 and abs(level.mean - np.mean(reference.principal_angles(x, y))) < 0.2
 
 
+@pytest.mark.slow
 def test_kernels_batch_over_layers():
     x, y = (jnp.asarray(np.stack([frame(2, 7, s + 3 * i) for i in range(3)])) for s in (0, 50))
     for function in (grassmann.logarithm, grassmann.distance, angles.principal_angles):

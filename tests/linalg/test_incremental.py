@@ -100,6 +100,7 @@ def test_rounding_is_a_quarter_of_what_is_allowed(name, d):
     assert abs(stream.energy - np.square(values).sum()) < stream.rounding / 4
 
 
+@pytest.mark.slow
 def test_twice_the_rows_find_what_exactly_k_rows_lose():
     pytest.importorskip("sklearn")
     from sklearn.decomposition import IncrementalPCA
@@ -133,6 +134,7 @@ def test_a_large_common_base_does_not_cancel():
     assert largest_angle(weak, basis) > 0.5
 
 
+@pytest.mark.slow
 def test_order_and_size_of_batches_do_not_show_where_all_fits():
     x = stack(0.8 ** np.arange(24), 640)
     found = [
@@ -144,6 +146,7 @@ def test_order_and_size_of_batches_do_not_show_where_all_fits():
         np.testing.assert_allclose(other.basis, found[0].basis, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 2.0])
 def test_degenerate_streams(offset):
     same = np.full((6, 64), offset)

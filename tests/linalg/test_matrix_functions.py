@@ -27,6 +27,7 @@ def _cube(x):
 WEIGHTS = np.random.default_rng(9).standard_normal((4, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [(1.0, 0.7, 0.2, -0.5), (0.5, 0.5, 0.5, 0.5), (1, 1, 0.3, 0.3 + 1e-9), (0, 0, 0, 0)])
 def test_symmetric_function_and_its_derivative(values):
     m = symmetric(np.array(values, float))
@@ -52,6 +53,7 @@ def test_symmetric_function_and_its_derivative(values):
         assert not np.isfinite(weak).all() or np.abs(weak - jax.grad(plain)(m)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_row_singular_values_keep_small_ones():
     rng = np.random.default_rng(1)
     u, v = np.linalg.qr(rng.standard_normal((4, 4)))[0], np.linalg.qr(rng.standard_normal((20001, 4)))[0].T
@@ -72,6 +74,7 @@ def test_row_singular_values_have_finite_derivatives(x):
     np.testing.assert_allclose(grad, x, atol=1e-14)  # of the nuclear norm: the polar factor of what is there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proper", [False, True])
 def test_closest_frame_is_closest_and_differentiable(proper):
     m = np.random.default_rng(2).standard_normal((3, 3))

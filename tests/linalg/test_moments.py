@@ -72,6 +72,7 @@ def test_a_common_base_does_not_cancel(dtype, tolerance):
         assert np.abs(rough.gram - exact[0]).max() > 2 * np.abs(found.gram - exact[0]).max()
 
 
+@pytest.mark.slow
 def test_removing_equals_recomputing_and_undoes_adding():
     x = rows(14, offset=0.5)
     whole = dense(x, 1, "float64")

@@ -57,6 +57,7 @@ def test_orthonormal_and_exact_at_every_condition(method, condition, dtype):
     assert np.all(np.triu(r) == r) and np.all(np.diag(r) >= 0)
 
 
+@pytest.mark.slow
 def test_a_single_round_fails_at_condition_1e6():
     x = planted(400, 24, np.logspace(0, -6, 24))[0].astype(np.float32)
     narrow = orth.cholesky_round(jnp.asarray(x))  # its Gram matrix in float32: not even finite
@@ -119,6 +120,7 @@ def test_narrow_inputs_are_computed_in_float32(dtype):
         assert q.dtype == np.float32 and np.array_equal(q, wide[0]) and np.array_equal(r, wide[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [orth.cholesky_qr2, orth.tsqr])
 @pytest.mark.parametrize("condition", [1e2, 1e9])
 def test_eight_devices_equal_one_and_gather_nothing_long(method, condition):

@@ -74,6 +74,7 @@ def test_a_collection_of_few_distinct_models_is_spanned_exactly():
     assert found.error < 1e-11 * np.square(x).sum()
 
 
+@pytest.mark.slow
 def test_degenerate_collections():
     same = np.ones((5, 3))
     found = selection.select_models(same @ same.T, rank=2)
@@ -112,6 +113,7 @@ def test_bounds_hold(seed, decay, scale):
     check(x, selection.select_models(x @ x.T, rank=5), 5)
 
 
+@pytest.mark.slow
 def test_float32_gram_matrices_and_their_rounding():
     x = rows(decay=0.5).astype(np.float32)
     gram = jnp.asarray(x) @ jnp.asarray(x).T

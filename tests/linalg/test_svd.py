@@ -139,6 +139,7 @@ def test_the_triad(name, finder, passes, test):
         assert np.all(np.asarray(found.s) <= values[:8] * (1 + 1e-5) + 1e-7)
 
 
+@pytest.mark.slow
 def test_without_power_iterations_slow_decay_fails_the_bound():
     values = spectrum("slow_decay", 90)
     x = jnp.asarray(planted(90, 300, values)[0], jnp.float32)

@@ -59,6 +59,7 @@ def test_fits_equal_their_twins(shape, ranks, dtype, tolerance):
     assert true_error(x, tucker.hooi(jnp.asarray(x), ranks=ranks, dtype=dtype, sweeps=50)) < best * (1 + 2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("fit", FITS)
 def test_factors_are_orthonormal_signed_and_the_core_is_the_projection(fit, dtype, tolerance):
@@ -174,6 +175,7 @@ def test_ranks_by_energy_and_by_total_error(fit, rule):
         assert captured[k - 1] >= tau - 1e-12 and (k == 1 or captured[k - 2] < tau)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("rule", [{"ranks": (2, 3, 1)}, {"energy": 0.9}, {"error": 0.1}])
 def test_a_zero_tensor_has_no_error_and_orthonormal_factors(fit, rule):
@@ -184,6 +186,7 @@ def test_a_zero_tensor_has_no_error_and_orthonormal_factors(fit, rule):
     assert "ranks" in rule or found.core.shape == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_exact_low_rank_is_found_and_certified_by_the_residual():
     x = reference.mode_products(np.float64(tensor((2, 3, 2))), [tensor((9, 2)), tensor((8, 3)), tensor((7, 2))])
     x = x.astype(np.float32)
@@ -194,6 +197,7 @@ def test_exact_low_rank_is_found_and_certified_by_the_residual():
     assert float(blind.certificate) > 1e-4 and blind.num_passes == 2  # why the residual is needed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", [(2, 8), (1, 3)])
 def test_high_shrunk_unfoldings_lose_nothing_to_squares(rest):
     x = tensor((*rest, 300))
@@ -214,6 +218,7 @@ def test_five_way_stack_of_convolutions():
         assert true_error(x, found) == pytest.approx(reference.error(x, *reference.sthosvd(x, ranks, order)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_reconstruction_of_some_models():
     x = tensor((6, 5, 4))
     for ranks in ((3, 2, 2), (None, 2, 2)):
@@ -291,6 +296,7 @@ def test_flat_spectra_fall_back_to_lapack():
     np.testing.assert_allclose(found.values, np.linalg.eigvalsh(x @ x.T)[::-1][:20], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 5])
 def test_iteration_on_low_rank_and_zero_matrices(rank):
     for gram in (jnp.zeros((540, 540)), jnp.eye(540) * (jnp.arange(540) < 3)):
@@ -330,6 +336,7 @@ def test_impossible_options_are_refused(fit, options, words):
         fit(jnp.zeros((4, 5, 3)), **options)
 
 
+@pytest.mark.slow
 def test_agrees_with_tensorly():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
