@@ -6,7 +6,10 @@ A block holds the same columns of every model. Two buffers: one is read by threa
 """
 
 import concurrent.futures
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import math
 
 import jax
@@ -15,9 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import descriptors, errors, formats, precision
 from jaxsub.linalg.gram import FEATURES
+from jaxsub.linalg.modes import MIXTURES
 
 ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
-RUNTIME_BYTES = 160 * 2**20  # compiled programs and the runtime's own buffers, measured on CPU
 ZERO_EXPONENT = -1100  # of a block of zeros: below every other, so that it rescales nothing
 READERS = 4  # threads; pread releases the interpreter lock
 
@@ -52,7 +55,9 @@ class LayerPlan:
     sketched_axes: tuple[int, ...]
     strengths: bool
     bytes_read: int
-    host_bytes: int
+    pass_bytes: int = 0  # of the host, while the layer is read and summed
+    figure_bytes: int = 0  # of the host, while its figures are made
+    kept_bytes: int = 0  # of the host, its statistics until the report is made
 
 
 def plan_dense(group, num_devices, options, base=None):
@@ -67,29 +72,22 @@ def plan_dense(group, num_devices, options, base=None):
     dtype = precision.compute_dtype(storage, num_models**2 * size, options.precision)
     itemsize = descriptors.numpy_dtype(storage).itemsize
     row = size // shape[0] if shape[0] else 0
-    rows = max(1, min(shape[0], options.block_bytes // max(1, num_models * row * itemsize)))
-    width = _bucket(rows * row, num_devices)
-    num_blocks = max(1, -(-shape[0] // rows))
     axes = tuple(a for a in range(len(shape)) if len(shape) > 1 and shape[a] > 1)
     cheap = {a for a in axes if num_models * size * shape[a] <= options.mode_work and shape[a] <= options.mode_width}
-    exact = tuple(a for a in axes if a in cheap and (num_blocks == 1 or a > 0))
     # The other side of the leading axis' unfolding, (N * rest)^2, is additive over rows and small where rest is.
     side = num_models * row
-    other = 0 in axes and 0 not in exact and side <= options.mode_width and shape[0] * side**2 <= options.mode_work
+    other = 0 in axes and side <= options.mode_width and shape[0] * side**2 <= options.mode_work
+    rows = _rows(shape[0], row * num_models * itemsize, options.block_bytes)
+    wanting = {*axes} - {0} if other else {*axes}  # what only a sketch can serve where it is not cheap
+    if not wanting <= cheap or (0 in wanting and rows < shape[0]):  # mixtures of few models outgrow their block
+        mixtures = 2 * MIXTURES * (8 if dtype == "float64" else 4)
+        rows = _rows(shape[0], row * max(num_models * itemsize, mixtures), options.block_bytes)
+    num_blocks = max(1, -(-shape[0] // rows))
+    exact = tuple(a for a in axes if a in cheap and (num_blocks == 1 or a > 0))
+    other = other and 0 not in exact
     sketched = tuple(a for a in axes if a not in exact and not (other and a == 0))
     short = len(shape) == 2 and min(shape) <= options.strength_width
     strengths = short and (num_blocks == 1 or shape[1] <= shape[0])
-    buffers = 1 if num_blocks == 1 else 2
-    block = num_models * width * itemsize
-    wide = 8 if dtype == "float64" else 4
-    host = RUNTIME_BYTES + buffers * block + 14 * 8 * (num_models + 1) ** 2
-    host += sum(24 * shape[a] ** 2 for a in exact) + (24 * side**2 if other else 0)
-    # Sketches: mixtures of a block, and two halves of 512 columns an axis with their decomposition.
-    host += bool(sketched) * 16 * width * wide * 6 + sum(6 * 8 * 512 * shape[a] for a in sketched)
-    host += num_models * min(shape) ** 2 * 24 if strengths else 0
-    host += 3 * 8 * num_models * min(width, 65536) + block if storage == "float64" else 0
-    if any(t.extent is None for t in group.entries):
-        host += num_models * size * itemsize
     return LayerPlan(
         name=group.name,
         shape=shape,
@@ -97,15 +95,20 @@ def plan_dense(group, num_devices, options, base=None):
         storage=storage,
         dtype=dtype,
         rows=rows,
-        width=width,
+        width=_bucket(rows * row, num_devices),
         num_blocks=num_blocks,
         exact_axes=exact,
         other_side=other,
         sketched_axes=sketched,
         strengths=strengths,
         bytes_read=sum(t.num_bytes for t in group.entries),
-        host_bytes=host,
     )
+
+
+def _rows(length, row_bytes, block_bytes):
+    """Rows a block: at most `block_bytes` if one row fits, alike where that can be, so that one shape is compiled."""
+    most = max(1, min(length, block_bytes // max(1, row_bytes)))
+    return max(1, -(-length // max(1, -(-length // most))))
 
 
 def _bucket(columns, num_devices):
@@ -158,7 +161,8 @@ def blocks(group, models, plan, mesh, *, base=None):
     sharding = NamedSharding(mesh, P(None, FEATURES))
     sources = [_Source(m, t) for m, t in zip(models, group.entries, strict=True)]
     base_source = _Source(base, _base_tensor(base, group)) if base is not None else None
-    buffers = [_aligned(plan) for _ in range(1 if plan.num_blocks == 1 else 2)]
+    dtype = descriptors.numpy_dtype(plan.storage)
+    buffers = [zeros((plan.num_models, plan.width), dtype) for _ in range(min(plan.num_blocks, 2))]
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool, concurrent.futures.ThreadPoolExecutor(1) as ahead:
 
         def fill(index):
@@ -172,6 +176,7 @@ def blocks(group, models, plan, mesh, *, base=None):
                 pending = ahead.submit(fill, index + 1)
             # The consumer has the block's results before it asks for the next: only then is the buffer refilled.
             yield Block(x, shape, index * plan.rows, exponent, base_square)
+            trim()
 
 
 def _base_tensor(base, group):
@@ -205,12 +210,19 @@ class _Source:
             out[:] = self.loaded[start : start + count]
 
 
-def _aligned(plan):
-    dtype = descriptors.numpy_dtype(plan.storage)
-    size = plan.num_models * plan.width * dtype.itemsize
+def zeros(shape, dtype):
+    """Host array that device_put need not copy on CPU; pages take memory once they are written to."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
-    return raw[offset : offset + size].view(dtype).reshape(plan.num_models, plan.width)
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def trim():
+    """Hands freed memory back to the system: glibc keeps up to several blocks of it, more in every thread."""
+    gc.collect(0)  # only now does jax let go of host arrays that it used in place
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fill(buffer, index, sources, base, plan, group, pool):
@@ -264,5 +276,6 @@ def _fill(buffer, index, sources, base, plan, group, pool):
     elif buffer.dtype.itemsize >= 4:
         np.ldexp(buffer, -exponent, out=buffer)
     else:
-        buffer[:] = np.ldexp(buffer.astype(np.float32), -exponent).astype(buffer.dtype)  # a power of two: exact
+        for model in buffer:
+            model[:] = np.ldexp(model.astype(np.float32), -exponent)  # a power of two: exact
     return (rows, *plan.shape[1:]), exponent, base_square

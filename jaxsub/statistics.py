@@ -16,7 +16,7 @@ from jaxsub import errors, formats, precision, spectrum
 from jaxsub.formats import safetensors
 
 SCHEMA = "jaxsub.statistics/1"
-_QR_COLUMNS = 65536
+QR_ENTRIES = 2**21  # float64 numbers factorised at once, 16 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +122,16 @@ class Statistics:
         else:
             self.add(other, other.exponent)
 
-    def add_factor(self, y, exponent):
-        """Adds rows y (N, columns) of float64 weights times 2**-exponent to the QR factor; call after `add`.
+    def add_factor(self, x, exponent):
+        """Adds float64 weights x (N, columns) times 2**-exponent, centred here, to the QR factor; call after `add`.
 
         A Gram matrix squares the condition number, which float64 weights cannot spare: their singular values come from
         this factor (TSQR, Demmel et al. 2012), with noise at N eps instead of sqrt(N eps).
         """
-        for start in range(0, y.shape[1], _QR_COLUMNS):  # in pieces: LAPACK copies what it factorises
-            part = np.ldexp(y[:, start : start + _QR_COLUMNS], exponent - self.exponent).T
+        columns = max(4 * len(x), QR_ENTRIES // len(x))
+        for start in range(0, x.shape[1], columns):  # in pieces: LAPACK copies what it factorises
+            part = x[:, start : start + columns]
+            part = np.ldexp(part - part.mean(axis=0), exponent - self.exponent).T
             part = part if self.factor is None else np.concatenate([self.factor, part])
             self.factor = np.linalg.qr(part, mode="r")
 

@@ -20,6 +20,7 @@ from jaxsub.linalg import products
 CHUNK = 4096  # columns a product: N * 4096 * 4 bytes stay in cache; 2048 and 8192 were 4 to 6 % slower at N = 256
 SAMPLED = 512  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
 MANY = 16
+PAIR_ROWS = 512  # rows of LoRA factors multiplied with as many others at once
 FEATURES = "features"
 
 
@@ -135,7 +136,7 @@ class LoraSums(NamedTuple):
     a_cosines: jax.Array  # (N, N) <A_i, A_j>: shows factors that start from the same draw
 
 
-def lora_gram(a, bt, *, mesh, dtype, models_per_block=32):
+def lora_gram(a, bt, *, mesh, dtype, models_per_block=None):
     """Inner products of low-rank updates, <W_i, W_j> = tr((B_i.T B_j)(A_j A_i.T)); B @ A is never formed.
 
     Args:
@@ -143,14 +144,20 @@ def lora_gram(a, bt, *, mesh, dtype, models_per_block=32):
         bt: (N, r, o) left factors transposed, trailing axis sharded.
         mesh: mesh with an axis "features".
         dtype: "float32" or "float64", the dtype of the products.
-        models_per_block: models a block of pairs; N is padded to its multiple.
+        models_per_block: models a block of pairs; by default `models_together`.
 
     Returns:
         LoraSums in float64, replicated. Cost r**2 (o + i) multiply-adds a pair of models.
 
     Fails on: large ranks; past r**2 = o i / (o + i) forming the updates is cheaper.
     """
-    return _lora_gram(a, bt, mesh=mesh, dtype=dtype, models_per_block=min(models_per_block, a.shape[0]))
+    size = min(models_per_block or models_together(a.shape[1]), a.shape[0])
+    return _lora_gram(a, bt, mesh=mesh, dtype=dtype, models_per_block=size)
+
+
+def models_together(rank):
+    """LoRA updates a block of pairs: not so many that their products outgrow the cache."""
+    return max(1, min(32, PAIR_ROWS // rank))
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "dtype", "models_per_block"))
@@ -163,34 +170,35 @@ def _lora_gram(a, bt, *, mesh, dtype, models_per_block):
 def _lora_local(a, bt, dtype, size):
     num_models, rank = a.shape[:2]
     blocks = -(-num_models // size)
-    pad = blocks * size - num_models
-    a, bt = (jnp.pad(x.astype(dtype), ((0, pad), (0, 0), (0, 0))) for x in (a, bt))
-    rows_a, rows_b = (x.reshape(blocks * size * rank, x.shape[-1]) for x in (a, bt))
-    total = blocks * size
+    rows_a, rows_b = (x.reshape(num_models * rank, x.shape[-1]) for x in (a, bt))
     wide = jnp.float64
 
     def products_of(x, p, q):
-        left = jax.lax.dynamic_slice_in_dim(x, p * size * rank, size * rank)
-        right = jax.lax.dynamic_slice_in_dim(x, q * size * rank, size * rank)
-        return jax.lax.psum(products.row_major(products.matmul(left, right.T)), FEATURES)
+        # The last block starts early enough to be whole: nothing is padded, its first models are computed twice.
+        left = jax.lax.dynamic_slice_in_dim(x, p * rank, size * rank).astype(dtype)
+        right = jax.lax.dynamic_slice_in_dim(x, q * rank, size * rank).astype(dtype)
+        product = jax.lax.psum(products.row_major(products.matmul(left, right.T)), FEATURES)
+        return product.reshape(size, rank, size, rank)
 
-    def pair(t, sums):
+    def pair(t, carry):
         p, q = index[t, 0], index[t, 1]
-        pa = products_of(rows_a, p, q).reshape(size, rank, size, rank)
-        pb = products_of(rows_b, p, q).reshape(size, rank, size, rank)
-        update = (
+        pa, pb = products_of(rows_a, p, q), products_of(rows_b, p, q)
+        found = (
             jnp.sum((pa * pb).astype(wide), axis=(1, 3)),
             jnp.sum(jnp.square(pb).astype(wide), axis=(1, 3)),
             jnp.trace(pa, axis1=1, axis2=3).astype(wide),
         )
-        at = (p * size, q * size)
-        return tuple(jax.lax.dynamic_update_slice(s, u, at) for s, u in zip(sums, update, strict=True))
+        # A model's products with itself; right once q has come to p, the last of its partners.
+        own = (jnp.einsum("nrns->nrs", x).astype(wide) for x in (pa, pb))
+        zero = jnp.int32(0)
+        places = (*[(p, q)] * 3, *[(p, zero, zero)] * 2)
+        return tuple(map(jax.lax.dynamic_update_slice, carry, (*found, *own), places))
 
-    index = jnp.asarray([(p, q) for p in range(blocks) for q in range(p + 1)], dtype=jnp.int32)
-    zeros = tuple(jnp.zeros((total, total), wide) for _ in range(3))
-    sums = jax.lax.fori_loop(0, len(index), pair, zeros)
-    block = jnp.arange(total) // size
+    starts = [min(p * size, num_models - size) for p in range(blocks)]
+    index = jnp.asarray([(p, q) for j, p in enumerate(starts) for q in starts[: j + 1]], dtype=jnp.int32)
+    shapes = [(num_models, num_models)] * 3 + [(num_models, rank, rank)] * 2
+    carry = jax.lax.fori_loop(0, len(index), pair, tuple(jnp.zeros(s, wide) for s in shapes))
+    block = jnp.arange(num_models) // size
     keep = block[:, None] >= block[None, :]
-    full = [jnp.where(keep, s, s.T)[:num_models, :num_models] for s in sums]
-    diagonal = [jax.lax.psum(products.einsum("nri,nsi->nrs", x, x), FEATURES).astype(wide) for x in (a, bt)]
-    return LoraSums(full[0], full[1], diagonal[0][:num_models], diagonal[1][:num_models], full[2])
+    gram, b_overlap, a_cosines = (jnp.where(keep, s, s.T) for s in carry[:3])
+    return LoraSums(gram, b_overlap, *carry[3:], a_cosines)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from jaxsub.linalg import products
 
-SIGNS = 4096  # test entries drawn at once, a mixture and column: 16 * 4096 * 64 * 4 bytes
+MIXTURES, COLUMNS = 8, 32  # of one half of a sketch: 256 test columns an axis
+SIGNS = 4096  # test entries drawn at once, a mixture and column
+ROWS = 1024  # rows of an unfolding multiplied at once
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "axis", "dtype"))
@@ -28,11 +30,18 @@ def mode_gram(x, *, shape, axis, dtype):
         (d, d) float64, d = shape[axis]. Additive over blocks that split another axis.
     """
     before, size, after = _split(shape, axis)
-    num_models = x.shape[0]
-    mean = jnp.mean(x[:, : before * size * after].astype(dtype), axis=0)
+    num_models, count = x.shape[0], before * size * after
+
+    # One model at a time, sliced from x itself: of x[:, :count], or of a mean over converted models, XLA makes a copy
+    # of the whole block.
+    def model(n):
+        return jax.lax.dynamic_slice(x, (n, 0), (1, count))[0].astype(dtype)
+
+    mean = jax.lax.fori_loop(0, num_models, lambda n, total: total + model(n), jnp.zeros(count, jnp.float64))
+    mean = (mean / num_models).astype(dtype)
 
     def one(n, total):
-        y = (x[n, : before * size * after].astype(dtype) - mean).reshape(before, size, after)
+        y = (model(n) - mean).reshape(before, size, after)
         y = products.row_major(jnp.transpose(y, (1, 0, 2)).reshape(size, before * after))
         return total + products.matmul(y, y.T).astype(jnp.float64)
 
@@ -45,11 +54,15 @@ def unfolding_gram(x, *, shape, dtype):
 
     Additive over blocks of rows, and small where the rows are; (N, rest) in C order. Arguments as in `mode_gram`.
     """
-    rows = shape[0]
-    z = x[:, : _product(shape)].astype(dtype)
-    y = (z - jnp.mean(z, axis=0)).reshape(x.shape[0], rows, -1)
-    y = products.row_major(jnp.transpose(y, (0, 2, 1)).reshape(-1, rows))
-    return products.matmul(y, y.T).astype(jnp.float64)
+    num_models, rest = x.shape[0], _product(shape[1:])
+
+    def step(row, rows, total):
+        z = jax.lax.dynamic_slice(x, (0, row * rest), (num_models, rows * rest)).astype(dtype)
+        y = (z - jnp.mean(z, axis=0)).reshape(num_models, rows, rest)
+        y = products.row_major(jnp.transpose(y, (0, 2, 1)).reshape(-1, rows))
+        return total + products.matmul(y, y.T).astype(jnp.float64)
+
+    return _in_pieces(step, shape[0], ROWS, jnp.zeros((num_models * rest, num_models * rest), jnp.float64))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "last"))
@@ -116,18 +129,22 @@ def sketch(z, key, row, *, shape, axes, columns):
 def _tests(y, key, columns, *, rest):
     """(s, d, columns) products of y with random signs over its axis `rest`, the signs drawn a piece at a time."""
     total, width, size = y.shape[0], y.shape[rest], y.shape[3 - rest]
-    piece = min(SIGNS, width)
-    if width % piece:
-        y = jnp.pad(y, [(0, -width % piece if axis == rest else 0) for axis in range(3)])
 
-    def step(j, sums):
-        signs = _signs(jax.random.fold_in(key, j), (total, piece, columns), y.dtype)
-        part = jax.lax.dynamic_slice_in_dim(y, j * piece, piece, axis=rest)
+    def step(start, piece, sums):
+        signs = _signs(jax.random.fold_in(key, start // SIGNS), (total, piece, columns), y.dtype)
+        part = jax.lax.dynamic_slice_in_dim(y, start, piece, axis=rest)
         if rest == 2:
             return sums + products.einsum("sdp,spc->sdc", part, signs)
         return sums + jnp.swapaxes(products.row_major(products.einsum("spc,spd->scd", signs, part)), 1, 2)
 
-    return jax.lax.fori_loop(0, y.shape[rest] // piece, step, jnp.zeros((total, size, columns), y.dtype))
+    return _in_pieces(step, width, SIGNS, jnp.zeros((total, size, columns), y.dtype))
+
+
+def _in_pieces(step, length, piece, carry):
+    """step(start, size, carry) over a length in pieces, the last one shorter; nothing is padded."""
+    piece = max(1, min(piece, length))
+    carry = jax.lax.fori_loop(0, length // piece, lambda j, c: step(j * piece, piece, c), carry)
+    return step(length // piece * piece, length % piece, carry) if length % piece else carry
 
 
 def _signs(key, shape, dtype):

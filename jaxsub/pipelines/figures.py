@@ -9,7 +9,7 @@ from concurrent import futures
 
 import numpy as np
 
-from jaxsub import heldout, lineage, plugins, precision, spectrum, verdict
+from jaxsub import heldout, lineage, placement, plugins, precision, spectrum, verdict
 from jaxsub.nulls import _observed
 
 HELD_OUT = (1, 2, 4, 8, 16, 32)
@@ -230,6 +230,7 @@ class _Layer:
         found = _parallel(one, itertools.islice(draws, verdict.FEWEST_DRAWS))
         if not verdict.settled([f[0] for f in found]):
             found += _parallel(one, draws)
+        placement.trim()
         curves, means, values = zip(*found, strict=True)
         held, sd = _mean_sd(curves)
         energy = np.mean(values, axis=0)

@@ -1,6 +1,7 @@
 """The one loop over layers: each layer's stack is read once and leaves its Statistics behind."""
 
 import dataclasses
+import functools
 import math
 import time
 import zlib
@@ -14,9 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxsub import descriptors, formats, placement, precision
 from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.gram import FEATURES
+from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.statistics import ModeEnergies, Statistics
-
-MIXTURES, COLUMNS = 8, 32  # of one half of a sketch: 256 test columns an axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,7 @@ def _dense(group, models, mesh, options, base, meter):
         if plan.sketched_axes:
             row = jnp.int32(block.row)
             tests = mode_kernels.sketch(mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS)
+        del mixed  # it may be as large as a block: not to be held beside the next one
         # All sums are kept at the largest scale that any block has had: powers of two, exact.
         if block.exponent > exponent:
             down = max(exponent - block.exponent, -2000)
@@ -104,22 +105,21 @@ def _dense(group, models, mesh, options, base, meter):
             found = mode_kernels.mode_gram(
                 block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, options, axis)
             )
-            sums[axis] = sums[axis] + np.ldexp(np.asarray(found), 2 * step)
+            sums[axis] = _plus(sums[axis], found, 2 * step)
         if plan.other_side:
             found = mode_kernels.unfolding_gram(block.x, shape=block.shape, dtype=_mode_dtype(plan, options, 0))
-            other = other + np.ldexp(np.asarray(found), 2 * step)
+            other = _plus(other, found, 2 * step)
         for axis, test in zip(plan.sketched_axes, tests, strict=True):
-            test = np.ldexp(np.asarray(test), step)
-            halves[axis] = [*halves[axis], test] if axis == 0 else halves[axis] + test
+            halves[axis] = [*halves[axis], _plus(0.0, test, step)] if axis == 0 else _plus(halves[axis], test, step)
         if plan.strengths:
             small = mode_kernels.model_grams(block.x, shape=block.shape, last=last)
-            strengths = strengths + np.ldexp(np.asarray(small), 2 * step)
+            strengths = _plus(strengths, small, 2 * step)
         base_square += block.base_square
         stats.add(jax.device_get(dense), block.exponent)
         if plan.storage == "float64":
-            rows = np.asarray(block.x)[:, : math.prod(block.shape)]
-            stats.add_factor(rows - rows.mean(axis=0), block.exponent)
+            stats.add_factor(np.asarray(block.x)[:, : math.prod(block.shape)], block.exponent)
         meter.compute_seconds += time.perf_counter() - started
+    placement.trim()
     meter.bytes_read += plan.bytes_read
     total = float(np.trace(stats.centred()))
     stats.base_norm = math.sqrt(base_square)
@@ -135,6 +135,12 @@ def _dense(group, models, mesh, options, base, meter):
     if not total and not stats.mean_square:
         stats.exponent = 0  # zeros have no scale
     return stats
+
+
+def _plus(total, found, power):
+    """total + found * 2**power in float64; `total` may be the number 0."""
+    found = np.asarray(found)
+    return total + (np.ldexp(found, power) if power else found)
 
 
 def _mode_dtype(plan, options, axis):
@@ -192,8 +198,8 @@ def _lora(group, models, mesh, options, meter):
     work = len(pairs) ** 2 * rank**2 * (width_a + width_b)
     dtype = precision.compute_dtype(storage, work, options.precision)
     read_dtype = descriptors.numpy_dtype("float64" if storage == "float64" else "float32")
-    a = np.zeros((len(pairs), rank, _padded(width_a, mesh)), read_dtype)
-    bt = np.zeros((len(pairs), rank, _padded(width_b, mesh)), read_dtype)
+    a = placement.zeros((len(pairs), rank, padded(width_a, mesh)), read_dtype)
+    bt = placement.zeros((len(pairs), rank, padded(width_b, mesh)), read_dtype)
     for n, ((_, model), pair) in enumerate(zip(models, pairs, strict=True)):
         a[n, : pair.rank, :width_a] = require_finite(formats.read(model, pair.a), n, model, pair.a).reshape(
             pair.rank, width_a
@@ -213,9 +219,8 @@ def _lora(group, models, mesh, options, meter):
 
     started = time.perf_counter()
     sharding = NamedSharding(mesh, P(None, None, FEATURES))
-    sums = jax.device_get(
-        gram_kernels.lora_gram(jax.device_put(a, sharding), jax.device_put(bt, sharding), mesh=mesh, dtype=dtype)
-    )
+    factors = [jax.device_put(x, sharding) for x in (a, bt)]
+    sums = jax.device_get(gram_kernels.lora_gram(*factors, mesh=mesh, dtype=dtype))
     outer = scales[:, None] * scales[None, :]
     stats = Statistics.empty(group.name, pairs[0].shape, "lora", tuple(i for i, _ in models), storage, dtype)
     stats.exponent = sum(powers) + common
@@ -232,7 +237,7 @@ def _lora(group, models, mesh, options, meter):
     roots_a, roots_b = _roots(sums.a_gram), _roots(sums.b_gram)
     cores = np.linalg.svd(roots_b @ roots_a, compute_uv=False)
     stats.model_singular_values = cores * np.abs(scales)[:, None]
-    sides = ((a, roots_b, width_a, True), (bt, roots_a, width_b, False))
+    sides = ((factors[0], roots_b, width_a, True), (factors[1], roots_a, width_b, False))
     key = layer_key(group.name, options.seed)
     found = [_lora_mode(x, root, scales, width, side, group, options, key) for x, root, width, side in sides]
     stats.modes = tuple(sorted(found, key=lambda m: m.axis))
@@ -243,13 +248,11 @@ def _lora(group, models, mesh, options, meter):
 def _lora_mode(x, roots, scales, width, is_input, group, options, key):
     """Energies of C_in = sum s^2 A.T (B.T B) A or C_out = sum s^2 B (A A.T) B.T; uncentred, as centring factors
     would depend on the gauge. From the rows (B.T B)^(1/2) A, never from a matrix of updates."""
-    rows = np.asarray(_weighted_rows(roots * scales[:, None, None], x[:, :, :width]))
-    rows = rows.reshape(-1, width)
-    shorter = min(rows.shape)
-    total = float(np.square(rows, dtype=np.float64).sum())
+    rows, total = _weighted_rows(roots * scales[:, None, None], x, width)
+    total = float(total)
     transposed = group.entries[0].transposed
     axis = 1 if is_input != transposed else 0
-    if rows.size * shorter <= options.mode_work and shorter <= options.mode_width:
+    if mode_is_exact(*rows.shape, options):
         values = np.asarray(_row_energies(rows))[::-1]
         return ModeEnergies(axis, width, np.maximum(values, 0.0), total, 0, False)
     test = jax.random.normal(jax.random.fold_in(key, axis), (2, rows.shape[0], MIXTURES * COLUMNS), dtype=rows.dtype)
@@ -257,9 +260,17 @@ def _lora_mode(x, roots, scales, width, is_input, group, options, key):
     return _sketched_mode(axis, tests, total, centred=False)
 
 
-@jax.jit
-def _weighted_rows(roots, x):
-    return jnp.einsum("nrs,nsw->nrw", roots.astype(x.dtype), x, precision="highest")
+def mode_is_exact(num_rows, width, options):
+    """Whether the energies of (num_rows, width) rows are taken from their Gram matrix, not from a sketch."""
+    shorter = min(num_rows, width)
+    return num_rows * width * shorter <= options.mode_work and shorter <= options.mode_width
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _weighted_rows(roots, x, width):
+    """Rows (N * r, width) of the products, and the sum of their squares in float64."""
+    rows = jnp.einsum("nrs,nsw->nrw", roots.astype(x.dtype), x, precision="highest")
+    return rows[:, :, :width].reshape(-1, width), jnp.sum(jnp.square(rows.astype(jnp.float64)))
 
 
 @jax.jit
@@ -274,12 +285,13 @@ def _roots(grams):
     return np.einsum("nij,nj,nkj->nik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
 
 
-def _padded(width, mesh):
+def padded(width, mesh):
+    """Columns of a factor with the zeros that make it divisible among devices."""
     return -(-width // (8 * mesh.size)) * 8 * mesh.size
 
 
 def _safe_exponent(x):
-    largest = float(np.abs(x).max(initial=0.0))
+    largest = max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
     exponent = math.frexp(largest)[1]
     return exponent if largest and abs(exponent) > precision.SAFE_EXPONENT // 2 else 0
 
@@ -293,19 +305,15 @@ def require_finite(array, member, model, tensor):
     return wide
 
 
-def plan_lora(group, mesh, options):
+def plan_lora(group, options):
     """LayerPlan of a LoRA group: the factors of all models are held at once, in float32 (float64 if stored so)."""
     pairs = group.entries
     storage = precision.widest(t.dtype for e in pairs for t in (e.a, e.b))
     rank = max(e.rank for e in pairs)
     widths = [math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]]
-    n, itemsize = len(pairs), 8 if storage == "float64" else 4
+    n = len(pairs)
     work = n**2 * rank**2 * sum(widths)
     dtype = precision.compute_dtype(storage, work, options.precision)
-    held = n * rank * sum(_padded(w, mesh) for w in widths)
-    rows = n * rank * max(widths)
-    host = placement.RUNTIME_BYTES + held * (itemsize + (8 if dtype == "float64" else 4)) + rows * (2 * itemsize + 8)
-    host += 40 * 8 * n**2
     return placement.LayerPlan(
         name=group.name,
         shape=tuple(group.shape),
@@ -320,5 +328,4 @@ def plan_lora(group, mesh, options):
         sketched_axes=(),
         strengths=True,
         bytes_read=sum(e.a.num_bytes + e.b.num_bytes for e in pairs),
-        host_bytes=host,
     )

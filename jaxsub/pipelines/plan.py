@@ -6,19 +6,21 @@ from jaxsub import errors
 def of(groups, mesh, options, base=None):
     """LayerPlans of layer groups on a mesh; `options` is a `layers.Options`, `base` a Model to subtract."""
     from jaxsub import placement
-    from jaxsub.pipelines import layers
+    from jaxsub.pipelines import layers, memory
 
-    return [
-        layers.plan_lora(g, mesh, options)
-        if g.parametrisation == "lora"
-        else placement.plan_dense(g, mesh.size, options, base)
-        for g in groups
-    ]
+    def one(group):
+        is_lora = group.parametrisation == "lora"
+        plan = layers.plan_lora(group, options) if is_lora else placement.plan_dense(group, mesh.size, options, base)
+        return memory.of(plan, group, mesh, options, base)
+
+    return [one(g) for g in groups]
 
 
 def peak(plans):
-    """Largest host memory of any layer, bytes, beyond the program's own."""
-    return max((p.host_bytes for p in plans), default=0)
+    """Largest host memory of the analysis, bytes, beyond the program's own."""
+    from jaxsub.pipelines import memory
+
+    return memory.peak(plans)
 
 
 def exceeds(plans, bound):
@@ -30,10 +32,11 @@ def require_memory(plans, bound):
     """Raises ResourceError where a layer needs more than `bound` bytes, or than is free if it is 0."""
     bound = bound or available_bytes()
     if exceeds(plans, bound):
-        worst = max(plans, key=lambda p: p.host_bytes)
+        worst = max(plans, key=lambda p: peak([p]))
         raise errors.ResourceError(
-            f"layer {errors.quote(worst.name)} needs {size(worst.host_bytes)} on the host, {size(bound)} are allowed "
-            "or free; allow more with --config.max_host_bytes, or leave the layer out with --exclude_layers"
+            f"the analysis needs {size(peak(plans))} on the host, layer {errors.quote(worst.name)} alone "
+            f"{size(peak([worst]))}; {size(bound)} are allowed or free; allow more with --config.max_host_bytes, "
+            "or leave layers out with --exclude_layers"
         )
 
 
@@ -45,7 +48,7 @@ def text(plans, num_models, num_devices):
         shape = "x".join(map(str, p.shape))
         lines.append(
             f"{errors.quote(p.name, 42):42} {shape:>18} {p.num_models:>7} {size(p.bytes_read):>10} "
-            f"{p.num_blocks:>7} {size(p.host_bytes):>10}"
+            f"{p.num_blocks:>7} {size(peak([p])):>10}"
         )
     total = size(sum(p.bytes_read for p in plans))
     lines.append(f"to read: {total}; peak host memory beyond the program's own: {size(peak(plans))}")

@@ -1,0 +1,122 @@
+"""Host memory of a layer, from its plan: the arrays that are held together when most are.
+
+    peak = RUNTIME + statistics of all layers + the larger of (the pass over one layer, figures of layers at once)
+
+Follows the code of `placement.blocks`, `layers`, `linalg` and `figures`; a change of what they hold belongs here too.
+Right to -10 and +25 % for one CPU device, which a test measures; an upper bound where devices have memory of their own.
+"""
+
+import dataclasses
+import math
+import os
+
+from jaxsub import descriptors, placement
+from jaxsub.linalg import gram, modes, secular
+from jaxsub.pipelines import layers
+from jaxsub.statistics import QR_ENTRIES
+
+RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
+SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis
+SKETCHES = 2 * modes.MIXTURES
+TESTS = SKETCHES * modes.COLUMNS  # columns of both halves of a sketch
+DRAW = 10  # matrices (N, N) of a thread that draws and judges a null
+ARENAS, MOST = 42, 200 * 2**20  # matrices that malloc keeps of all draws, and bytes of them: large ones it gives back
+SECULAR = 40  # work arrays of secular.BLOCK_ELEMENTS
+
+
+def of(plan, group, mesh, options, base=None):
+    """The LayerPlan with its bytes; `group`, `mesh`, `options` and `base` are those that it was made for."""
+    is_lora = group.parametrisation == "lora"
+    found, kept = _lora(plan, group, mesh, options) if is_lora else _dense(plan, group, mesh, base)
+    return dataclasses.replace(plan, pass_bytes=found, figure_bytes=_figures(plan.num_models), kept_bytes=kept)
+
+
+def peak(plans):
+    """Host bytes of an analysis of several layers, beyond the program's own."""
+    if not plans:
+        return 0
+    together = sorted((p.figure_bytes for p in plans), reverse=True)[: os.cpu_count() or 1]
+    return RUNTIME_BYTES + sum(p.kept_bytes for p in plans) + max(sum(together), *(p.pass_bytes for p in plans))
+
+
+def _dense(plan, group, mesh, base):
+    """Bytes of the pass over a dense layer, and of its statistics."""
+    n, width, shape = plan.num_models, plan.width, plan.shape
+    stored, wide = descriptors.numpy_dtype(plan.storage).itemsize, 8 if plan.dtype == "float64" else 4
+    rest = math.prod(shape[1:])
+    block = n * width * stored
+
+    held = min(plan.num_blocks, 2) * block
+    if mesh.size > 1:
+        held += block  # the columns of one device do not lie together: device_put copies
+    if any(t.extent is None for t in group.entries):
+        held += n * math.prod(shape) * stored  # loaded whole, and kept while the layer lasts
+    if stored == 2:
+        held += n * width * 4  # XLA on CPU converts a block of 16-bit floats before it slices it
+    if stored == 2 or any(t.dtype != plan.storage for t in group.entries):
+        held += min(placement.READERS, n) * width * 4  # what a reader converts
+    if base is not None:
+        held += width * (stored + 8)  # the base's rows and their squares
+
+    # Results, summed over blocks.
+    exact = [8 * shape[a] ** 2 for a in plan.exact_axes] + [8 * (n * rest) ** 2] * plan.other_side
+    short = 8 * n * min(shape) ** 2 if plan.strengths else 0
+    tests = sum(8 * TESTS * shape[a] for a in plan.sketched_axes)
+    sums = sum(exact) + short + tests
+
+    # What each step over a block adds to them.
+    steps = [2 * wide * n * min(width, gram.CHUNK) + 8 * 8 * n**2]
+    if plan.sketched_axes:
+        mixed = wide * SKETCHES * width
+        now = sum(8 * TESTS * (plan.rows if a == 0 else shape[a]) for a in plan.sketched_axes)
+        steps[0] += mixed
+        steps.append(mixed + 2 * now + max(_sketch(plan, axis) for axis in plan.sketched_axes) * wide)
+    steps += [3 * m + 3 * 8 * width for m in exact]  # a model and the mean in float64
+    if plan.strengths:
+        steps.append(2 * short + 2 * 8 * width)
+    if plan.storage == "float64":
+        steps.append(5 * 8 * n * min(width, max(4 * n, QR_ENTRIES // n)))
+    # The last block may be a shape of its own.
+    kernels = SKETCH_BYTES * len(plan.sketched_axes) * (2 if shape[0] % plan.rows else 1)
+    after = max([8 * TESTS * shape[0] if 0 in plan.sketched_axes else 0, 2 * short, *(3 * m for m in exact)])
+
+    kept = 8 * n**2 * (2 if plan.storage == "float64" else 1) + (8 * n * min(shape) if plan.strengths else 0)
+    return max(held + sums + max(steps), sums + after) + kernels, kept
+
+
+def _sketch(plan, axis):
+    """Entries of the temporary arrays of `modes.sketch`: mixtures as a matrix, a piece of them, its random signs."""
+    shape = (plan.rows, *plan.shape[1:])
+    count, across = math.prod(shape), math.prod(shape) // shape[axis]
+    piece = min(across, modes.SIGNS)
+    copied = count != plan.width or plan.shape[0] % plan.rows or 0 < axis < len(shape) - 1
+    part = SKETCHES * shape[axis] * piece if across > piece else 0
+    return bool(copied) * SKETCHES * count + part + TESTS * piece
+
+
+def _lora(plan, group, mesh, options):
+    """The same of a LoRA layer: the factors of all models are held at once."""
+    pairs, n = group.entries, plan.num_models
+    stored, wide = 8 if plan.storage == "float64" else 4, 8 if plan.dtype == "float64" else 4
+    rank = max(e.rank for e in pairs)
+    widths = [math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]]
+    held = stored * n * rank * sum(layers.padded(w, mesh) for w in widths) * (1 if mesh.size == 1 else 2)
+    # One or two blocks of models, both factors of each; their products, and the sums over them.
+    together = min(n, gram.models_together(rank))
+    pair, side = min(2, -(-n // together)), together * rank
+    steps = [pair * wide * side * sum(widths) + 4 * wide * side**2 + 8 * (6 * n**2 + 2 * n * rank**2)]
+    steps.append(6 * 8 * n * rank**2)  # roots of the factors' Gram matrices, and cores
+    for width in widths:
+        rows, shorter = n * rank * width, min(n * rank, width)
+        if layers.mode_is_exact(n * rank, width, options):
+            steps.append(stored * rows + 8 * rows + 4 * 8 * shorter**2)
+        else:
+            steps.append(SKETCH_BYTES + stored * rows + stored * TESTS * (n * rank + width) + 8 * TESTS * width)
+    return held + max(steps), 3 * 8 * n**2 + 8 * n * rank
+
+
+def _figures(num_models):
+    """Bytes of a layer's spectra, null draws and held-out curves, made by all cores."""
+    square = 8 * num_models**2
+    work = SECULAR * min(8 * secular.BLOCK_ELEMENTS, 16 * square) + DRAW * (os.cpu_count() or 1) * square
+    return work + min(ARENAS * square, MOST)
