@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsub.linalg import products
+from jaxsub.linalg import orth, products
 
 ITERATE_FROM = 512  # under this size LAPACK takes 12 ms and less
 OVERSAMPLES = 16
@@ -25,13 +25,6 @@ class Directions(NamedTuple):
     values: jax.Array  # (m,) float64, non-increasing, k <= m <= d
     total: jax.Array  # () float64 sum of all d eigenvalues
     vectors: jax.Array  # (k, d) orthonormal rows, largest entry of each positive
-
-
-def fix_signs(rows):
-    """rows (k, d) with signs such that the entry of largest magnitude in each row is positive (the first, if equal)."""
-    at = jnp.argmax(jnp.abs(rows), axis=1)
-    largest = jnp.take_along_axis(rows, at[:, None], axis=1)
-    return rows * jnp.where(largest < 0, -1, 1).astype(rows.dtype)
 
 
 def leading(gram, *, rank, dtype, method="auto"):
@@ -75,7 +68,7 @@ def _leading(gram, *, rank, dtype, iterate):
             gram,
             vectors,
         )
-    return Directions(jnp.maximum(values, 0.0) * scale, total, fix_signs(vectors))
+    return Directions(jnp.maximum(values, 0.0) * scale, total, orth.fix_signs(vectors))
 
 
 def _lapack(gram, rank, dtype):

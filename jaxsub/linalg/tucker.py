@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsub import errors, precision
-from jaxsub.linalg import leading, mode_gram as grams, products, ranking, unfold
+from jaxsub.linalg import leading, mode_gram as grams, orth, products, ranking, unfold
 
 ROUNDING = 4.0  # eps a reduced axis that rounding may take off the squared norms; test_tucker.py, many trials
 CLOSE = 16.0  # errors whose squares are under this many times the rounding are measured by a residual pass
@@ -227,7 +227,7 @@ def _thin(x, *, axis, dtype):
     q, r = jnp.linalg.qr(unfold.unfold(x, axis).astype(dtype))
     u, s, _ = jnp.linalg.svd(r)
     energies = jnp.square(s.astype(jnp.float64))
-    return energies, jnp.sum(energies), leading.fix_signs(products.matmul(u.T, q.T))
+    return energies, jnp.sum(energies), orth.fix_signs(products.matmul(u.T, q.T))
 
 
 def _factors(x, modes):
