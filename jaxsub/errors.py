@@ -64,6 +64,18 @@ def quote(text, limit=200):
     return shown if len(shown) <= limit else f"{shown[: limit - 20]}... ({len(shown)} characters)"
 
 
+def require_known(option, value, known):
+    """`value` of an option if it is one of the names `known`.
+
+    Raises:
+        ConfigError: naming the option, all names and the nearest one.
+    """
+    if value not in known:
+        names = ", ".join(sorted(known))
+        raise ConfigError(f"{option}={quote(value)!r}: expected one of {names}{nearest(value, known)}")
+    return value
+
+
 def nearest(name, known):
     """'; did you mean X?' for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)

@@ -122,11 +122,7 @@ def named(range_finder):
     """
     if callable(range_finder):
         return range_finder
-    if range_finder not in RANGE_FINDERS:
-        known = ", ".join(sorted(RANGE_FINDERS))
-        hint = errors.nearest(range_finder, RANGE_FINDERS)
-        raise errors.ConfigError(f"range_finder={range_finder!r}: expected one of {known}{hint}")
-    return RANGE_FINDERS[range_finder]
+    return RANGE_FINDERS[errors.require_known("range_finder", range_finder, RANGE_FINDERS)]
 
 
 def _check(passes):

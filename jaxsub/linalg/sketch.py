@@ -73,10 +73,7 @@ def named(test):
     """
     if callable(test):
         return test
-    if test not in TESTS:
-        known = ", ".join(sorted(TESTS))
-        raise errors.ConfigError(f"test={test!r}: expected one of {known}{errors.nearest(test, TESTS)}")
-    return TESTS[test]
+    return TESTS[errors.require_known("test", test, TESTS)]
 
 
 def _row_keys(key, rows, start):

@@ -82,11 +82,7 @@ def validate(config):
         if getattr(config, name) < least:
             raise errors.ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
     for name, known in (("precision", ("auto", "float32", "float64")), ("preflight", ("stream", "full"))):
-        value = getattr(config, name)
-        if value not in known:
-            raise errors.ConfigError(
-                f"{name}={errors.quote(value)!r}: one of {', '.join(known)}{errors.nearest(value, known)}"
-            )
+        errors.require_known(name, getattr(config, name), known)
     if config.seed >= 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must be below 2**63")
     if config.base and (config.view == "lora_factors" or config.match == "order"):

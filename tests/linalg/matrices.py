@@ -30,3 +30,8 @@ def spectrum(name, size):
         "harmonic": 1.0 / (1 + i),
         "rank3": np.where(i < 3, 1.0, 0.0),
     }[name]
+
+
+def frame(k, d, seed=0):
+    """(k, d) random orthonormal rows, float64."""
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((d, k)))[0].T

@@ -9,16 +9,9 @@ from jax.test_util import check_grads
 
 from jaxsub import errors
 from jaxsub.linalg import angles, frames, reference_geometry as reference
+from tests.linalg.matrices import frame
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
-def frame(k, d, seed=0):
-    return np.linalg.qr(np.random.default_rng(seed).standard_normal((d, k)))[0].T
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def rotated(a, thetas, seed=1):

@@ -12,10 +12,7 @@ FITS = [factored.hosvd, factored.hooi]
 DTYPES = [("float32", 1e-5), ("float64", 1e-11)]
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def stack(num_models=12, r=4, i=30, o=21, seed=0, mixed=False, mean=0.0):

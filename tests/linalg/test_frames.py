@@ -14,10 +14,7 @@ MAPS = ("qr", "polar", "newton_schulz", "cayley", "householder")
 SHAPES = [(1, 1), (1, 6), (3, 7), (4, 4), (3, 4)]
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def parameter(shape, seed=0):

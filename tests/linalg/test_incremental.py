@@ -8,11 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxsub import errors, placement
 from jaxsub.linalg import angles, incremental, reference_geometry as reference
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def stack(values, d, seed=0, offset=0.0):

@@ -8,11 +8,7 @@ from jax.test_util import check_grads
 
 from jaxsub.linalg import matrix_functions
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def symmetric(values, seed=0):

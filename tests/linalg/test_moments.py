@@ -8,11 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxsub import errors, placement
 from jaxsub.linalg import gram, modes, moments, reference_geometry as reference
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def rows(n, d=8 * 640, seed=0, spread=1.0, offset=0.0):

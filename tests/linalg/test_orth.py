@@ -34,10 +34,7 @@ def sharded(function, x, devices=8):
     return run, jax.device_put(x, NamedSharding(mesh, rows))
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

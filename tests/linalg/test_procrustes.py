@@ -10,11 +10,7 @@ from scipy import linalg
 from jaxsub import errors
 from jaxsub.linalg import angles, procrustes, reference_geometry as reference
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def rotation(k, seed, determinant):

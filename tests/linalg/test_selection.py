@@ -1,6 +1,5 @@
 """Choosing models from a Gram matrix, against choosing rows from the weights themselves."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,11 +8,7 @@ from hypothesis import given, settings, strategies as st
 from jaxsub import errors
 from jaxsub.linalg import reference_geometry as reference, selection
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def rows(n=24, d=60, decay=0.7, seed=0):

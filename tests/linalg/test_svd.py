@@ -32,10 +32,7 @@ TRIAD = ["low_rank", "low_rank_noise", "slow_decay"]
 KEY = 7
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def error(x, result):

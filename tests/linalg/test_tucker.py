@@ -16,10 +16,7 @@ FITS = [tucker.hosvd, tucker.sthosvd, tucker.hooi]
 DTYPES = [("float32", 1e-4), ("float64", 1e-10)]
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def tensor(shape, seed=0, decay=None):

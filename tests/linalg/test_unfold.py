@@ -11,10 +11,7 @@ from jaxsub.linalg import mode_gram, reference_tucker as reference, unfold
 SHAPES = [(5, 7, 9), (6, 300, 4), (3, 260, 300), (2, 130, 3, 3), (16, 8, 6, 3, 3), (1, 5, 1), (61, 67, 5), (7,), (2, 1)]
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def tensor(shape, seed=0):
