@@ -174,9 +174,8 @@ def blocks(group, models, plan, mesh, *, base=None):
             x = jax.device_put(buffers[index % 2], sharding)
             if index + 1 < plan.num_blocks:
                 pending = ahead.submit(fill, index + 1)
-            # The consumer has the block's results before it asks for the next: only then is the buffer refilled.
+            # The consumer waits for the block's results before it asks for the next: only then is the buffer refilled.
             yield Block(x, shape, index * plan.rows, exponent, base_square)
-            trim()
 
 
 def _base_tensor(base, group):

@@ -126,6 +126,46 @@ def _dense_local(x, weights, dtype):
     return DenseSums((gram + gram.T) / 2, *sums[2:], *(f * factor for f in fourths)), mixed
 
 
+def combinations(x, weights, *, mesh, dtype):
+    """Weighted sums of centred rows, such as principal directions from the eigenvectors of a Gram matrix.
+
+    Args:
+        x: (N, D) rows in storage dtype, features sharded.
+        weights: (m, N) coefficients, m >= 1; for unit directions eigenvectors over singular values.
+        mesh: mesh with an axis "features".
+        dtype: "float32" or "float64", the dtype of the products.
+
+    Returns:
+        (m, D) weights @ (x - column mean) in `dtype`, features sharded. One read of x.
+
+    Fails on: weights 1 / s of singular values near the floor of the Gram matrix, whose directions lose digits in
+    proportion and are no longer orthogonal (`svd.gram_svd` mends them).
+    Source: method of snapshots, Sirovich 1987.
+    """
+    return _combinations(x, weights, mesh=mesh, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
+def _combinations(x, weights, *, mesh, dtype):
+    def local(x, weights):
+        width = x.shape[1]
+        chunk = min(CHUNK, width)
+
+        def step(start, size, out):
+            z = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(dtype)
+            y = products.row_major(z - jnp.mean(z, axis=0))
+            part = products.row_major(products.matmul(weights, y))
+            return jax.lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
+
+        out = jnp.zeros((weights.shape[0], width), dtype)
+        out = jax.lax.fori_loop(0, width // chunk, lambda j, o: step(j * chunk, chunk, o), out)
+        return step(width // chunk * chunk, width % chunk, out) if width % chunk else out
+
+    features = P(None, FEATURES)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(features, P()), out_specs=features, check_vma=False)
+    return mapped(x, weights.astype(dtype))
+
+
 class LoraSums(NamedTuple):
     """Results of one stack of low-rank updates W_n = B_n A_n, all float64, scales not yet applied."""
 

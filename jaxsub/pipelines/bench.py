@@ -17,6 +17,7 @@ from jaxsub.report import _write
 
 SCHEMA, RECORD = "jaxsub.bench/1", "bench.json"
 SAMPLE_SECONDS = 0.15  # short calls are repeated until a sample is this long
+OTHERS = 0.08  # share of all cores that other processes may take in a sample; else it is set aside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _measure(module, config, limits):
         memory[name] = _peak_growth(call)
     accuracy = {name: module.error(problem, options, result) for name, result in results.items()}
     del results
-    times = _interleaved(calls, config.rounds)
+    times, clean = _interleaved(calls, config.rounds)
     flops, num_bytes = module.work(options)
     floor = max(flops / limits["flops"], num_bytes / limits["bytes"])
     ours = times["jaxsub"]
@@ -82,6 +83,7 @@ def _measure(module, config, limits):
         "options": dataclasses.asdict(options),
         "first_call_seconds": first["jaxsub"],
         "seconds": ours,
+        "clean_samples": clean["jaxsub"],
         "gflops": flops / ours / 1e9,
         "gbytes_per_second": num_bytes / ours / 1e9,
         "share_of_floor": floor / ours,
@@ -91,6 +93,7 @@ def _measure(module, config, limits):
             {
                 "name": name,
                 "seconds": times[name],
+                "clean_samples": clean[name],
                 "ratio": ours / times[name],
                 "error": accuracy[name],
                 "peak_bytes": memory[name],
@@ -102,7 +105,11 @@ def _measure(module, config, limits):
 
 
 def _interleaved(calls, rounds):
-    """Name -> median seconds a call, the calls taking turns, every second round backwards."""
+    """(name -> median seconds a call, name -> clean samples), the calls taking turns, every second round backwards.
+
+    Samples in which other processes took more than OTHERS of the cores are set aside; where fewer than half are left,
+    all count, and the number of clean ones says so.
+    """
     counts = {}
     for name, call in calls.items():
         seconds, _ = _timed(call)
@@ -111,11 +118,25 @@ def _interleaved(calls, rounds):
     for turn in range(rounds):
         order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
         for name in order:
-            started = time.perf_counter()
+            before, started = _foreign_seconds(), time.perf_counter()
             for _ in range(counts[name]):
                 _finished(calls[name]())
-            samples[name].append((time.perf_counter() - started) / counts[name])
-    return {name: statistics.median(values) for name, values in samples.items()}
+            seconds = time.perf_counter() - started
+            others = (_foreign_seconds() - before) / (seconds * (os.cpu_count() or 1))
+            samples[name].append((seconds / counts[name], others <= OTHERS))
+    clean = {name: [seconds for seconds, is_clean in found if is_clean] for name, found in samples.items()}
+    used = {name: clean[name] if 2 * len(clean[name]) >= rounds else [s for s, _ in samples[name]] for name in calls}
+    return {name: statistics.median(used[name]) for name in calls}, {name: len(clean[name]) for name in calls}
+
+
+def _foreign_seconds():
+    """Processor seconds that other processes and the host have used so far; 0 where the system does not say."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _, _, *rest = map(int, file.readline().split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
 
 
 def _timed(call):
@@ -158,7 +179,7 @@ def _limits(quick):
     x = jax.numpy.ones((size, size), "float32")
     y = jax.numpy.ones((length,), "float32")
     product, total = jax.jit(products.matmul), jax.jit(lambda a: a.sum())
-    times = _interleaved({"product": lambda: product(x, x), "read": lambda: total(y)}, 5)
+    times, _ = _interleaved({"product": lambda: product(x, x), "read": lambda: total(y)}, 5)
     return {"flops": 2 * size**3 / times["product"], "bytes": 4 * length / times["read"]}
 
 
@@ -180,7 +201,7 @@ def _machine():
 
 def table(record):
     """The record as text of at most 100 columns."""
-    limits = record["limits"]
+    limits, rounds = record["limits"], record["config"]["rounds"]
     lines = [
         f"{record['machine']['num_devices']} x {record['machine']['device']}, {record['machine']['cores']} cores; "
         f"products {limits['flops'] / 1e9:.0f} GFLOP/s, memory {limits['bytes'] / 1e9:.0f} GB/s",
@@ -189,18 +210,24 @@ def table(record):
     ]
     for row in record["workloads"]:
         lines.append(
-            f"{row['workload']:34} {row['seconds'] * 1e3:9.1f} {'':>6} {row['first_call_seconds']:8.2f} "
-            f"{row['gflops']:8.0f} {row['gbytes_per_second']:6.1f} {row['share_of_floor']:6.0%} "
-            f"{_mebibytes(row['peak_bytes']):>6} {row['error']:8.1e}"
+            f"{row['workload']:34} {row['seconds'] * 1e3:9.1f} {_noise(row, rounds):>6} "
+            f"{row['first_call_seconds']:8.2f} {row['gflops']:8.0f} {row['gbytes_per_second']:6.1f} "
+            f"{row['share_of_floor']:6.0%} {_mebibytes(row['peak_bytes']):>6} {row['error']:8.1e}"
         )
         lines += [
-            f"  {peer['name'][:32]:32} {peer['seconds'] * 1e3:9.1f} {peer['ratio']:6.2f} {'':32}"
+            f"  {peer['name'][:32]:32} {peer['seconds'] * 1e3:9.1f} {peer['ratio']:6.2f} "
+            f"{_noise(peer, rounds):>8} {'':23}"
             f"{_mebibytes(peer['peak_bytes']):>6} {peer['error']:8.1e}"
             for peer in row["peers"]
         ]
     lines.append("ratio: time of jaxsub / time of the peer; floor: share of the time that arithmetic or memory needs;")
+    lines.append("NOISY: other processes took part of the cores in most samples, the row does not count")
     lines.append("MiB: peak beyond the inputs; error: against float64, see each workload")
     return "\n".join(lines)
+
+
+def _noise(row, rounds):
+    return "NOISY" if 2 * row["clean_samples"] < rounds else ""
 
 
 def _mebibytes(num_bytes):

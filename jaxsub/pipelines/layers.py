@@ -18,6 +18,8 @@ from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.statistics import ModeEnergies, Statistics
 
+TRIM_EVERY = 4  # blocks: what is handed back must be backed with pages anew, 10 ms a block of 128 MiB
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -72,75 +74,125 @@ def _dense(group, models, mesh, options, base, meter):
     stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
     key = layer_key(group.name, options.seed)
     stats.roundings = np.array([precision.rounding(t.dtype) for t in group.entries])
-    sums = {axis: 0.0 for axis in plan.exact_axes}
-    other = strengths = 0.0
-    last = len(plan.shape) == 2 and plan.shape[1] <= plan.shape[0]
-    base_square = 0.0
-    halves = {axis: [] if axis == 0 else 0.0 for axis in plan.sketched_axes}
     weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
+    sums = _Sums(plan, stats)
     stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base)
-    exponent = placement.ZERO_EXPONENT
+    before, count = None, 0
     while True:
         started = time.perf_counter()
+        if before is not None:
+            jax.block_until_ready(before.results)  # only then may its buffer be refilled
+        ready = time.perf_counter()
         block = next(stream, None)
-        meter.read_seconds += time.perf_counter() - started
+        read = time.perf_counter()
+        launched = None if block is None else _launch(block, weights, key, plan, options, mesh)
+        # The devices are at work again: now the host adds up what the block before left.
+        if before is not None:
+            sums.add(before)
+        if launched is not None and plan.storage == "float64":  # its factor is of the buffer's own numbers
+            sums.add(launched)
+            stats.add_factor(np.asarray(block.x)[:, : math.prod(block.shape)], block.exponent)
+            launched = None
+        before, count = launched, count + 1
+        if count % TRIM_EVERY == 1:
+            placement.trim()
+        meter.read_seconds += read - ready
+        meter.compute_seconds += ready - started + time.perf_counter() - read
         if block is None:
             break
-        started = time.perf_counter()
-        dense, mixed = gram_kernels.dense_gram(block.x, weights, mesh=mesh, dtype=plan.dtype)
-        tests = ()
-        if plan.sketched_axes:
-            row = jnp.int32(block.row)
-            tests = mode_kernels.sketch(mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS)
-        del mixed  # it may be as large as a block: not to be held beside the next one
-        # All sums are kept at the largest scale that any block has had: powers of two, exact.
-        if block.exponent > exponent:
-            down = max(exponent - block.exponent, -2000)
-            sums = {axis: np.ldexp(k, 2 * down) for axis, k in sums.items()}
-            halves = {a: [np.ldexp(t, down) for t in h] if a == 0 else np.ldexp(h, down) for a, h in halves.items()}
-            other, strengths = np.ldexp(other, 2 * down), np.ldexp(strengths, 2 * down)
-            exponent = block.exponent
-        step = max(block.exponent - exponent, -2000)
-        for axis in plan.exact_axes:
-            found = mode_kernels.mode_gram(
-                block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, options, axis)
-            )
-            sums[axis] = _plus(sums[axis], found, 2 * step)
-        if plan.other_side:
-            found = mode_kernels.unfolding_gram(block.x, shape=block.shape, dtype=_mode_dtype(plan, options, 0))
-            other = _plus(other, found, 2 * step)
-        for axis, test in zip(plan.sketched_axes, tests, strict=True):
-            halves[axis] = [*halves[axis], _plus(0.0, test, step)] if axis == 0 else _plus(halves[axis], test, step)
-        if plan.strengths:
-            small = mode_kernels.model_grams(block.x, shape=block.shape, last=last)
-            strengths = _plus(strengths, small, 2 * step)
-        base_square += block.base_square
-        stats.add(jax.device_get(dense), block.exponent)
-        if plan.storage == "float64":
-            stats.add_factor(np.asarray(block.x)[:, : math.prod(block.shape)], block.exponent)
-        meter.compute_seconds += time.perf_counter() - started
     placement.trim()
     meter.bytes_read += plan.bytes_read
     total = float(np.trace(stats.centred()))
-    stats.base_norm = math.sqrt(base_square)
+    stats.base_norm = math.sqrt(sums.base_square)
     if plan.strengths:
-        values = np.linalg.eigvalsh(strengths)[:, ::-1]
+        values = np.linalg.eigvalsh(sums.strengths)[:, ::-1]
         stats.model_singular_values = np.sqrt(np.maximum(values, 0.0))
     with futures.ThreadPoolExecutor(2) as pool:  # LAPACK releases the interpreter lock
-        sketched = pool.map(lambda item: _sketched_mode(*item, total), halves.items())
-        stats.modes = (*(_exact_mode(axis, plan.shape[axis], k) for axis, k in sums.items()), *sketched)
+        sketched = pool.map(lambda item: _sketched_mode(*item, total), sums.halves.items())
+        stats.modes = (*(_exact_mode(axis, plan.shape[axis], k) for axis, k in sums.exact.items()), *sketched)
     if plan.other_side:
-        stats.modes = (*stats.modes, _exact_mode(0, plan.shape[0], other))
+        stats.modes = (*stats.modes, _exact_mode(0, plan.shape[0], sums.other))
     stats.modes = tuple(sorted(stats.modes, key=lambda m: m.axis))
     if not total and not stats.mean_square:
         stats.exponent = 0  # zeros have no scale
     return stats
 
 
+@dataclasses.dataclass(frozen=True)
+class _Launched:
+    """A block's results; `results` may still be under way on the devices, the rest is on the host."""
+
+    results: tuple  # (DenseSums, sketches of the axes that have one)
+    exact: dict
+    other: np.ndarray | None
+    strengths: np.ndarray | None
+    exponent: int
+    base_square: float
+
+
+def _launch(block, weights, key, plan, options, mesh):
+    """Starts the kernels of a block; waits for those of exact mode Grams only, whose temporaries would add up."""
+    dense, mixed = gram_kernels.dense_gram(block.x, weights, mesh=mesh, dtype=plan.dtype)
+    tests = ()
+    if plan.sketched_axes:
+        row = jnp.int32(block.row)
+        tests = mode_kernels.sketch(mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS)
+    del mixed  # it may be as large as a block: not to be held beside the next one
+    exact = {
+        axis: np.asarray(
+            mode_kernels.mode_gram(block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, options, axis))
+        )
+        for axis in plan.exact_axes
+    }
+    other = strengths = None
+    if plan.other_side:
+        dtype = _mode_dtype(plan, options, 0)
+        other = np.asarray(mode_kernels.unfolding_gram(block.x, shape=block.shape, dtype=dtype))
+    if plan.strengths:
+        last = len(plan.shape) == 2 and plan.shape[1] <= plan.shape[0]
+        strengths = np.asarray(mode_kernels.model_grams(block.x, shape=block.shape, last=last))
+    return _Launched((dense, tests), exact, other, strengths, block.exponent, block.base_square)
+
+
+class _Sums:
+    """Host sums over the blocks of a layer, kept at the largest scale that any has had: powers of two, exact."""
+
+    def __init__(self, plan, stats):
+        self.stats = stats
+        self.exact = {axis: 0.0 for axis in plan.exact_axes}
+        self.halves = {axis: [] if axis == 0 else 0.0 for axis in plan.sketched_axes}
+        self.other = self.strengths = self.base_square = 0.0
+        self.exponent = placement.ZERO_EXPONENT
+
+    def add(self, found):
+        """Adds a block's _Launched."""
+        if found.exponent > self.exponent:
+            self._rescale(max(self.exponent - found.exponent, -2000))
+            self.exponent = found.exponent
+        step = max(found.exponent - self.exponent, -2000)
+        dense, tests = found.results
+        self.stats.add(jax.device_get(dense), found.exponent)
+        self.exact = {axis: _plus(k, found.exact[axis], 2 * step) for axis, k in self.exact.items()}
+        if found.other is not None:
+            self.other = _plus(self.other, found.other, 2 * step)
+        if found.strengths is not None:
+            self.strengths = _plus(self.strengths, found.strengths, 2 * step)
+        for (axis, half), test in zip(self.halves.items(), tests, strict=True):
+            self.halves[axis] = [*half, _plus(0.0, test, step)] if axis == 0 else _plus(half, test, step)
+        self.base_square += found.base_square
+
+    def _rescale(self, down):
+        self.exact = {axis: np.ldexp(k, 2 * down) for axis, k in self.exact.items()}
+        self.other, self.strengths = np.ldexp(self.other, 2 * down), np.ldexp(self.strengths, 2 * down)
+        for axis, half in self.halves.items():
+            self.halves[axis] = [np.ldexp(t, down) for t in half] if axis == 0 else np.ldexp(half, down)
+
+
 def _plus(total, found, power):
-    """total + found * 2**power in float64; `total` may be the number 0."""
+    """total + found * 2**power in float64, in place where `total` is an array; it may be the number 0."""
     found = np.asarray(found)
-    return total + (np.ldexp(found, power) if power else found)
+    found = np.ldexp(found, power) if power else found
+    return np.add(total, found, out=total) if isinstance(total, np.ndarray) and total.flags.writeable else total + found
 
 
 def _mode_dtype(plan, options, axis):

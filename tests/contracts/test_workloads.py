@@ -8,7 +8,14 @@ from jaxsub.pipelines import bench
 
 NAMES = plugins.available("workloads")
 # What float32 allows at the quick sizes; the randomized methods have a few passes only.
-WORST = {"gram_pca": 2e-5, "lora_gram": 2e-6, "orthonormalise": 1e-5, "tall_pca": 1e-4}
+WORST = {
+    "gram_pca": 2e-5,
+    "gram_pca_basis": 2e-5,
+    "incremental": 1e-3,
+    "lora_gram": 2e-6,
+    "orthonormalise": 1e-5,
+    "tall_pca": 1e-4,
+}
 
 
 @pytest.mark.slow

@@ -70,6 +70,24 @@ def test_float32_sums_over_many_features_keep_float64_accuracy():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
+def test_combinations_are_principal_directions_of_models_near_a_base(devices):
+    rng = np.random.default_rng(6)
+    columns = 8 * 4096 + 64
+    x = (rng.standard_normal(columns) + 1e-4 * rng.standard_normal((16, columns))).astype(np.float32)
+    y = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    values, vectors = np.linalg.eigh(y @ y.T)
+    weights = (vectors[:, :-5:-1] / np.sqrt(values[:-5:-1])).T
+    mesh = placement.make_mesh(devices)
+    with jax.enable_x64(True):
+        placed = jax.device_put(x, NamedSharding(mesh, P(None, "features")))
+        found = np.asarray(gram.combinations(placed, weights, mesh=mesh, dtype="float32"), np.float64)
+    assert np.abs(found - weights @ y).max() < 2e-5 * np.abs(weights @ y).max()
+    assert np.abs(found @ found.T - np.eye(4)).max() < 1e-5
+    weak = (weights.astype(np.float32) @ x).astype(np.float64)  # exact in theory: the weights sum to zero
+    assert np.abs(weak - weights @ y).max() > 3e-4 * np.abs(weights @ y).max()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
 def test_mixtures_are_of_the_centred_rows(devices):
     x = np.random.default_rng(6).standard_normal((9, 8 * 5000)).astype(np.float32) + 2
     weights = np.random.default_rng(7).standard_normal((4, 9)).astype(np.float32)
