@@ -22,7 +22,7 @@ class Options:
     rank: int = 32
 
 
-QUICK = Options(models=64, features=2**14, batch=16, rank=8)
+QUICK = Options(models=128, features=2**14)
 
 
 def problem(options, rng):
