@@ -13,12 +13,12 @@ def available(package):
 
 
 def load(package, name):
-    """The module `jaxsub.<package>.<name>`.
+    """The module `jaxsub.<package>.<name>`; "row-pca" and "row_pca" are one name.
 
     Raises:
         ConfigError: if there is no such plug-in; names the nearest one.
     """
-    names = available(package)
+    names, name = available(package), name.replace("-", "_")
     if name not in names:
         raise errors.ConfigError(
             f"no {package} called {name!r}{errors.nearest(name, names)} (there are: {', '.join(names)})"

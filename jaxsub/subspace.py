@@ -162,9 +162,3 @@ def _project_rows(x, mean, basis):
 @jax.jit
 def _rebuild_rows(c, mean, basis):
     return products.row_major(products.matmul(c, basis)) + mean
-
-
-def require_rank(rank, cap, what):
-    """Raises ConfigError for a rank that the data cannot have."""
-    if not 1 <= rank <= cap:
-        raise errors.ConfigError(f"rank={rank}: {what} has at most {cap} components")

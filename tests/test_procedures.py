@@ -37,6 +37,12 @@ def test_row_pca_is_pca_of_all_rows():
     np.testing.assert_allclose(np.abs(found.project(x)), codes, atol=1e-3)
 
 
+def test_procedures_answer_to_the_name_they_report():
+    found = fit("row-pca", spread(9, 20, 30), rank=3)
+    assert found.procedure.name == "row-pca"
+    assert plugins.load("decompositions", found.procedure.name) is plugins.load("decompositions", "row_pca")
+
+
 def test_row_pca_faithful_keeps_the_cap_or_refits_as_the_scripts_do():
     x = RNG.standard_normal((6, 40, 30)).astype(np.float32)  # flat: 10 of 30 directions hold about 0.37
     honest = fit("row_pca", x, cap=10)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, precision, subspace
-from jaxsub.linalg import svd, tucker
+from jaxsub.linalg import operands, svd, tucker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def rule(stack, options):
         if len(options.ranks) != len(axes):
             raise errors.ConfigError(f"ranks={tuple(options.ranks)}: one for each of the axes {axes}")
         for axis, rank in zip(axes, options.ranks, strict=True):
-            subspace.require_rank(rank, stack.shape[axis], f"axis {axis}")
+            operands.require_rank(rank, stack.shape[axis], f"axis {axis}")
         ranks = dict(zip(axes, options.ranks, strict=True))
         return axes, {"ranks": (None, *(ranks.get(a) for a in range(ndim)))}
     shifted = tuple(a + 1 for a in axes)
@@ -113,7 +113,7 @@ def fit_rows(name, reference, stack, *, rank, energy):
     """LinearSubspace of the models as rows, by their Gram matrix; rank 0 takes as many components as `energy` needs."""
     cap = row_cap(stack)
     if rank:
-        subspace.require_rank(rank, cap, f"a centred stack of {stack.num_models} models")
+        operands.require_rank(rank, cap, f"a centred stack of {stack.num_models} models")
     elif not 0 < energy <= 1:
         raise errors.ConfigError(f"energy={energy}: must lie in (0, 1]")
     with jax.enable_x64(True):
@@ -152,7 +152,7 @@ def fit_columns(name, reference, stack, *, rank, faithful):
     """TuckerSubspace of LoRA factors side by side, one mean for each entry of the long axis."""
     axis, cap = long_axis(stack)
     rank = min(rank, cap)
-    subspace.require_rank(rank, cap, "the stack")
+    operands.require_rank(rank, cap, "the stack")
     with jax.enable_x64(True):
         y, mean = centre(stack.x, centring="columns", axis=axis)
         rows, spectrum = axis_spectrum(y, axis, dtype_of(stack, stack.shape[axis]))

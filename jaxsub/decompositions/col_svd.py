@@ -12,6 +12,7 @@ import jax
 
 from jaxsub import subspace
 from jaxsub.decompositions import _fit
+from jaxsub.linalg import operands
 
 REFERENCE = "toshi2k2/unisub, CNN subspace.py (V2)"
 
@@ -28,7 +29,7 @@ def fit(stack, options, key):
     del key
     size = stack.shape[0]
     cap = min(size, stack.num_models * (stack.num_features // size))
-    subspace.require_rank(min(options.rank, cap), cap, "the stack")
+    operands.require_rank(min(options.rank, cap), cap, "the stack")
     rank = min(options.rank, cap)
     with jax.enable_x64(True):
         y, mean = _fit.centre(stack.x, centring="none")

@@ -10,7 +10,7 @@ import jax
 
 from jaxsub import errors, subspace
 from jaxsub.decompositions import _fit
-from jaxsub.linalg import tucker
+from jaxsub.linalg import operands, tucker
 
 REFERENCE = "toshi2k2/unisub, NLU hosvd.py (V4), tensorly.decomposition.tucker(init='svd', tol=1e-6)"
 
@@ -30,7 +30,7 @@ def fit(stack, options, key):
         raise errors.ConfigError(f"order={options.order}: 2 or 3")
     axis, cap = _fit.long_axis(stack)
     rank = min(options.rank, cap)
-    subspace.require_rank(rank, cap, "the stack")
+    operands.require_rank(rank, cap, "the stack")
     with jax.enable_x64(True):
         y, mean = _fit.centre(stack.x, centring="none")
         dtype = _fit.dtype_of(stack, stack.shape[axis])

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxsub import precision, subspace
 from jaxsub.decompositions import _fit
-from jaxsub.linalg import svd
+from jaxsub.linalg import operands, svd
 
 REFERENCE = "Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1 (E20)"
 
@@ -32,7 +32,7 @@ def fit(stack, options, key):
         key: typed PRNG key of the layer.
     """
     cap = _fit.row_cap(stack)
-    subspace.require_rank(options.rank, cap, f"a centred stack of {stack.num_models} models")
+    operands.require_rank(options.rank, cap, f"a centred stack of {stack.num_models} models")
     with jax.enable_x64(True):
         y, mean = _fit.centre(stack.x.reshape(stack.num_models, -1), centring="models")
         found = svd.randomized_svd(

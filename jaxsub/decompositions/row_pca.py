@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxsub import errors, subspace
 from jaxsub.decompositions import _fit
+from jaxsub.linalg import operands
 
 REFERENCE = "toshi2k2/unisub, VIT, GPT2 and LLaMA run_pca.py (V1)"
 
@@ -51,7 +52,7 @@ def fit(stack, options, key):
 
 def _rank(spectrum, options, cap, samples):
     if options.rank:
-        subspace.require_rank(options.rank, cap, "the stack")
+        operands.require_rank(options.rank, cap, "the stack")
         return options.rank, True
     needed = spectrum.rank_of(options.energy)
     if not options.faithful:

@@ -177,7 +177,7 @@ def finish(stream, /, *, rank, mesh):
     Fails on: components whose singular values agree to sqrt(energy_error); only their common span is determined.
     Source: Weyl's inequality and Davis and Kahan 1970, section 2, for X.T X and rows.T rows.
     """
-    operands.check_rank(rank, stream.rows.shape[0], "the stream's rows")
+    operands.require_rank(rank, stream.rows.shape[0], "the stream's rows")
     return _finish(stream, rank=rank, mesh=mesh)
 
 

@@ -5,11 +5,12 @@ one half are scored on the other: the energies are those of a subspace one reall
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxsub.linalg import products
+from jaxsub.linalg import products, unfold
 
 MIXTURES, COLUMNS = 8, 32  # of one half of a sketch: 256 test columns an axis
 SIGNS = 4096  # test entries drawn at once, a mixture and column
@@ -29,7 +30,7 @@ def mode_gram(x, *, shape, axis, dtype):
     Returns:
         (d, d) float64, d = shape[axis]. Additive over blocks that split another axis.
     """
-    before, size, after = _split(shape, axis)
+    before, size, after = unfold.view(shape, axis)
     num_models, count = x.shape[0], before * size * after
 
     # One model at a time, sliced from x itself: of x[:, :count], or of a mean over converted models, XLA makes a copy
@@ -54,7 +55,7 @@ def unfolding_gram(x, *, shape, dtype):
 
     Additive over blocks of rows, and small where the rows are; (N, rest) in C order. Arguments as in `mode_gram`.
     """
-    num_models, rest = x.shape[0], _product(shape[1:])
+    num_models, rest = x.shape[0], math.prod(shape[1:])
 
     def step(row, rows, total):
         z = jax.lax.dynamic_slice(x, (0, row * rest), (num_models, rows * rest)).astype(dtype)
@@ -111,10 +112,10 @@ def sketch(z, key, row, *, shape, axes, columns):
         over blocks; for other axes add over blocks.
     """
     total = z.shape[0]
-    z = z[:, : _product(shape)]
+    z = z[:, : math.prod(shape)]
     results = []
     for axis in axes:
-        before, size, after = _split(shape, axis)
+        before, size, after = unfold.view(shape, axis)
         # Axis 0 has one test matrix for all blocks: its blocks are rows of one sketch.
         own = jax.random.fold_in(key, 1 + axis)
         own = own if axis == 0 else jax.random.fold_in(own, row)
@@ -153,15 +154,3 @@ def _signs(key, shape, dtype):
     bits = jax.random.bits(key, (*shape[:-1], words), jnp.uint32)
     bits = (bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return (2 * bits.astype(dtype) - 1).reshape(*shape[:-1], 32 * words)[..., : shape[-1]]
-
-
-def _product(shape):
-    size = 1
-    for d in shape:
-        size *= d
-    return size
-
-
-def _split(shape, axis):
-    """(entries before, at, after) `axis` of a C-ordered tensor."""
-    return _product(shape[:axis]), shape[axis], _product(shape[axis + 1 :])

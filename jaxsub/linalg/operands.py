@@ -4,7 +4,10 @@ Subspaces are (k, D) with orthonormal rows, 1 <= k <= D. bfloat16 and float16 co
 are kept. Shapes are static, so the checks also run under `jax.jit`, `jax.vmap` and `jax.grad`.
 """
 
+import numbers
+
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsub import errors
 
@@ -68,11 +71,12 @@ def square(x, name):
     return x
 
 
-def check_rank(rank, largest, what):
-    """Refuses a rank outside 1 ... `largest`, the size of `what`.
+def require_rank(rank, largest, what):
+    """`rank` as an int, refused unless it lies in 1 ... `largest`, the most that `what` has.
 
     Raises:
         ConfigError: naming both numbers.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
-        raise errors.ConfigError(f"rank is {rank!r}, expected an integer from 1 to {largest}, the size of {what}")
+    if isinstance(rank, (bool, np.bool_)) or not isinstance(rank, numbers.Integral) or not 1 <= rank <= largest:
+        raise errors.ConfigError(f"rank is {rank!r}, expected an integer from 1 to {largest}, the most that {what} has")
+    return int(rank)

@@ -44,7 +44,7 @@ def pivoted_cholesky(gram, /, *, rank):
     Source: Higham 1990; Harbrecht, Peters and Schneider 2012, algorithm 1.
     """
     gram = operands.square(gram, "gram")
-    operands.check_rank(rank, len(gram), "gram")
+    operands.require_rank(rank, len(gram), "gram")
     return _pivoted_cholesky(gram, rank=rank)
 
 
@@ -128,7 +128,7 @@ def select_models(gram, /, *, rank, growth=2.0, max_swaps=100, gram_rounding=0.0
     restated for the Gram matrix.
     """
     gram = operands.square(gram, "gram")
-    operands.check_rank(rank, len(gram), "gram")
+    operands.require_rank(rank, len(gram), "gram")
     if not growth > 1:
         raise errors.ConfigError(f"growth is {growth}, expected more than 1: swaps would never end")
     return _select_models(gram, growth, max_swaps, gram_rounding, rank=rank)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsub import errors, precision
-from jaxsub.linalg import certificates, orth, products, range_finder as ranges, sketch
+from jaxsub.linalg import certificates, operands, orth, products, range_finder as ranges, sketch
 
 
 class Svd(NamedTuple):
@@ -101,7 +101,7 @@ def gram_svd(x, *, rank=None, dtype=None, axis=None):
     size = min(num_rows, columns)
     if axis is not None and num_rows > columns:
         raise errors.ConfigError(f"gram_svd of ({num_rows}, {columns}): a tall x must not have sharded columns")
-    rank = _check_rank(size if rank is None else rank, size)
+    rank = operands.require_rank(size if rank is None else rank, size, "x")
     work = num_rows * columns * size
     dtype = jnp.dtype(dtype or precision.compute_dtype(str(x.dtype), work))
     vectors_dtype = orth.compute_dtype(x)
@@ -172,7 +172,7 @@ def randomized_svd(
     certificates.require_x64("randomized_svd")
     num_rows, width = x.shape
     columns = width if axis is None else width * jax.lax.axis_size(axis)
-    rank = _check_rank(rank, min(num_rows, columns))
+    rank = operands.require_rank(rank, min(num_rows, columns), "x")
     if oversample < 0:
         raise errors.ConfigError(f"oversample={oversample}: expected 0 or more")
     total = certificates.energy(x, axis) if energy is None else energy
@@ -198,9 +198,3 @@ def randomized_svd(
     terms = num_rows if passes % 2 == 0 else columns
     tail, bound = certificates.tail_bound(total, s, terms, x.dtype)
     return RandomizedSvd(u, s, vt, total, tail, bound)
-
-
-def _check_rank(rank, size):
-    if not 1 <= rank <= size:
-        raise errors.ConfigError(f"rank={rank}: expected 1 to min(N, D) = {size}")
-    return rank

@@ -194,8 +194,9 @@ class _Layer:
         observed = self._observed()
 
         found = {}
-        for name in self.options.nulls:
-            module = plugins.load("nulls", name)
+        for given in self.options.nulls:
+            module = plugins.load("nulls", given)
+            name = given.replace("-", "_")
             if module.applies(observed) is None:
                 rng = generator(self.options.seed, self.stats.name, name)
                 found[name] = self._summary(module.sample(observed, module.Options(draws=self.options.draws), rng))

@@ -1,0 +1,112 @@
+"""What the compiled kernels multiply, in which precision, and what they communicate: read from their HLO."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from jaxsub import placement
+from jaxsub.linalg import gram, incremental, mode_gram, modes, orth, svd, unfold
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def zeros(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def kernels():
+    mesh = placement.make_mesh(1)
+    key = jax.random.key(0)
+    rsvd = functools.partial(svd.randomized_svd.lower, zeros(512, 2048), key, rank=32)
+
+    def update():
+        return incremental._update.lower(incremental.start(8192, rows=64, dtype="float32"), zeros(32, 8192), mesh=mesh)
+
+    return {
+        "dense_gram": lambda: gram._dense_gram.lower(zeros(256, 8192), zeros(16, 256), mesh=mesh, dtype="float32"),
+        "combinations": lambda: gram._combinations.lower(zeros(64, 8192), zeros(8, 64), mesh=mesh, dtype="float32"),
+        "lora_gram": lambda: gram._lora_gram.lower(
+            zeros(64, 16, 256), zeros(64, 16, 256), mesh=mesh, dtype="float32", models_per_block=32
+        ),
+        "mode_gram": lambda: mode_gram._mode_gram.lower(zeros(16, 256, 128), axis=1, dtype="float32"),
+        "mode_gram_last": lambda: mode_gram._mode_gram.lower(zeros(16, 128, 256), axis=2, dtype="float32"),
+        "mode_product": lambda: jax.jit(functools.partial(unfold.mode_product, axis=1)).lower(
+            zeros(16, 256, 128), zeros(32, 256)
+        ),
+        "sketch": lambda: modes.sketch.lower(
+            zeros(16, 256 * 512), key, jnp.int32(0), shape=(256, 512), axes=(0, 1), columns=32
+        ),
+        "cholesky_qr2": lambda: orth.cholesky_qr2.lower(zeros(8192, 32)),
+        "cholesky_lq2": lambda: orth.cholesky_lq2.lower(zeros(32, 8192)),
+        "gram_svd_wide": lambda: svd.gram_svd.lower(zeros(64, 8192), rank=16),
+        "gram_svd_tall": lambda: svd.gram_svd.lower(zeros(8192, 64), rank=16),
+        "randomized_even": lambda: rsvd(passes=4),
+        "randomized_odd": lambda: rsvd(passes=5),
+        "krylov": lambda: rsvd(passes=4, range_finder="krylov"),
+        "incremental": update,
+    }
+
+
+def dots(text):
+    """Lines of a compiled program that multiply matrices."""
+    return [line for line in text.splitlines() if " dot(" in line]
+
+
+FAST = ("dense_gram", "mode_gram", "mode_product")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(kernels())]
+)
+def test_products_are_at_full_precision(name):
+    text = kernels()[name]().compile().as_text()
+    found = dots(text)
+    assert found, "no product in this program: the test shows nothing"
+    assert [line for line in found if "operand_precision={highest,highest}" not in line] == []
+
+
+def test_a_product_of_default_precision_would_be_seen():
+    text = jax.jit(lambda x: x @ x.T).lower(zeros(64, 64)).compile().as_text()
+    assert dots(text) and not any("highest" in line for line in dots(text))
+
+
+def collective_bytes(text):
+    """Bytes of all arrays that collectives of a compiled program return on one device, loops counted once."""
+    total = 0
+    for line in text.splitlines():
+        if re.search(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line):
+            for kind, dims in re.findall(r"([fsu]\d+)\[([\d,]*)\]", line.split("=", 1)[1].split("(%")[0]):
+                total += int(kind[1:]) // 8 * math.prod(int(d) for d in dims.split(",") if d)
+    return total
+
+
+@pytest.mark.parametrize("columns", [8 * 4096, 8 * 3 * 4096])
+def test_a_gram_matrix_communicates_itself_whatever_the_features(columns):
+    mesh = placement.make_mesh(8)
+    x = jax.ShapeDtypeStruct((16, columns), jnp.float32, sharding=NamedSharding(mesh, P(None, "features")))
+    text = gram._dense_gram.lower(x, zeros(4, 16), mesh=mesh, dtype="float32").compile().as_text()
+    assert collective_bytes(text) == 8 * (16**2 + 3 * 16 + 3)  # DenseSums, float64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [8 * 256, 8 * 1024])
+def test_a_randomized_svd_communicates_short_sides_only(width):
+    rows, size, passes = 128, 24, 4
+    mesh = placement.make_mesh(8)
+    wide = NamedSharding(mesh, P(None, "features"))
+    local = functools.partial(svd.randomized_svd, rank=8, oversample=16, passes=passes, axis="features")
+    out = svd.RandomizedSvd(P(), P(), P(None, "features"), P(), P(), P())
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(None, "features"), P()), out_specs=out, check_vma=False))
+    x = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=wide)
+    text = run.lower(x, jax.random.key(0)).compile().as_text()
+    # Every second pass adds up N l numbers; each orthonormalisation of the long side a few l^2, in float64 at most.
+    # Branches that are not taken are in the text too: a fallback with a gather of 8 triangles among them.
+    limit = 4 * (passes // 2) * rows * size + 8 * 8 * 4 * 10 * size**2
+    assert 4 * (passes // 2) * rows * size <= collective_bytes(text) < limit
+    assert np.prod((rows, width)) * 4 > limit or width == 8 * 256
