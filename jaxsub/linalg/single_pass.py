@@ -14,8 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsub import errors
-from jaxsub.linalg import certificates, orth, products, sketch
+from jaxsub.linalg import certificates, operands, orth, products, sketch
 
 PROBES = 10  # as in `certificates.probe_estimate`
 
@@ -54,8 +53,7 @@ def start(num_rows, width, *, rank, oversample=None, dtype="float32"):
         ConfigError: x64 off, or an impossible rank.
     """
     certificates.require_x64("single_pass")
-    if not 1 <= rank <= min(num_rows, width):
-        raise errors.ConfigError(f"rank={rank}: expected 1 to min(N, D) = {min(num_rows, width)}")
+    operands.require_rank(rank, min(num_rows, width), "x")
     size = min(rank + (3 * rank + 1 if oversample is None else oversample), num_rows, width)
     core = 2 * size + 1
     shapes = ((num_rows, size), (size, width), (core, core), (PROBES, width))

@@ -397,14 +397,14 @@ def test_wrong_options_are_refused():
     x, key = jnp.ones((4, 6), jnp.float32), jax.random.key(0)
     cases = [
         (lambda: svd.randomized_svd(x, key, rank=5), "rank is 5, expected an integer from 1 to"),
-        (lambda: svd.randomized_svd(x, key, rank=0), "rank=0"),
+        (lambda: svd.randomized_svd(x, key, rank=0), "rank is 0"),
         (lambda: svd.randomized_svd(x, key, rank=2, passes=1), "passes=1"),
         (lambda: svd.randomized_svd(x, key, rank=2, oversample=-1), "oversample=-1"),
         (lambda: svd.randomized_svd(x, key, rank=2, test="signs"), "did you mean 'sign'"),
         (lambda: svd.randomized_svd(x, key, rank=2, range_finder="krilov"), "did you mean 'krylov'"),
         (lambda: svd.randomized_svd(x, key, rank=2, passes=6, range_finder="krylov"), "fewer passes"),
         (lambda: svd.gram_svd(x, rank=7), "rank is 7"),
-        (lambda: single_pass.start(4, 6, rank=9), "rank=9"),
+        (lambda: single_pass.start(4, 6, rank=9), "rank is 9"),
     ]
     for call, text in cases:
         with pytest.raises(errors.ConfigError, match=text):
