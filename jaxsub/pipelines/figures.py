@@ -211,11 +211,13 @@ class _Layer:
         groups = [list(range(end - len(g), end)) for g, end in zip(self.lineages, ends, strict=True)]
         norms = np.sqrt(np.maximum(np.diag(within), 0.0) * leverage)
         rng = generator(self.options.seed, self.stats.name, "gaussian", "within")
-        curves = []
-        for gram in module.sample(self._observed(norms), module.Options(draws=self.options.draws), rng):
+
+        def one(gram):
             residual, alpha = heldout.within_groups(spectrum.centred(gram), groups)
-            curves.append(self._curve(residual, alpha))
-        mean, sd = _mean_sd(curves)
+            return self._curve(residual, alpha)
+
+        draws = module.sample(self._observed(norms), module.Options(draws=self.options.draws), rng)
+        mean, sd = _mean_sd(_until_settled(one, draws, lambda curve: curve))
         return {"held_out_within": mean, "held_out_within_sd": sd}
 
     def _summary(self, draws):
@@ -227,10 +229,7 @@ class _Layer:
             curve = {str(k): float(v) for k, v in zip(self.ks, held, strict=True)}
             return curve, mean, eigen[0][: self.num_models - 1]
 
-        draws = iter(draws)
-        found = _parallel(one, itertools.islice(draws, verdict.FEWEST_DRAWS))
-        if not verdict.settled([f[0] for f in found]):
-            found += _parallel(one, draws)
+        found = _until_settled(one, draws, lambda figures: figures[0])
         placement.trim()
         curves, means, values = zip(*found, strict=True)
         held, sd = _mean_sd(curves)
@@ -280,6 +279,13 @@ class _Layer:
         if self.stats.exponent and not self.constant:
             found.append(f"weights were scaled by 2**{-self.stats.exponent} before any product; figures are unscaled")
         return found
+
+
+def _until_settled(work, draws, curve_of):
+    """[work(draw), ...] of the fewest draws, and of the others too unless those agree on the verdict's curve."""
+    draws = iter(draws)
+    found = _parallel(work, itertools.islice(draws, verdict.FEWEST_DRAWS))
+    return found if verdict.settled([curve_of(f) for f in found]) else found + _parallel(work, draws)
 
 
 def _parallel(work, items):
