@@ -52,30 +52,34 @@ def ours(factors, options):
 
 
 def peers(factors, options):
-    """The same algorithm by hand: two products and an r x r contraction, in blocks of pairs."""
+    """The same by hand: two products and an r x r contraction a block of pairs, of all pairs or of one half."""
     count, rank = options.models, options.rank
     rows = [f.reshape(count * rank, -1) for f in factors]
 
-    def by(matmul, rows, zeros):
+    def by(rows, zeros, *, half):
         def call():
             out = zeros((count, count))
             for p in range(0, count, BLOCK):
                 left = [r[p * rank : (p + BLOCK) * rank] for r in rows]
-                for q in range(0, p + 1, BLOCK):
-                    pa, pb = (matmul(x, r[q * rank : (q + BLOCK) * rank]) for x, r in zip(left, rows, strict=True))
+                for q in range(0, p + 1 if half else count, BLOCK):
+                    pa, pb = (x @ r[q * rank : (q + BLOCK) * rank].T for x, r in zip(left, rows, strict=True))
                     block = (pa * pb).reshape(len(pa) // rank, rank, -1, rank).sum((1, 3))
                     out[p : p + BLOCK, q : q + BLOCK] = block
-                    out[q : q + BLOCK, p : p + BLOCK] = block.T
+                    if half:
+                        out[q : q + BLOCK, p : p + BLOCK] = block.T
             return out
 
         return call
 
-    found = {"numpy, blocks of pairs": by(lambda x, y: x @ y.T, rows, lambda s: np.zeros(s, np.float32))}
+    def zeros(shape):
+        return np.zeros(shape, np.float32)
+
+    found = {"numpy, all pairs": by(rows, zeros, half=False), "numpy, half the pairs": by(rows, zeros, half=True)}
     if _peers.torch():
         import torch
 
         tensors = [torch.from_numpy(r) for r in rows]
-        found["torch, blocks of pairs"] = by(lambda x, y: x @ y.T, tensors, torch.zeros)
+        found["torch, half the pairs"] = by(tensors, torch.zeros, half=True)
     return found
 
 

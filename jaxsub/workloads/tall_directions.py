@@ -1,0 +1,54 @@
+"""Centred PCA of very many rows with few columns: s and V only, no U."""
+
+import jax
+import numpy as np
+
+from jaxsub.linalg import orth
+from jaxsub.workloads import _peers, tall_pca
+
+REFERENCE = tall_pca.REFERENCE
+Options, QUICK, problem = tall_pca.Options, tall_pca.QUICK, tall_pca.problem
+
+
+def work(options):
+    """(operations of half a Gram product, bytes read)."""
+    size = options.rows * options.columns
+    return size * options.columns, 4 * size
+
+
+def ours(x, options):
+    """A call that computes (None, s (k,), vt (k, D))."""
+    with jax.enable_x64(True):
+        placed = jax.device_put(x)
+    gram = jax.jit(lambda x: orth.gram(x, dtype="float32"))
+
+    def call():
+        with jax.enable_x64(True):
+            values, vectors = np.linalg.eigh(np.asarray(gram(placed)))
+        values, vectors = values[::-1][: options.rank], vectors[:, ::-1][:, : options.rank]
+        return None, np.sqrt(np.maximum(values, 0.0)), vectors.T
+
+    return call
+
+
+def peers(x, options):
+    """By hand in NumPy; scikit-learn PCA(covariance_eigh)."""
+
+    def by_hand():
+        values, vectors = np.linalg.eigh(x.T @ x)
+        s = np.sqrt(np.maximum(values[::-1][: options.rank], 0.0))
+        return None, s, vectors[:, ::-1][:, : options.rank].T
+
+    found = {"numpy x.T @ x, eigh": by_hand}
+    if _peers.sklearn():
+        from sklearn.decomposition import PCA
+
+        def covariance():
+            fitted = PCA(options.rank, svd_solver="covariance_eigh").fit(x)
+            return None, fitted.singular_values_, fitted.components_
+
+        found["scikit-learn PCA(covariance_eigh)"] = covariance
+    return found
+
+
+error = tall_pca.error
