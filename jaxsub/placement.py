@@ -141,7 +141,7 @@ class NonFiniteError(errors.InputError):
     def __init__(self, member, model, key, count, first):
         self.member = member
         super().__init__(
-            model.path, f"{count} entries are not finite, the first at flat index {first}", key=key, rule="N1"
+            model.path, f"entries that are not finite: {count}, the first at flat index {first}", key=key, rule="N1"
         )
 
 

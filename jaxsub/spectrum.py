@@ -72,6 +72,7 @@ def effective_ranks(values):
     """
     energy = np.asarray(values, np.float64)
     energy = energy[energy > 0]
+    energy = energy[energy / energy.sum() > 0]  # the smallest may be no share that float64 can hold
     if not len(energy):
         return {}
     share = energy / energy.sum()

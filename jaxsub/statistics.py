@@ -154,8 +154,23 @@ class Statistics:
         return spectrum.centred(self.gram)
 
     def uncentred(self):
-        """(N, N) Gram matrix of the rows."""
+        """(N, N) Gram matrix of the rows; zero for rows that are `lost`, of which only rounding would be left."""
+        gram, kept = self._whole(), ~self.lost()
+        return gram if kept.all() else np.where(kept[:, None] & kept[None, :], gram, 0.0)
+
+    def _whole(self):
         return self.gram + self.cross[:, None] + self.cross[None, :] + self.mean_square
+
+    def lost(self):
+        """(N,) bool, rows that are zero or so small beside the mean that their norm is rounding."""
+        parts = np.sqrt(np.maximum(np.diag(self.gram), 0.0) + self.mean_square)
+        if self.parametrisation == "lora":  # nothing was taken off
+            parts = np.zeros(self.num_models)
+        return np.diag(self._whole()) <= precision.gram_floor(parts, self.num_models, self.dtype) ** 2
+
+    def zero(self):
+        """(N,) bool, rows that are zero throughout: told from small ones by sums that are of each row alone."""
+        return self.lost() & (self.row_sums == 0) & ~(self.row_fourths > 0)
 
     def norms(self):
         """(N,) Euclidean norms of the rows."""

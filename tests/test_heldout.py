@@ -168,6 +168,26 @@ def test_within_groups_recomputes_the_group_mean(stack, groups):
     np.testing.assert_allclose(np.trace(residual), sum(((rows[g] - rows[g].mean(0)) ** 2).sum() for g in used))
 
 
+def test_weights_of_few_values_whose_spectra_have_exact_ties():
+    rng, checked = np.random.default_rng(0), 0
+    while checked < 200:
+        rows = np.sign(rng.standard_normal((8, 5)))
+        if np.linalg.matrix_rank(rows - rows.mean(0)) == 5:  # all six components: no tie is cut in two
+            got = heldout.leave_one_out(centred_gram(rows), [6])
+            np.testing.assert_allclose(got, left_out(rows, range(8), [6]), rtol=0, atol=1e-6)
+            checked += 1
+
+
+@pytest.mark.parametrize("seed", [0, 8, 14, 75])
+def test_within_groups_the_direction_that_goes_with_a_model_explains_nothing(seed):
+    """16 components of 18 models in two groups: 15 are left without any one, however unequal the models are."""
+    rng = np.random.default_rng(seed)
+    rows, groups = rng.standard_t(1.2, size=(18, 500)), [list(range(4)), list(range(4, 18))]
+    residual, leverage = heldout.within_groups(gram_of(rows), groups)
+    got = heldout.leave_one_out(residual, [15, 16], leverage=leverage)
+    assert got[1] == pytest.approx(got[0], abs=1e-9) and got[0] > 0.5
+
+
 def test_within_groups_without_groups_is_empty_and_gives_ones():
     residual, leverage = heldout.within_groups(gram_of(STACKS["noise"]), [[3], []])
     assert residual.shape == (0, 0) and leverage.shape == (0,)

@@ -39,6 +39,11 @@ def test_effective_ranks_of_a_flat_and_of_a_rank_one_spectrum():
     assert one["stable_rank"] == one["participation_ratio"] == one["erank"] == 1 and one["entropy"] == 0
 
 
+def test_effective_ranks_leave_out_what_is_no_share_at_all():
+    with np.errstate(divide="raise", invalid="raise"):
+        assert spectrum.effective_ranks([1e10, 1.0, 5e-324]) == spectrum.effective_ranks([1e10, 1.0])
+
+
 def test_effective_ranks_tell_values_from_energies():
     ranks = spectrum.effective_ranks([4.0, 1.0])
     p = np.array([2 / 3, 1 / 3])

@@ -51,6 +51,19 @@ def test_the_factor_keeps_what_a_gram_matrix_loses():
     assert abs(np.sqrt(stats.centred_energies()[9]) / want[9] - 1) > 1
 
 
+@pytest.mark.parametrize("seed", range(8))  # rounding of the sums takes either sign
+def test_zero_rows_and_rows_lost_beside_a_large_one_are_told_apart(seed):
+    x = np.random.default_rng(seed).standard_normal((20, 1200)) + 0.7
+    x[3] = 0
+    plain = statistics(x)
+    assert np.flatnonzero(plain.zero()).tolist() == np.flatnonzero(plain.lost()).tolist() == [3]
+    assert not plain.norms()[3] and not plain.uncentred()[3].any()
+    x[5] *= 1e12
+    large = statistics(x)
+    assert np.flatnonzero(large.zero()).tolist() == [3] and np.flatnonzero(~large.lost()).tolist() == [5]
+    assert np.count_nonzero(large.uncentred()) == 1
+
+
 def test_a_file_brings_everything_back(tmp_path):
     stats = statistics(np.random.default_rng(0).standard_normal((5, 4, 3)))
     stats.modes = (ModeEnergies(1, 3, np.array([2.0, 1.0]), 4.0, 512, False),)

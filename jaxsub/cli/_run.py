@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import logging as stdlib_logging
 import os
 import platform
 import signal
@@ -37,6 +38,7 @@ def program(name, argv):
 
     def main(parsed):
         logging.set_verbosity(logging.WARNING)  # jax reports every backend it does not find
+        logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("jaxsub: %(message)s"))
         keep_compiled_kernels()
         module.main(parsed)
 

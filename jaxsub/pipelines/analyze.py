@@ -105,7 +105,10 @@ def analyze(opened, config, workdir=None, *, stream=None):
         return plan.text(session.plans(), len(opened.refs), session.mesh.size)
     if workdir is None:
         return session.run()
-    digest_of = dataclasses.replace(config, restart=False, dry_run=False, max_host_bytes=0)
+    # How many models may be set aside says whether a run goes on, not what it finds: its own advice raises it.
+    digest_of = dataclasses.replace(
+        config, restart=False, dry_run=False, max_host_bytes=0, strict=False, max_quarantined=-1
+    )
     identity = {
         "program": "analyze",
         **{f"config.{name}": value for name, value in configs.to_dict(digest_of).items()},
@@ -324,7 +327,7 @@ class _Session:
         warnings = list(opened.warnings) + kin.warnings
         if duplicates:
             extra = sum(len(d) - 1 for d in duplicates)
-            warnings.append(f"{extra} models are bit-identical copies of others and are left out of every figure")
+            warnings.append(f"bit-identical copies of other models, left out of every figure: {extra}")
         for record in records:
             warnings += [f"{errors.quote(record['name'])}: {w}" for w in record["warnings"][:2]]
         return {

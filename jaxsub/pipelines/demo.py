@@ -32,7 +32,7 @@ def run(config, workdir, *, stream=None):
     rows = []
     for world in config.worlds:
         if stream is not None:
-            stream.write(f"{world}: training, unless it is there already\n")
+            stream.write(f"{world}: making its models\n")
         folder = zoo.make(world, workdir, seed=config.seed, restart=config.restart)
         options = analyze.Config(
             collection=(str(folder),), draws=config.draws, seed=config.seed, restart=config.restart
@@ -44,7 +44,14 @@ def run(config, workdir, *, stream=None):
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
     reports = [f"  {os.path.join(workdir, world, 'report.html')}" for world in config.worlds]
     return "\n".join(
-        [*lines, "", "A shared start gives a shared subspace; separate starts give none. Reports:", *reports]
+        [
+            *lines,
+            "",
+            "unseen explained: the share of a model that so many components of the others explain, beyond the mean;",
+            "by chance: the same of the hardest null. A shared start gives a shared subspace, separate starts give none.",
+            "Reports:",
+            *reports,
+        ]
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxsub import heldout, lineage, placement, plugins, precision, spectrum, verdict
 from jaxsub.nulls import _observed
+from jaxsub.report import words
 
 HELD_OUT = (1, 2, 4, 8, 16, 32)
 STABILITY = (1, 2, 4, 8, 16)
@@ -271,9 +272,12 @@ class _Layer:
         fewest = min((null["draws"] for null in nulls.values()), default=verdict.FEWEST_DRAWS)
         if fewest < verdict.FEWEST_DRAWS:
             found.append(f"nulls have {fewest} draws: no verdict should rest on a standard deviation of so few")
-        zero = [i for i, norm in zip(self.stats.model_ids, self.stats.norms(), strict=True) if norm == 0]
-        if zero and len(zero) < self.num_models:
-            found.append(f"{len(zero)} models are zero in this layer, {zero[0]!r} among them")
+        zero = self.stats.zero()
+        small = "too small beside the others to be told from rounding"
+        for what, which in (("zero in this layer", zero), (small, self.stats.lost() & ~zero)):
+            if which.any() and not zero.all():
+                first = self.stats.model_ids[int(which.argmax())]
+                found.append(f"{words.plural(which.sum(), 'model')} {what}, {first!r} among them")
         if self.stats.storage == "float64":
             found.append("weights are float64; all products were made in float64")
         if self.stats.exponent and not self.constant:

@@ -11,6 +11,7 @@ import textwrap
 
 from jaxsub import collection as model_collections, errors
 from jaxsub.lineup import SMALLEST_GROUP
+from jaxsub.report import words
 
 WIDTH = 100  # columns of the page
 MOST_LAYERS = 60
@@ -135,11 +136,11 @@ def page(found):
 
 def _head(found):
     kinds = ", ".join(f"{count} {form}" for form, count in found["formats"].items())
-    models = f"{_count(found['num_models'], 'model')}" + (f" ({kinds})" if kinds else "")
+    models = f"{words.plural(found['num_models'], 'model')}" + (f" ({kinds})" if kinds else "")
     if found["num_candidates"] > found["num_models"]:
         models += f" of {found['num_candidates']} found"
     numbers = sum(math.prod(layer["shape"]) for layer in found["layers"])
-    text = f"{models}, {_count(len(found['layers']), 'layer')}, {numbers:,} weights in all layers, "
+    text = f"{models}, {words.plural(len(found['layers']), 'layer')}, {numbers:,} weights in all layers, "
     return _wrapped(text + f"{_size(found['num_bytes'])} to read", "", "  ")
 
 
@@ -201,7 +202,7 @@ def _skipped(layers):
 
 def _named(layer):
     shape = f" {_shape(layer['shape'])}" if layer["shape"] is not None else ""
-    return f"{errors.quote(layer['name'], 60)}{shape} ({_count(layer['num_models'], 'model')})"
+    return f"{errors.quote(layer['name'], 60)}{shape} ({words.plural(layer['num_models'], 'model')})"
 
 
 def _list(title, rows, most=MOST_ROWS):
@@ -224,10 +225,6 @@ def _wrapped(text, first, rest):
 
 def _shape(shape):
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _count(number, noun):
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _size(num_bytes):

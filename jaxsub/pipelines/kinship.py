@@ -95,8 +95,8 @@ def _untrained(all_stats, ids):
     votes = {i: [] for i in ids}
     for stats in all_stats:
         squares = np.diag(stats.uncentred())
-        for i, square, fourth in zip(stats.model_ids, squares, stats.row_fourths, strict=True):
-            if square <= 0:
+        for i, square, fourth, zero in zip(stats.model_ids, squares, stats.row_fourths, stats.zero(), strict=True):
+            if zero:
                 votes[i].append(True)
             elif abs(stats.exponent) > 200:
                 votes[i].append(False)  # no initialiser draws such numbers

@@ -99,6 +99,27 @@ def test_too_many_bad_models_stop_the_run_and_say_how_to_go_on(tmp_path):
         analyze(folder, max_quarantined=2, strict=True)
 
 
+def test_a_run_that_stopped_goes_on_in_its_workdir_as_it_advised(tmp_path):
+    x = worlds.noise(12)
+    x[3, 0, 0], x[8, 0, 0] = np.inf, np.nan
+    folder, workdir = worlds.write(tmp_path / "c", {"w": x}), str(tmp_path / "out")
+    with pytest.raises(errors.InputError, match="--max_quarantined=2"):
+        analyze(folder, workdir=workdir)
+    assert analyze(folder, workdir=workdir, max_quarantined=2).layers
+
+
+def test_models_beside_one_of_1e30_are_neither_zero_nor_kin_nor_a_bug(tmp_path):
+    """float64, as one model of them: float32 would make the others underflow."""
+    x = worlds.noise(12).astype(np.float64)
+    x[4] *= 1e30
+    x[7] = 0
+    report = analyze(worlds.write(tmp_path / "c", {"w": x}))
+    assert report["collection"]["untrained"] == ["m007"] and not report["collection"]["lineages"]
+    small, zero = "10 models too small beside the others", "1 model zero in this layer, 'm007'"
+    assert all(any(text in w for w in report.layers[0]["warnings"]) for text in (small, zero))
+    json.dumps(report.data, allow_nan=False)
+
+
 def test_one_broken_file_is_named_and_the_run_goes_on(tmp_path):
     folder = worlds.write(tmp_path / "c", {"w": worlds.noise(21)})
     path = folder / "m004.safetensors"
