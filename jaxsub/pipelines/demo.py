@@ -48,7 +48,7 @@ def run(config, workdir, *, stream=None):
             *lines,
             "",
             "unseen explained: the share of a model that so many components of the others explain, beyond the mean;",
-            "by chance: the same of the hardest null. A shared start gives a shared subspace, separate starts give none.",
+            "by chance: that of the hardest null. A shared start gives a shared subspace, separate starts give none.",
             "Reports:",
             *reports,
         ]
