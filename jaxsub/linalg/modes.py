@@ -108,7 +108,7 @@ def sketch(z, key, row, *, shape, axes, columns):
         columns: test vectors a mixture.
 
     Returns:
-        tuple over axes of (2, d, count * columns) float64. For axis 0, d counts the block's rows: concatenate
+        tuple over axes of (2, d, count * columns) in the dtype of z. For axis 0, d counts the block's rows: concatenate
         over blocks; for other axes add over blocks.
     """
     total = z.shape[0]
@@ -123,7 +123,7 @@ def sketch(z, key, row, *, shape, axes, columns):
         # (s, d, p) or, for the last axis, (s, p, d) as it lies: its transpose alone would cost three times the product.
         y = y[..., 0] if after == 1 else jnp.transpose(y, (0, 2, 1, 3)).reshape(total, size, before * after)
         t = _tests(y, own, columns, rest=1 if after == 1 else 2).reshape(2, total // 2, size, columns)
-        results.append(jnp.transpose(t, (0, 2, 1, 3)).reshape(2, size, total // 2 * columns).astype(jnp.float64))
+        results.append(jnp.transpose(t, (0, 2, 1, 3)).reshape(2, size, total // 2 * columns))
     return tuple(results)
 
 

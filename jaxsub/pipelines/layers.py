@@ -18,7 +18,7 @@ from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.statistics import ModeEnergies, Statistics
 
-TRIM_EVERY = 4  # blocks: what is handed back must be backed with pages anew, 10 ms a block of 128 MiB
+TRIM_EVERY = 8  # blocks: what is handed back must be backed with pages anew, 10 ms a block of 128 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +191,11 @@ class _Sums:
 def _plus(total, found, power):
     """total + found * 2**power in float64, in place where `total` is an array; it may be the number 0."""
     found = np.asarray(found)
-    found = np.ldexp(found, power) if power else found
-    return np.add(total, found, out=total) if isinstance(total, np.ndarray) and total.flags.writeable else total + found
+    if power:
+        found = np.ldexp(found.astype(np.float64), power)
+    if isinstance(total, np.ndarray):
+        return np.add(total, found, out=total)
+    return total + found.astype(np.float64)
 
 
 def _mode_dtype(plan, options, axis):
