@@ -79,36 +79,45 @@ def krylov(x, tests, *, passes, axis=None):
     Source: Musco and Musco 2015, Algorithm 2; blocks orthogonalised as in block Lanczos (Golub and Underwood 1977).
     """
     _check(passes)
-    is_left = passes % 2 == 0
-    y = times_tests(x, tests.T, axis)
-    blocks = []
-    for step in range(passes // 2):
-        if is_left:
-            blocks.append(_next_block(y, blocks, None))
-            if step + 1 < passes // 2:
-                z = orth.regularised(tests_times(blocks[-1], x), axis, is_wide=True)
-                y = times_tests(x, z, axis)
-        else:
-            z = tests_times(orth.regularised(y), x).T
-            blocks.append(_next_block(z, blocks, axis))
-            if step + 1 < passes // 2:
-                y = times_tests(x, blocks[-1].T, axis)
-    basis = jnp.concatenate(blocks, axis=1)
+    is_left, blocks, count = passes % 2 == 0, passes // 2, tests.shape[1]
+    rows = x.shape[0] if is_left else x.shape[1]
+    long_axis = None if is_left else axis
+
+    def to_block(y):
+        """(long, l) the product that the next block is made of, from y (N, l)."""
+        return y if is_left else tests_times(orth.regularised(y), x).T
+
+    def from_block(block):
+        z = orth.regularised(tests_times(block, x), axis, is_wide=True) if is_left else block.T
+        return times_tests(x, z, axis)
+
+    # A loop, not unrolled: orth.cholesky_qr2 with its fallbacks takes a second to compile, and six passes had seven.
+    def step(j, carry):
+        basis, y = carry
+        block = _next_block(to_block(y), basis, j > 0, long_axis)
+        basis = jax.lax.dynamic_update_slice_in_dim(basis, block, j * count, axis=1)
+        return basis, jax.lax.cond(j + 1 < blocks, from_block, lambda _: y, block)
+
+    basis = jnp.zeros((rows, blocks * count), x.dtype)
+    basis, _ = jax.lax.fori_loop(0, blocks, step, (basis, times_tests(x, tests.T, axis)))
     return basis if is_left else basis.T
 
 
-def _next_block(y, blocks, axis):
-    """Orthonormal or zero columns for the part of y (long, l) outside the earlier blocks; zero if it is rounding."""
-    y = orth.cholesky_qr2(y, axis)[0]
-    if not blocks:
-        return y
-    before = jnp.concatenate(blocks, axis=1)
-    tolerance = 4 * before.shape[1] * float(jnp.finfo(y.dtype).eps)
-    for _ in range(2):  # once leaves eps / |rest| of the earlier blocks
-        y = y - products.matmul(before, orth.total(products.matmul(before.T, y), axis))
+def _next_block(y, basis, has_earlier, axis):
+    """Orthonormal or zero columns for the part of y (long, l) outside basis (long, m); zero if it is rounding.
+
+    Columns of basis not filled yet are zero; `has_earlier` () says whether any is filled.
+    """
+    tolerance = 4 * basis.shape[1] * float(jnp.finfo(y.dtype).eps)
+
+    def again(j, y):
+        inside = products.matmul(basis, orth.total(products.matmul(basis.T, y), axis))
+        y = jnp.where(j > 0, y - inside, y)  # first only orthonormal, so that what is left has a scale
         square = orth.total(jnp.sum(jnp.square(y), axis=0), axis)
-        y = orth.cholesky_qr2(jnp.where(square > tolerance**2, y, 0), axis)[0]
-    return y
+        return orth.cholesky_qr2(jnp.where((j == 0) | (square > tolerance**2), y, 0), axis)[0]
+
+    # Twice: once leaves eps / |rest| of the earlier blocks.
+    return jax.lax.fori_loop(0, jnp.where(has_earlier, 3, 1), again, y)
 
 
 RANGE_FINDERS = {"power": power, "krylov": krylov}

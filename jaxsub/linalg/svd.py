@@ -7,8 +7,8 @@
 | `randomized_svd` | both sides are long | `passes` products with l = rank + oversample vectors | eps * s[0] |
 | `single_pass.single_pass_svd` | x comes once, in blocks | four thin products | its error estimate |
 
-Entries of x should lie within 1e-15 and 1e15 for float32 (1e-150 and 1e150 for float64): multiply by a power of two
-first, as statistics do; `thin_svd` alone takes any.
+Entries of x should lie within 1e-15 and 1e15 for float32 (1e-140 and 1e150 for float64): multiply by a power of two
+first, as statistics do; `thin_svd` takes more, from 1e-30 (1e-290), under which last digits are flushed to zero.
 
 Components are rows of vt (k, D), singular values non-increasing, the largest entry of each row of vt positive; a
 component that is not told from rounding has a zero row of vt and a zero column of u. Nothing is centred here:
@@ -91,7 +91,7 @@ def gram_svd(x, *, rank=None, dtype=None, axis=None):
 
     Fails on: values under the floor, 2.8e-3 of the largest with float32 products, 1e-7 to 1e-6 with float64 ones. They
     are flagged and have no vectors. Long vectors of values near the floor are divided by them and lose digits in
-    proportion; a Cholesky round restores their orthonormality.
+    proportion; Cholesky rounds restore their orthonormality.
     Source: Sirovich 1987, method of snapshots; floor: Trefethen and Bau 1997, lecture 31, and precision.gram_floor.
     """
     certificates.require_x64("gram_svd")
@@ -116,15 +116,17 @@ def gram_svd(x, *, rank=None, dtype=None, axis=None):
     # u_i.u_j of the long vectors errs by eps s_0^2 / (s_i s_j): near the floor they are no longer orthonormal.
     smallest = jnp.min(jnp.where(is_resolved[:rank], s[:rank], s[0]))
     loose = float(jnp.finfo(dtype).eps) / float(jnp.finfo(vectors_dtype).eps)
-    is_loose = loose * s[0] ** 2 > 4 * max(num_rows, columns) ** 0.5 * smallest**2
+    limit = 4 * max(num_rows, columns) ** 0.5
+    # And their product with x rounds by eps s_0 / s_i of its own dtype.
+    is_loose = (loose * s[0] ** 2 > limit * smallest**2) | (s[0] > limit * smallest)
     if is_wide:
         vt = products.row_major(products.matmul(scaled.T, x.astype(vectors_dtype)))
-        vt = jax.lax.cond(is_loose, lambda v: orth.cholesky_round(v, axis, is_wide=True), lambda v: v, vt)
+        vt = jax.lax.cond(is_loose, lambda v: _tightened(v, axis, is_wide=True), lambda v: v, vt)
         u, vt = orth.fix_signs(vt, short.astype(vectors_dtype), axis=axis)
     else:
         scaled, vt = orth.fix_signs(short.T.astype(vectors_dtype), scaled)
         u = products.row_major(products.matmul(x.astype(vectors_dtype), scaled))
-        u = jax.lax.cond(is_loose, orth.cholesky_round, lambda v: v, u)
+        u = jax.lax.cond(is_loose, _tightened, lambda v: v, u)
     return GramSvd(u, s, vt, floor, is_resolved, jnp.trace(gram))
 
 
@@ -198,3 +200,12 @@ def randomized_svd(
     terms = num_rows if passes % 2 == 0 else columns
     tail, bound = certificates.tail_bound(total, s, terms, x.dtype)
     return RandomizedSvd(u, s, vt, total, tail, bound)
+
+
+def _tightened(v, axis=None, *, is_wide=False):
+    """Loose columns, or rows, orthonormal again; each freed of those before it, which are more exact.
+
+    One round is not enough: a float32 product adds eps32 s_0 / s_j of the first vectors to vector j, which for values
+    near the floor of float64 products is several times its length.
+    """
+    return orth.cholesky_round(orth.regularised(v, axis, is_wide=is_wide), axis, is_wide=is_wide)
