@@ -1,4 +1,4 @@
-"""Every kernel compiles in under five seconds of processor time: a layer of a new shape costs no more than that."""
+"""Every kernel compiles in under five seconds on two cores: a layer of a new shape costs no more than that."""
 
 import functools
 import time
@@ -129,6 +129,6 @@ def test_a_kernel_compiles_in_five_seconds(name):
     # What the process does once, at its first compilation, is not the kernel's.
     jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile()
     jax.clear_caches()
-    before = time.process_time()
+    before = time.perf_counter()
     jax.jit(functools.partial(function, **options)).lower(*arguments).compile()
-    assert time.process_time() - before < LIMIT
+    assert time.perf_counter() - before < LIMIT

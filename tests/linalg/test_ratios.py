@@ -248,7 +248,8 @@ def test_incremental_components(dtype, scale, shapes, products):
         values[: len(true)] = true[:size]
         s, floor = np.asarray(result.singular_values), float(result.floor)
         # A mean far longer than what is left rounds at its own scale, which `energy_error` carries.
-        unit = (max(values[0] ** 2, (ulp("float64") * norm(wide)) ** 2) or 1) * min(x.shape) * ulp(products)
+        unit = max(values[0] ** 2, (ulp("float64") * norm(wide)) ** 2) * min(x.shape) * ulp(products)
+        unit = max(unit, np.finfo(np.float64).tiny)
         found[label] = [
             orthonormality(np.asarray(result.basis).T, products),
             np.abs(s**2 - values**2).max() / unit,
