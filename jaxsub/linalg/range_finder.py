@@ -53,17 +53,32 @@ def power(x, tests, *, passes, axis=None):
     _check(passes)
     is_left = passes % 2 == 0
 
-    def twice(_, y):
-        z = orth.regularised(tests_times(orth.regularised(y), x), axis, is_wide=True)
-        return times_tests(x, z, axis)
-
     y = times_tests(x, tests.T, axis)
+    scale = _scale(y)
+
+    def twice(_, y):
+        z = orth.regularised(tests_times(orth.regularised(y) * scale, x), axis, is_wide=True)
+        return times_tests(x, z, axis) * scale
+
+    y = y * scale
     rounds = (passes - 2 if is_left else passes - 3) // 2
     # Few rounds are unrolled (products in a loop were a fifth slower); many are one compiled body.
     y = jax.lax.fori_loop(0, rounds, twice, y, unroll=rounds if 0 < rounds <= UNROLLED else 1)
     if is_left:
         return orth.cholesky_qr2(y)[0]
-    return orth.cholesky_lq2(tests_times(orth.regularised(y), x), axis)[0]
+    return orth.cholesky_lq2(tests_times(orth.regularised(y) * scale, x), axis)[0]
+
+
+def _scale(y):
+    """() power of two that brings the largest entry of y to [0.5, 1); 1 for zeros.
+
+    Squares of products with small or large weights would leave float32's range. Taken from the first product with x and
+    applied on its short side, this costs nothing beside a pass.
+    """
+    largest = jnp.max(jnp.abs(y))
+    exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))[1]
+    limit = 126 if y.dtype == jnp.float32 else 1022
+    return jnp.ldexp(jnp.ones((), y.dtype), jnp.clip(-exponent, -limit, limit))
 
 
 def krylov(x, tests, *, passes, axis=None):
@@ -83,13 +98,16 @@ def krylov(x, tests, *, passes, axis=None):
     rows = x.shape[0] if is_left else x.shape[1]
     long_axis = None if is_left else axis
 
+    first = times_tests(x, tests.T, axis)
+    scale = _scale(first)
+
     def to_block(y):
         """(long, l) the product that the next block is made of, from y (N, l)."""
-        return y if is_left else tests_times(orth.regularised(y), x).T
+        return y if is_left else tests_times(orth.regularised(y) * scale, x).T
 
     def from_block(block):
-        z = orth.regularised(tests_times(block, x), axis, is_wide=True) if is_left else block.T
-        return times_tests(x, z, axis)
+        z = orth.regularised(tests_times(block * scale, x), axis, is_wide=True) if is_left else block.T
+        return times_tests(x, z, axis) * scale
 
     # A loop, not unrolled: orth.cholesky_qr2 with its fallbacks takes a second to compile, and six passes had seven.
     def step(j, carry):
@@ -99,7 +117,7 @@ def krylov(x, tests, *, passes, axis=None):
         return basis, jax.lax.cond(j + 1 < blocks, from_block, lambda _: y, block)
 
     basis = jnp.zeros((rows, blocks * count), x.dtype)
-    basis, _ = jax.lax.fori_loop(0, blocks, step, (basis, times_tests(x, tests.T, axis)))
+    basis, _ = jax.lax.fori_loop(0, blocks, step, (basis, first * scale))
     return basis if is_left else basis.T
 
 
