@@ -13,7 +13,7 @@ KINDS = sorted(sketch.TESTS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("columns", [1, 7, 48])
+@pytest.mark.parametrize("columns", [7, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 48))])
 def test_rows_do_not_depend_on_where_the_matrix_is_cut(kind, columns):
     draw, key = sketch.named(kind), jax.random.key(3)
     whole = np.asarray(draw(key, 300, columns))

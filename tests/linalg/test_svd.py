@@ -144,6 +144,7 @@ def test_without_power_iterations_slow_decay_fails_the_bound():
     assert all(error(x, run(jax.random.key(j), passes=2)) > 1.02 * best(values, 8) for j in range(3))
 
 
+@pytest.mark.slow
 def test_without_oversampling_noise_fails_the_bound():
     values = spectrum("low_rank_noise", 90) * np.where(np.arange(90) < 8, 0.3 ** np.arange(90), 3)
     x = jnp.asarray(planted(90, 300, values)[0], jnp.float32)
@@ -384,6 +385,7 @@ def test_narrow_inputs_equal_their_float32_upcast(dtype):
             np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_powers_of_two_scale_exactly():
     x = planted(20, 60, spectrum("harmonic", 20))[0].astype(np.float32)
     one = svd.randomized_svd(jnp.asarray(x), jax.random.key(0), rank=5)

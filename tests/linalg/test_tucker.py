@@ -38,7 +38,12 @@ def projectors(factors):
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize(
-    "shape, ranks", [((8, 12, 10), (3, 4, 5)), ((20, 8, 6, 3, 3), (5, 4, 3, 2, 2)), ((9, 7), (2, 2))]
+    "shape, ranks",
+    [
+        ((8, 12, 10), (3, 4, 5)),
+        pytest.param((20, 8, 6, 3, 3), (5, 4, 3, 2, 2), marks=pytest.mark.slow),
+        ((9, 7), (2, 2)),
+    ],
 )
 def test_fits_equal_their_twins(shape, ranks, dtype, tolerance):
     x = tensor(shape, decay=0.7)

@@ -203,7 +203,9 @@ def test_strength_pair_variance_and_fourth_moment(frames):
     assert (abs(kurtosis[0] - kurtosis[1]) < 0.06) == (frames > num)
 
 
-@pytest.mark.parametrize("case", ["random B", "shared B", "half shared B", "narrow"])
+@pytest.mark.parametrize(
+    "case", ["random B", "narrow", *(pytest.param(c, marks=pytest.mark.slow) for c in ("shared B", "half shared B"))]
+)
 def test_fresh_init_agrees_with_drawing_the_a_factors(case):
     rng = np.random.default_rng(10)
     width = {"random B": 100, "shared B": 100, "half shared B": 100, "narrow": 20}[case]

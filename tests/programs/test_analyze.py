@@ -160,7 +160,9 @@ def small_blocks(monkeypatch, num_bytes, **options):
     monkeypatch.setattr(layers, "Options", functools.partial(layers.Options, block_bytes=num_bytes, **options))
 
 
-@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (300, 5), (6, 5, 3, 3)])
+@pytest.mark.parametrize(
+    "shape", [(64, 48), *(pytest.param(s, marks=pytest.mark.slow) for s in ((48, 64), (300, 5), (6, 5, 3, 3)))]
+)
 def test_blocks_give_the_figures_of_one_block(tmp_path, monkeypatch, shape):
     folder = worlds.write(tmp_path / "c", {"w": worlds.planted(20, shape)})
     (a,) = analyze(folder).layers
@@ -321,7 +323,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         pass  # a finished run holds nothing
 
 
-@pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize("devices", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_the_whole_report_agrees_across_devices(tmp_path, devices):
     folder = worlds.write(tmp_path / "c", {"w": worlds.planted(18), "v": worlds.noise(18, (5, 7, 3))})
     one, many = analyze(folder, devices=1), analyze(folder, devices=devices)
