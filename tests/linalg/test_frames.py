@@ -69,6 +69,7 @@ def test_values_and_derivatives_are_finite(name, start, dtype):
         assert frames.orthonormality_error(got) < 40 * jnp.finfo(dtype).eps
 
 
+@pytest.mark.slow
 def test_the_plain_derivatives_are_not_finite():
     """What the rules are for: autodiff through the SVD and through QR."""
 

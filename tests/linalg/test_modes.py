@@ -70,6 +70,7 @@ def test_sketch_finds_a_low_rank_mode(seed):
     assert layers._cross_shares(first, second)[0][:3].sum() < 0.999
 
 
+@pytest.mark.slow
 def test_sketch_is_the_same_on_eight_devices():
     x, key = stack((64, 32)), layers.layer_key("w", 0)
     for one, eight in zip(sketch(x, key, 1), sketch(x, key, 8), strict=True):

@@ -415,6 +415,7 @@ def test_wrong_options_are_refused():
         svd.gram_svd(jnp.ones((3, 3)))
 
 
+@pytest.mark.slow
 def test_one_compilation_a_shape():
     before = svd.randomized_svd._cache_size()
     for seed in range(3):
