@@ -18,7 +18,7 @@ from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.statistics import ModeEnergies, Statistics
 
-TRIM_EVERY = 8  # blocks: what is handed back must be backed with pages anew, 10 ms a block of 128 MiB
+TRIM_EVERY = 4  # blocks: what is handed back must be backed with pages anew, 10 ms a block of 128 MiB
 
 
 @dataclasses.dataclass(frozen=True)
