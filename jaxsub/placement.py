@@ -145,6 +145,15 @@ class NonFiniteError(errors.InputError):
         )
 
 
+def require_finite(array, member, model, tensor):
+    """The array, at least float32 wide; raises NonFiniteError naming the model where it holds a NaN or an Inf."""
+    wide = array if array.dtype.itemsize >= 4 else array.astype(np.float32)
+    if not np.isfinite(wide).all():
+        bad = np.flatnonzero(~np.isfinite(wide.reshape(-1)))
+        raise NonFiniteError(member, model, tensor.name, len(bad), int(bad[0]))
+    return wide
+
+
 def blocks(group, models, plan, mesh, *, base=None):
     """Yields the `Block`s of a dense group in order, the next one being read meanwhile.
 

@@ -74,7 +74,8 @@ def write(folder, adapters, *, base_model=None, labels=None):
 
     Args:
         folder: made if missing.
-        adapters: layer -> (a, b, alpha, r) with a (r, i) and b (o, r); Delta-W = alpha / r * b @ a.
+        adapters: layer -> (a, b, alpha, r) with a (r, i) and b (o, r); Delta-W = alpha / r * b @ a. A convolution has
+            a (r, i, kh, kw) and b (o, r, 1, 1).
         base_model: name for `base_model_name_or_path`.
         labels: strings for the header of the weights.
 
@@ -84,7 +85,7 @@ def write(folder, adapters, *, base_model=None, labels=None):
     tensors = {}
     for layer, (a, b, _, r) in adapters.items():
         a, b = np.asarray(a), np.asarray(b)
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != r or b.shape[1] != r:
+        if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != r or b.shape[1:] != (r, *[1] * (b.ndim - 2)):
             raise ValueError(f"layer {layer!r}: factors of shapes {a.shape} and {b.shape} are not of rank {r}")
         tensors[f"{_peft.PREFIX}{layer}.lora_A.weight"] = a
         tensors[f"{_peft.PREFIX}{layer}.lora_B.weight"] = b

@@ -227,7 +227,6 @@ class _Session:
 
     def preflight(self):
         from jaxsub import collection, formats, placement
-        from jaxsub.pipelines import layers
 
         for group in self.groups():
             for position, (member, entry) in enumerate(zip(group.members, group.entries, strict=True)):
@@ -236,7 +235,7 @@ class _Session:
                 model = self.opened.models[member]
                 try:
                     for tensor in collection.stored_tensors(entry):
-                        layers.require_finite(formats.read(model, tensor), position, model, tensor)
+                        placement.require_finite(formats.read(model, tensor), position, model, tensor)
                         self.meter.bytes_read += tensor.num_bytes
                 except placement.NonFiniteError as error:
                     self.drop(error, group)

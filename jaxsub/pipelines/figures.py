@@ -40,7 +40,8 @@ def layer(stats, lineages, options):
     Returns:
         dict as in report.json, "layers".
     """
-    return _Layer(stats, lineages, options).record()
+    with futures.ThreadPoolExecutor(os.cpu_count()) as cores:
+        return _Layer(stats, lineages, options, cores).record()
 
 
 def generator(seed, *names):
@@ -49,8 +50,8 @@ def generator(seed, *names):
 
 
 class _Layer:
-    def __init__(self, stats, lineages, options):
-        self.stats, self.options = stats, options
+    def __init__(self, stats, lineages, options, cores):
+        self.stats, self.options, self.cores = stats, options, cores
         self.num_models, self.num_features = stats.num_models, stats.num_features
         self.uncentred, self.gram = stats.uncentred(), stats.centred()
         total = float(np.trace(self.uncentred))
@@ -74,9 +75,11 @@ class _Layer:
         floor = stats.floor(first) if not self.constant else 0.0
         above = self.values[np.sqrt(self.values) > floor] if not self.constant else self.values[:0]
         ranks = spectrum.rank_at(above, self.total)
-        held_out = self._curve(self.gram)
         within, leverage = self._within()
-        nulls = self._nulls(within, leverage)
+        with futures.ThreadPoolExecutor(1) as beside:
+            pending = beside.submit(self._nulls, within, leverage)
+            held_out, stability = self._curve(self.gram), self._stability()
+        nulls = pending.result()
         k = verdict.deciding_rank(n)
         held_within = self._curve(within, leverage) if within is not None and not self.one_lineage else None
         if self.one_lineage:
@@ -123,7 +126,7 @@ class _Layer:
             "modes": [_mode(m) for m in stats.modes],
             "effective_rank": spectrum.effective_ranks(self.values),
             "mp_count": spectrum.marchenko_pastur_count(self._unit_energies(), n, self.num_features),
-            "stability": self._stability(),
+            "stability": stability,
             "nulls": nulls,
             "deciding_rank": k,
             "gain": dataclasses.asdict(overall) if overall else None,
@@ -192,17 +195,21 @@ class _Layer:
     def _nulls(self, within, leverage):
         if self.constant or not self.ks:
             return {}
-        observed = self._observed()
-
-        found = {}
-        for given in self.options.nulls:
-            module = plugins.load("nulls", given)
-            name = given.replace("-", "_")
-            if module.applies(observed) is None:
-                rng = generator(self.options.seed, self.stats.name, name)
-                found[name] = self._summary(module.sample(observed, module.Options(draws=self.options.draws), rng))
-        if within is not None and not self.one_lineage and "gaussian" in found:
-            found["gaussian"] |= self._null_within(within, leverage)
+        observed, pending, inner = self._observed(), {}, None
+        with futures.ThreadPoolExecutor(len(self.options.nulls) + 1) as waiting:  # for draws made on self.cores
+            for given in self.options.nulls:
+                module = plugins.load("nulls", given)
+                name = given.replace("-", "_")
+                if module.applies(observed) is None:
+                    rng = generator(self.options.seed, self.stats.name, name)
+                    draws = module.sample(observed, module.Options(draws=self.options.draws), rng)
+                    pending[name] = waiting.submit(self._summary, draws)
+            if within is not None and not self.one_lineage and "gaussian" in pending:
+                inner = waiting.submit(self._null_within, within, leverage)
+        placement.trim()
+        found = {name: summary.result() for name, summary in pending.items()}
+        if inner is not None:
+            found["gaussian"] |= inner.result()
         return found
 
     def _null_within(self, within, leverage):
@@ -218,7 +225,7 @@ class _Layer:
             return self._curve(residual, alpha)
 
         draws = module.sample(self._observed(norms), module.Options(draws=self.options.draws), rng)
-        mean, sd = _mean_sd(_until_settled(one, draws, lambda curve: curve))
+        mean, sd = _mean_sd(self._until_settled(one, draws, lambda curve: curve))
         return {"held_out_within": mean, "held_out_within_sd": sd}
 
     def _summary(self, draws):
@@ -230,8 +237,7 @@ class _Layer:
             curve = {str(k): float(v) for k, v in zip(self.ks, held, strict=True)}
             return curve, mean, eigen[0][: self.num_models - 1]
 
-        found = _until_settled(one, draws, lambda figures: figures[0])
-        placement.trim()
+        found = self._until_settled(one, draws, lambda figures: figures[0])
         curves, means, values = zip(*found, strict=True)
         held, sd = _mean_sd(curves)
         energy = np.mean(values, axis=0)
@@ -246,6 +252,31 @@ class _Layer:
             "singular_values": np.ldexp(roots.mean(axis=0), self.stats.exponent)[:KEPT_VALUES].tolist(),
             "singular_values_sd": np.ldexp(roots.std(axis=0), self.stats.exponent)[:KEPT_VALUES].tolist(),
         }
+
+    def _until_settled(self, work, draws, curve_of):
+        """[work(draw), ...] of the fewest draws, and of the others too unless those agree on the verdict's curve."""
+        draws = iter(draws)
+        found = self._parallel(work, itertools.islice(draws, verdict.FEWEST_DRAWS))
+        return found if verdict.settled([curve_of(f) for f in found]) else found + self._parallel(work, draws)
+
+    def _parallel(self, work, items):
+        """[work(item) ...], in order, by all cores; items are made one at a time, as they are asked for.
+
+        LAPACK and NumPy release the interpreter lock. Cores without an item left go on to what others asked for.
+        """
+        lock, numbered, results = threading.Lock(), enumerate(items), {}
+
+        def run():
+            while True:
+                with lock:
+                    index, item = next(numbered, (None, None))
+                if index is None:
+                    return
+                results[index] = work(item)
+
+        for runner in [self.cores.submit(run) for _ in range(os.cpu_count() or 1)]:
+            runner.result()
+        return [results[i] for i in range(len(results))]
 
     def _flags(self, saturated, above, nulls, held_out, k):
         flags = []
@@ -283,34 +314,6 @@ class _Layer:
         if self.stats.exponent and not self.constant:
             found.append(f"weights were scaled by 2**{-self.stats.exponent} before any product; figures are unscaled")
         return found
-
-
-def _until_settled(work, draws, curve_of):
-    """[work(draw), ...] of the fewest draws, and of the others too unless those agree on the verdict's curve."""
-    draws = iter(draws)
-    found = _parallel(work, itertools.islice(draws, verdict.FEWEST_DRAWS))
-    return found if verdict.settled([curve_of(f) for f in found]) else found + _parallel(work, draws)
-
-
-def _parallel(work, items):
-    """[work(item) ...], in order, by all cores; items are made one at a time, as they are asked for.
-
-    LAPACK and NumPy release the interpreter lock.
-    """
-    lock, numbered, results = threading.Lock(), enumerate(items), {}
-
-    def run(_):
-        while True:
-            with lock:
-                index, item = next(numbered, (None, None))
-            if index is None:
-                return
-            results[index] = work(item)
-
-    threads = os.cpu_count() or 1
-    with futures.ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(threads)))
-    return [results[i] for i in range(len(results))]
 
 
 def _mode(mode):

@@ -12,7 +12,7 @@ import os
 
 from jaxsub import descriptors, placement
 from jaxsub.linalg import gram, modes, secular
-from jaxsub.pipelines import layers
+from jaxsub.pipelines import lora
 from jaxsub.statistics import QR_ENTRIES
 
 RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
@@ -100,18 +100,21 @@ def _lora(plan, group, mesh, options):
     stored, wide = 8 if plan.storage == "float64" else 4, 8 if plan.dtype == "float64" else 4
     rank = max(e.rank for e in pairs)
     widths = [math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]]
-    held = stored * n * rank * sum(layers.padded(w, mesh) for w in widths) * (1 if mesh.size == 1 else 2)
+    held = stored * n * rank * sum(lora.padded(w, mesh) for w in widths) * (1 if mesh.size == 1 else 2)
     # One or two blocks of models, both factors of each; their products, and the sums over them.
     together = min(n, gram.models_together(rank))
     pair, side = min(2, -(-n // together)), together * rank
     steps = [pair * wide * side * sum(widths) + 4 * wide * side**2 + 8 * (6 * n**2 + 2 * n * rank**2)]
     steps.append(6 * 8 * n * rank**2)  # roots of the factors' Gram matrices, and cores
-    for width in widths:
-        rows, shorter = n * rank * width, min(n * rank, width)
-        if layers.mode_is_exact(n * rank, width, options):
-            steps.append(stored * rows + 8 * rows + 4 * 8 * shorter**2)
-        else:
-            steps.append(SKETCH_BYTES + stored * rows + stored * TESTS * (n * rank + width) + 8 * TESTS * width)
+    for sizes in (pairs[0].a.shape[1:], (widths[1],)):
+        entries = n * rank * math.prod(sizes)
+        copies = stored * entries * min(2, len(sizes))  # rows of one axis are gathered where a side has several
+        for size in sizes:
+            rows = entries // size
+            if lora.mode_is_exact(rows, size, options):
+                steps.append(copies + 8 * entries + 4 * 8 * min(rows, size) ** 2)
+            else:
+                steps.append(SKETCH_BYTES + copies + stored * TESTS * (rows + size) + 8 * TESTS * size)
     return held + max(steps), 3 * 8 * n**2 + 8 * n * rank
 
 

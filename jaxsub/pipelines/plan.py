@@ -6,11 +6,11 @@ from jaxsub import errors
 def of(groups, mesh, options, base=None):
     """LayerPlans of layer groups on a mesh; `options` is a `layers.Options`, `base` a Model to subtract."""
     from jaxsub import placement
-    from jaxsub.pipelines import layers, memory
+    from jaxsub.pipelines import lora, memory
 
     def one(group):
         is_lora = group.parametrisation == "lora"
-        plan = layers.plan_lora(group, options) if is_lora else placement.plan_dense(group, mesh.size, options, base)
+        plan = lora.plan(group, options) if is_lora else placement.plan_dense(group, mesh.size, options, base)
         return memory.of(plan, group, mesh, options, base)
 
     return [one(g) for g in groups]

@@ -70,6 +70,10 @@ def analyze(folder, **options):
     return jaxsub.analyze(str(folder), draws=4, splits=2, **options).layers
 
 
+def unfold(x, axis):
+    return np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+
+
 def test_factored_lora_equals_the_dense_update(tmp_path):
     a, b = adapters()
     dense = {"q": (2.0 * b @ a).astype(np.float32)}  # alpha / r = 2
@@ -81,10 +85,28 @@ def test_factored_lora_equals_the_dense_update(tmp_path):
     assert lora["parametrisation"] == "lora" and lora["shape"] == [24, 20]
     for axis, mode in enumerate(lora["modes"]):  # uncentred by definition: centring factors depends on the gauge
         w = dense["q"].astype(np.float64)
-        unfolded = np.moveaxis(w, axis + 1, 0).reshape(w.shape[axis + 1], -1)
-        values = np.square(np.linalg.svd(unfolded, compute_uv=False))
+        values = np.square(np.linalg.svd(unfold(w, axis + 1), compute_uv=False))
         assert mode["axis"] == axis and mode["size"] == w.shape[axis + 1]
         assert mode["energy_at"]["4"] == pytest.approx(values[:4].sum() / values.sum(), rel=1e-5)
+
+
+def test_a_convolution_has_modes_of_every_axis(tmp_path):
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((9, 2, 6, 3, 1)).astype("f4"), rng.standard_normal((9, 8, 2)).astype("f4")
+    a[:, :, 4:] = a[:, :, :2]  # six input channels, four distinct
+    for n in range(9):
+        peft.write(str(tmp_path / f"m{n}"), {"conv": (a[n], b[n][:, :, None, None], 4, 2)})
+    (layer,) = analyze(tmp_path)
+    updates = 2.0 * np.einsum("nor,nrchw->nochw", b, a, dtype=np.float64)
+    assert layer["shape"] == [8, 6, 3, 1]
+    assert [m["axis"] for m in layer["modes"]] == [0, 1, 2]
+    for mode in layer["modes"]:
+        values = np.square(np.linalg.svd(unfold(updates, mode["axis"] + 1), compute_uv=False))
+        assert mode["size"] == updates.shape[mode["axis"] + 1]
+        for k in ("1", "2", "4"):
+            if k in mode["energy_at"]:
+                assert mode["energy_at"][k] == pytest.approx(values[: int(k)].sum() / values.sum(), rel=1e-5)
+    assert layer["modes"][1]["energy_at"]["4"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_change_of_gauge_moves_the_factors_and_nothing_else(tmp_path):

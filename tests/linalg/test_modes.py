@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import placement
 from jaxsub.linalg import gram, modes, reference
-from jaxsub.pipelines import layers
+from jaxsub.pipelines import axes, layers
 
 
 def stack(shape, num_models=12, seed=0):
@@ -54,8 +54,8 @@ def test_sketched_energies_do_not_flatter(seed):
     exact = reference.mode_energies(x, 0)
     exact = np.cumsum(exact) / exact.sum()
     first, second = sketch(x, layers.layer_key("w", seed))[0]
-    honest = np.cumsum(layers._cross_shares(first, second)[0])
-    flattering = np.cumsum(layers._cross_shares(first, first)[0])
+    honest = np.cumsum(axes._cross_shares(first, second)[0])
+    flattering = np.cumsum(axes._cross_shares(first, first)[0])
     assert (honest[:32] <= exact[:32] + 0.01).all()
     assert flattering[31] > exact[31] + 0.05
 
@@ -66,8 +66,8 @@ def test_sketch_finds_a_low_rank_mode(seed):
     basis = np.linalg.qr(rng.standard_normal((256, 4)))[0]
     x = np.einsum("ok,nki->noi", basis, rng.standard_normal((24, 4, 96))).astype(np.float32)
     first, second = sketch(x, layers.layer_key("w", seed))[0]
-    assert layers._cross_shares(first, second)[0][:4].sum() > 0.999
-    assert layers._cross_shares(first, second)[0][:3].sum() < 0.999
+    assert axes._cross_shares(first, second)[0][:4].sum() > 0.999
+    assert axes._cross_shares(first, second)[0][:3].sum() < 0.999
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_sketch_is_the_same_on_eight_devices():
 def test_the_energies_of_a_sketched_axis_do_not_flatter(seed):
     x = stack((256, 64), num_models=24, seed=seed)
     exact = reference.mode_energies(x, 0)
-    mode = layers._sketched_mode(0, sketch(x, layers.layer_key("w", seed))[0], exact.sum())
+    mode = axes.sketched_mode(0, sketch(x, layers.layer_key("w", seed))[0], exact.sum())
     assert mode.size == 256 and mode.columns == 512 and mode.total == exact.sum()
     assert (np.cumsum(mode.values)[:32] <= np.cumsum(exact)[:32] + 0.01 * exact.sum()).all()
     assert np.cumsum(mode.values)[31] > 0.1 * exact.sum()

@@ -5,11 +5,12 @@ agree in mean and standard deviation over draws of every figure that a report co
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
-from jaxsub import errors, heldout, plugins, spectrum
+from jaxsub import errors, heldout, plugins, spectrum, verdict
 from jaxsub.nulls import _draw, _observed, fresh_init, gaussian, permutation, shuffle, strength
 
 NUM_MODELS, SHAPE = 24, (15, 20)
@@ -183,6 +184,22 @@ def test_strength_with_more_models_than_features(rank, frames):
     assert_same(*compare(strength, observed, strength_literal(observed), options=options), ratio_slack=0.05)
     gram = next(strength.sample(observed, options, rng))
     assert np.linalg.matrix_rank(gram) == 18
+
+
+@pytest.mark.parametrize(
+    ("num", "shape", "least"), [(500, (2, 40000), 0), (100, (129, 129), 0), (30, (5, 6), 0.02)]
+)
+def test_strength_only_matters_to_small_matrices(num, shape, least):
+    """Rank-one models, the most concentrated there are: where `layers` keeps no singular values (shorter side above
+    128, or first and in several blocks), a strength null would move a gain by a hundredth of its margin."""
+    values = np.eye(1, min(shape)) * np.ones((num, 1))
+    observed = _observed.Observed(math.prod(shape), shape, np.ones(num), model_singular_values=values)
+    gain = []
+    for null in (gaussian, strength):
+        grams = null.sample(observed, null.Options(4), np.random.default_rng(10))
+        gain.append(np.mean([1 - heldout.leave_one_out(spectrum.centred(gram), [16]) for gram in grams]))
+    moved = abs(gain[1] - gain[0])
+    assert moved > least if least else moved < verdict.MARGIN / 100
 
 
 @pytest.mark.parametrize("frames", [2000, 1])

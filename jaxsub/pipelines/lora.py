@@ -1,0 +1,170 @@
+"""Statistics of a layer of low-rank updates, from their factors alone: B @ A is never formed."""
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from jaxsub import descriptors, formats, placement, precision
+from jaxsub.linalg import gram as gram_kernels, unfold
+from jaxsub.linalg.gram import FEATURES
+from jaxsub.linalg.modes import COLUMNS, MIXTURES
+from jaxsub.pipelines import axes
+from jaxsub.statistics import ModeEnergies, Statistics
+
+
+def statistics(group, models, mesh, options, meter, key):
+    """Statistics of one layer group of LoraPairs; arguments as in `layers.statistics`, and the layer's PRNG key."""
+    started = time.perf_counter()
+    pairs = group.entries
+    storage = precision.widest(t.dtype for e in pairs for t in (e.a, e.b))
+    ranks = np.array([e.rank for e in pairs])
+    rank = int(ranks.max())
+    width_a, width_b = math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]
+    work = len(pairs) ** 2 * rank**2 * (width_a + width_b)
+    dtype = precision.compute_dtype(storage, work, options.precision)
+    read_dtype = descriptors.numpy_dtype("float64" if storage == "float64" else "float32")
+    a = placement.zeros((len(pairs), rank, padded(width_a, mesh)), read_dtype)
+    bt = placement.zeros((len(pairs), rank, padded(width_b, mesh)), read_dtype)
+    for n, ((_, model), pair) in enumerate(zip(models, pairs, strict=True)):
+        a[n, : pair.rank, :width_a] = placement.require_finite(formats.read(model, pair.a), n, model, pair.a).reshape(
+            pair.rank, width_a
+        )
+        b = placement.require_finite(formats.read(model, pair.b), n, model, pair.b).reshape(width_b, pair.rank)
+        bt[n, : pair.rank, :width_b] = b.T
+    scales = np.array([e.scale for e in pairs])
+    common = math.frexp(float(np.abs(scales).max()))[1]
+    common = common if abs(common) > precision.SAFE_EXPONENT else 0
+    scales = np.ldexp(scales, -common)
+    powers = [_safe_exponent(x) for x in (a, bt)]
+    for x, power in zip((a, bt), powers, strict=True):
+        if power:
+            np.ldexp(x, -power, out=x)
+    meter.read_seconds += time.perf_counter() - started
+    meter.bytes_read += sum(e.a.num_bytes + e.b.num_bytes for e in pairs)
+
+    started = time.perf_counter()
+    sharding = NamedSharding(mesh, P(None, None, FEATURES))
+    factors = [jax.device_put(x, sharding) for x in (a, bt)]
+    sums = jax.device_get(gram_kernels.lora_gram(*factors, mesh=mesh, dtype=dtype))
+    outer = scales[:, None] * scales[None, :]
+    stats = Statistics.empty(group.name, pairs[0].shape, "lora", tuple(i for i, _ in models), storage, dtype)
+    stats.exponent = sum(powers) + common
+    stats.roundings = np.array([max(precision.rounding(t.dtype) for t in (e.a, e.b)) for e in pairs])
+    stats.gram = sums.gram * outer
+    stats.row_sums = scales * np.einsum("nr,nr->n", a.sum(axis=2, dtype=np.float64), bt.sum(axis=2, dtype=np.float64))
+    stats.variance_squares = stats.deviation_fourths = math.nan  # not to be had from the factors alone
+    stats.row_fourths = np.full(len(pairs), math.nan)
+    stats.ranks, stats.a_width = ranks.astype(np.float64), width_a
+    stats.b_overlap = sums.b_overlap * outer**2
+    stats.b_norms = np.sqrt(np.trace(sums.b_gram, axis1=1, axis2=2)) * np.abs(scales)
+    norms = np.sqrt(np.maximum(np.diag(sums.a_cosines), 1e-300))
+    stats.a_cosines = sums.a_cosines / norms[:, None] / norms[None, :]
+    roots_a, roots_b = _roots(sums.a_gram), _roots(sums.b_gram)
+    cores = np.linalg.svd(roots_b @ roots_a, compute_uv=False)
+    stats.model_singular_values = cores * np.abs(scales)[:, None]
+    transposed = int(pairs[0].transposed)
+    inputs = _modes(factors[0], roots_b * scales[:, None, None], pairs[0].a.shape[1:], 1 - transposed, options, key)
+    outputs = _modes(factors[1], roots_a * scales[:, None, None], (width_b,), transposed, options, key)
+    stats.modes = tuple(sorted([*inputs, *outputs], key=lambda m: m.axis))
+    meter.compute_seconds += time.perf_counter() - started
+    return stats
+
+
+def _modes(x, roots, sizes, first, options, key):
+    """Energies of C_in = sum s^2 A.T (B.T B) A or C_out = sum s^2 B (A A.T) B.T; uncentred, as centring factors
+    would depend on the gauge. From the rows (B.T B)^(1/2) A, never from a matrix of updates.
+
+    Args:
+        x: (N, r, width) factors of this side; the first prod(sizes) columns are a C-ordered tensor of weight axes.
+        roots: (N, r, r) of the other side, scales included.
+        sizes: of the weight axes of this side, more than one for convolutions.
+        first: number of the first of them.
+    """
+    rows, total = _weighted_rows(roots, x, math.prod(sizes))
+    total, found = float(total), []
+    for position, size in enumerate(sizes):
+        if len(sizes) > 1 and size == 1:
+            continue
+        axis, part = first + position, rows if len(sizes) == 1 else _along(rows, sizes=sizes, position=position)
+        if mode_is_exact(*part.shape, options):
+            values = np.asarray(_row_energies(part))[::-1]
+            found.append(ModeEnergies(axis, size, np.maximum(values, 0.0), total, 0, False))
+            continue
+        test = jax.random.normal(jax.random.fold_in(key, axis), (2, len(part), MIXTURES * COLUMNS), dtype=part.dtype)
+        tests = np.asarray(jnp.einsum("rw,hrc->hwc", part, test, precision="highest"), np.float64)
+        found.append(axes.sketched_mode(axis, tests, total, centred=False))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "position"))
+def _along(rows, sizes, position):
+    """Rows (num * rest, sizes[position]): one axis of those that the columns of `rows` (num, prod(sizes)) merge."""
+    before, size, after = unfold.view(sizes, position)
+    return jnp.moveaxis(rows.reshape(len(rows), before, size, after), 2, 3).reshape(-1, size)
+
+
+def mode_is_exact(num_rows, width, options):
+    """Whether the energies of (num_rows, width) rows are taken from their Gram matrix, not from a sketch."""
+    shorter = min(num_rows, width)
+    return num_rows * width * shorter <= options.mode_work and shorter <= options.mode_width
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _weighted_rows(roots, x, width):
+    """Rows (N * r, width) of the products, and the sum of their squares in float64."""
+    rows = jnp.einsum("nrs,nsw->nrw", roots.astype(x.dtype), x, precision="highest")
+    return rows[:, :, :width].reshape(-1, width), jnp.sum(jnp.square(rows.astype(jnp.float64)))
+
+
+@jax.jit
+def _row_energies(rows):
+    rows = rows.astype(jnp.float64)
+    gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
+    return jnp.linalg.eigvalsh(gram)
+
+
+def _roots(grams):
+    values, vectors = np.linalg.eigh(grams)
+    return np.einsum("nij,nj,nkj->nik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
+
+
+def padded(width, mesh):
+    """Columns of a factor with the zeros that make it divisible among devices."""
+    return -(-width // (8 * mesh.size)) * 8 * mesh.size
+
+
+def _safe_exponent(x):
+    largest = max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
+    exponent = math.frexp(largest)[1]
+    return exponent if largest and abs(exponent) > precision.SAFE_EXPONENT // 2 else 0
+
+
+def plan(group, options):
+    """LayerPlan of a LoRA group: the factors of all models are held at once, in float32 (float64 if stored so)."""
+    pairs = group.entries
+    storage = precision.widest(t.dtype for e in pairs for t in (e.a, e.b))
+    rank = max(e.rank for e in pairs)
+    widths = [math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]]
+    n = len(pairs)
+    work = n**2 * rank**2 * sum(widths)
+    dtype = precision.compute_dtype(storage, work, options.precision)
+    return placement.LayerPlan(
+        name=group.name,
+        shape=tuple(group.shape),
+        num_models=n,
+        storage=storage,
+        dtype=dtype,
+        rows=0,
+        width=0,
+        num_blocks=1,
+        exact_axes=(),
+        other_side=False,
+        sketched_axes=(),
+        strengths=True,
+        bytes_read=sum(e.a.num_bytes + e.b.num_bytes for e in pairs),
+    )
