@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsub import errors
-from jaxsub.linalg import orth, products, sketch
+from jaxsub.linalg import orth, pieces, products, sketch
 
 # Rounding of an n-term sum is within SPREAD sqrt(n) u of its scale but for a probability 2 exp(-SPREAD**2 / 2) < 1e-3
 # if roundings are independent (Higham and Mary 2019, Theorem 2.4); sums of thousands of such errors stay far below.
@@ -98,18 +98,14 @@ def residual_error(x, u, s, vt, *, axis=None):
     dtype = orth.compute_dtype(x)
     num_rows, width = x.shape
     scaled, right = (u * s.astype(u.dtype)).astype(dtype), vt.astype(dtype)
-    step = max(1, min(num_rows, CHUNK // max(width, 1)))
 
-    def part(start, size):
+    def add(start, size, sums):
         y = jax.lax.dynamic_slice_in_dim(x, start, size).astype(dtype)
         left = jax.lax.dynamic_slice_in_dim(scaled, start, size)
         r = y - products.row_major(products.matmul(left, right))
-        return jnp.stack([jnp.sum(jnp.square(a.astype(jnp.float64))) for a in (r, y)])
+        return sums + jnp.stack([jnp.sum(jnp.square(a.astype(jnp.float64))) for a in (r, y)])
 
-    sums = jax.lax.fori_loop(0, num_rows // step, lambda j, t: t + part(j * step, step), jnp.zeros(2, jnp.float64))
-    if num_rows % step:
-        sums = sums + part(num_rows - num_rows % step, num_rows % step)
-    sums = orth.total(sums, axis)
+    sums = orth.total(pieces.fold(add, num_rows, CHUNK // max(width, 1), jnp.zeros(2, jnp.float64)), axis)
     error = jnp.sqrt(sums[0] / jnp.where(sums[1] > 0, sums[1], 1.0))
     rounding = (SPREAD * math.sqrt(s.shape[0]) + 2) * float(jnp.finfo(dtype).eps) / 2
     return ResidualError(error, jnp.where(sums[1] > 0, error * (1 + rounding) + rounding, 0.0))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxsub.linalg import products
+from jaxsub.linalg import pieces, products
 
 CHUNK = 4096  # columns a product: N * 4096 * 4 bytes stay in cache; 2048 and 8192 were 4 to 6 % slower at N = 256
 SAMPLED = 512  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
@@ -115,10 +115,7 @@ def _dense_local(x, weights, dtype):
     sums = (*sums, zeros(num_models))
     fourths = (zeros(num_models), zeros(()), zeros(()))
     carry = (sums, fourths, jnp.zeros((weights.shape[0], width), dtype))
-    carry = jax.lax.fori_loop(0, whole, lambda j, c: step(j * chunk, chunk, c), carry)
-    if width % chunk:
-        carry = step(whole * chunk, width % chunk, carry)
-    sums, fourths, mixed = carry
+    sums, fourths, mixed = pieces.fold(step, width, chunk, carry)
     lower, upper = sums[0], sums[1]
     top = jnp.concatenate([upper, lower[:, :half].T], axis=1)
     gram = jnp.concatenate([top, lower], axis=0)
@@ -149,7 +146,6 @@ def combinations(x, weights, *, mesh, dtype):
 def _combinations(x, weights, *, mesh, dtype):
     def local(x, weights):
         width = x.shape[1]
-        chunk = min(CHUNK, width)
 
         def step(start, size, out):
             z = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(dtype)
@@ -157,9 +153,7 @@ def _combinations(x, weights, *, mesh, dtype):
             part = products.row_major(products.matmul(weights, y))
             return jax.lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
 
-        out = jnp.zeros((weights.shape[0], width), dtype)
-        out = jax.lax.fori_loop(0, width // chunk, lambda j, o: step(j * chunk, chunk, o), out)
-        return step(width // chunk * chunk, width % chunk, out) if width % chunk else out
+        return pieces.fold(step, width, CHUNK, jnp.zeros((weights.shape[0], width), dtype))
 
     features = P(None, FEATURES)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(features, P()), out_specs=features, check_vma=False)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxsub import errors, precision
-from jaxsub.linalg import operands, products
+from jaxsub.linalg import operands, pieces, products
 
 CHUNK = 4096  # columns a product, as in `gram`
 FEATURES = "features"
@@ -126,7 +126,7 @@ def _update_local(stream, batch):
         return gram + products.matmul(y, y.T).astype(jnp.float64)
 
     total = num_rows + num_new + 1
-    gram = jax.lax.psum(_over_chunks(width, add, jnp.zeros((total, total), jnp.float64)), FEATURES)
+    gram = jax.lax.psum(pieces.fold(add, width, CHUNK, jnp.zeros((total, total), jnp.float64)), FEATURES)
     values, u = jnp.linalg.eigh(gram)
     leading = u[:, ::-1][:, :num_rows].T.astype(dtype)
     dropped = jnp.maximum(values[: num_new + 1], 0)
@@ -137,7 +137,7 @@ def _update_local(stream, batch):
         mean = jax.lax.dynamic_update_slice_in_dim(mean, moved, start, axis=0)
         return mean, jax.lax.dynamic_update_slice_in_dim(rows, products.matmul(leading, y), start, axis=1)
 
-    mean, rows = _over_chunks(width, mix, (mean, rows))
+    mean, rows = pieces.fold(mix, width, CHUNK, (mean, rows))
     trace = jnp.trace(gram)
     return Stream(
         count + num_new,
@@ -148,13 +148,6 @@ def _update_local(stream, batch):
         stream.largest_discarded + dropped[-1],
         stream.rounding + (ROUNDING * float(jnp.finfo(dtype).eps) + total * precision.EPS64) * trace,
     )
-
-
-def _over_chunks(width, step, carry):
-    chunk = min(CHUNK, width)
-    whole = width // chunk
-    carry = jax.lax.fori_loop(0, whole, lambda j, c: step(j * chunk, chunk, c), carry)
-    return step(whole * chunk, width % chunk, carry) if width % chunk else carry
 
 
 def finish(stream, /, *, rank, mesh):
@@ -197,7 +190,7 @@ def _finish_local(stream, rank):
         y = products.row_major(jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1))
         return gram + products.matmul(y, y.T).astype(jnp.float64)
 
-    gram = jax.lax.psum(_over_chunks(width, add, jnp.zeros((num_rows, num_rows), jnp.float64)), FEATURES)
+    gram = jax.lax.psum(pieces.fold(add, width, CHUNK, jnp.zeros((num_rows, num_rows), jnp.float64)), FEATURES)
     values, u = jnp.linalg.eigh(gram)
     energies, leading = jnp.maximum(values[::-1], 0), u[:, ::-1][:, :rank].T
     # Rows are nearly orthogonal, so their Gram matrix is graded: float32 products resolve eps32 of the largest, more

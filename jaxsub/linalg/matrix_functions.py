@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxsub.linalg import products
 
 SERIES = 0.1  # under this Taylor series, right to 1e-20: eight terms of 1 / (2n)!, eleven of t / sin t at a fifth of it
-LEAF = 2048  # columns of one QR of a tree: with 32 to 64 rows its block stays in cache
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -101,33 +100,19 @@ def _inverse(x, floor):
     return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, x))
 
 
-def triangle(x):
-    """(k, k) triangle R of x.T = Q R, from a tree of QR factorisations; x is (k, D) with few rows.
-
-    Source: TSQR, Demmel, Grigori, Hoemmen and Langou 2012, section 3. Q is not formed.
-    """
-    k = x.shape[0]
-    leaf = max(LEAF, 4 * k)
-    tall = x.T
-    while tall.shape[0] > 2 * leaf:
-        tall = jnp.pad(tall, ((0, -tall.shape[0] % leaf), (0, 0)))
-        tall = jnp.linalg.qr(tall.reshape(-1, leaf, k), mode="r").reshape(-1, k)
-    return jnp.linalg.qr(tall, mode="r")
-
-
 @jax.custom_jvp
 def row_singular_values(x):
     """(k,) singular values of x (k, D), k <= D, non-increasing, right to eps * |x| however small.
 
     The derivative is u_i.T dx v_i, finite at repeated values; zero at values that are zero, where there is none.
     """
-    return jnp.linalg.svd(triangle(x), compute_uv=False)
+    return jnp.linalg.svd(jnp.linalg.qr(x.T, mode="r"), compute_uv=False)
 
 
 @row_singular_values.defjvp
 def _row_singular_values_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    _, s, wt = jnp.linalg.svd(triangle(x))
+    _, s, wt = jnp.linalg.svd(jnp.linalg.qr(x.T, mode="r"))
     # Rows of wt are left singular vectors of x; wt x has the scaled right ones as rows.
     along = jnp.sum(products.matmul(wt, dx) * products.matmul(wt, x), axis=1)
     return s, along * _inverse(s, x.shape[0] * jnp.finfo(x.dtype).eps * s[0])

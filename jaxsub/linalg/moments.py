@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxsub import errors
-from jaxsub.linalg import modes, products
+from jaxsub.linalg import modes, pieces, products
 
 CHUNK = 4096  # columns a product, as in `gram`
 FEATURES = "features"
@@ -72,9 +72,6 @@ def _border(old, new, mean, *, mesh, dtype):
 
 
 def _border_local(old, new, mean, dtype):
-    width = mean.shape[0]
-    chunk = min(CHUNK, width)
-
     def step(start, size, sums):
         m = jax.lax.dynamic_slice_in_dim(mean, start, size)
 
@@ -88,8 +85,7 @@ def _border_local(old, new, mean, dtype):
 
     shapes = ((len(new), len(old)), (len(new), len(new)), (len(new),))
     sums = Border(*(jnp.zeros(shape, jnp.float64) for shape in shapes))
-    sums = jax.lax.fori_loop(0, width // chunk, lambda j, s: step(j * chunk, chunk, s), sums)
-    return step(width // chunk * chunk, width % chunk, sums) if width % chunk else sums
+    return pieces.fold(step, len(mean), CHUNK, sums)
 
 
 def add_models(moments, border, /):

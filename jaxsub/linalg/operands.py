@@ -1,4 +1,4 @@
-"""What the geometry kernels accept: shapes and dtypes, checked before anything is computed.
+"""What kernels accept: shapes, dtypes and names of steps, checked before anything is computed.
 
 Subspaces are (k, D) with orthonormal rows, 1 <= k <= D. bfloat16 and float16 compute in float32; float32 and float64
 are kept. Shapes are static, so the checks also run under `jax.jit`, `jax.vmap` and `jax.grad`.
@@ -69,6 +69,15 @@ def square(x, name):
     if x.ndim != 2 or x.shape[0] != x.shape[1] or not x.shape[0]:
         raise errors.ConfigError(f"{name} has shape {x.shape}, expected (N, N) with N >= 1")
     return x
+
+
+def step(option, value, known):
+    """The function called `value` in `known`, or `value` itself if it is a function.
+
+    Raises:
+        ConfigError: naming the option and all names, for an unknown one.
+    """
+    return value if callable(value) else known[errors.require_known(option, value, known)]
 
 
 def require_rank(rank, largest, what):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsub import errors
-from jaxsub.linalg import products
+from jaxsub.linalg import pieces, products
 
 CHUNK = 4096  # rows a Gram product: as fast as 16384 at l = 64, and sums of 4096 float32 terms lose less
 DEVIATION = 0.1  # |q.T q - I| after one round up to which a second one reaches round-off
@@ -30,6 +30,14 @@ def wide_dtype():
     return jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 
 
+def unit_scale(largest):
+    """Powers of two, shape and dtype of `largest` >= 0, that bring it to [0.5, 1); 1 for zeros."""
+    exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))[1]
+    # 2.0**127 is float32's last power: subnormal numbers are scaled as far as that goes.
+    limit = 126 if largest.dtype == jnp.float32 else 1022
+    return jnp.ldexp(jnp.ones((), largest.dtype), jnp.clip(-exponent, -limit, limit))
+
+
 def total(value, axis):
     """Sum of `value` over the mesh axis `axis`; `value` itself where `axis` is None."""
     return value if axis is None else jax.lax.psum(value, axis)
@@ -43,7 +51,6 @@ def gram(x, axis=None, *, dtype=None):
     wide = wide_dtype()
     dtype = wide if dtype is None else dtype
     m, width = x.shape
-    step = min(CHUNK, m)
 
     # Two column blocks skip a quarter of the symmetric product; XLA has no symmetric one on CPU.
     half = width // 2 if width >= 128 else 0
@@ -54,10 +61,7 @@ def gram(x, axis=None, *, dtype=None):
         return sums[0] + lower, sums[1] + products.matmul(y[:, :half].T, y[:, :half]).astype(wide)
 
     sums = (jnp.zeros((width - half, width), wide), jnp.zeros((half, half), wide))
-    sums = jax.lax.fori_loop(0, m // step, lambda j, sums: add(j * step, step, sums), sums)
-    if m % step:
-        sums = add(m - m % step, m % step, sums)
-    lower, upper = total(sums, axis)
+    lower, upper = total(pieces.fold(add, m, CHUNK, sums), axis)
     return jnp.concatenate([jnp.concatenate([upper, lower[:, :half].T], axis=1), lower])
 
 
@@ -107,16 +111,11 @@ def _positive(q, r):
 def tsqr(x, axis=None):
     """QR of a tall matrix from the QR factors of each device's rows: x = q @ r, as stable as Householder's.
 
-    Args:
-        x: (m, l) rows, any float dtype; inside shard_map the local rows.
-        axis: mesh axis of the rows inside shard_map, or None.
+    Arguments and errors are those of `cholesky_qr2`.
 
     Returns:
         q: (m, l) orthonormal columns, also where x is rank-deficient: there they depend on the number of devices.
         r: (l, l) upper triangular, non-negative diagonal, replicated.
-
-    Raises:
-        ConfigError: if x has fewer rows (of all devices together) than columns.
 
     Communicates one all-gather of P l^2 numbers. One panel a device: LAPACK on 64 panels of 16384 x 64 took 7 times as
     long as on all rows. 2 to 4 times slower than `cholesky_qr2`.
@@ -307,11 +306,7 @@ def _small_factor(g, shift):
 def _column_scales(x, axis):
     """(l,) powers of two that bring the largest entry of each column to [0.5, 1); 1 for zero columns."""
     largest = jnp.max(jnp.abs(x), axis=0)
-    largest = largest if axis is None else jax.lax.pmax(largest, axis)
-    exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))[1]
-    # 2.0**127 is float32's last power: columns of subnormal numbers are scaled as far as that goes.
-    limit = 126 if x.dtype == jnp.float32 else 1022
-    return jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(-exponent, -limit, limit))
+    return unit_scale(largest if axis is None else jax.lax.pmax(largest, axis))
 
 
 def _check_tall(x, axis):

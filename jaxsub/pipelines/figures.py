@@ -199,7 +199,7 @@ class _Layer:
         with futures.ThreadPoolExecutor(len(self.options.nulls) + 1) as waiting:  # for draws made on self.cores
             for given in self.options.nulls:
                 module = plugins.load("nulls", given)
-                name = given.replace("-", "_")
+                name = module.__name__.rpartition(".")[2]
                 if module.applies(observed) is None:
                     rng = generator(self.options.seed, self.stats.name, name)
                     draws = module.sample(observed, module.Options(draws=self.options.draws), rng)

@@ -1,5 +1,6 @@
-"""Matrices of known spectrum for benchmarks, and float64 oracles."""
+"""Matrices of known spectrum for benchmarks, where they lie on devices, and float64 oracles."""
 
+import jax
 import numpy as np
 
 RANK, DECAY, NOISE = 64, 0.9, 1e-3
@@ -21,6 +22,18 @@ def stack(rng, rows, columns, *, mean=True):
     return x
 
 
+def place(x, mesh):
+    """`x` on the mesh, its last axis sharded over the features."""
+    spec = jax.sharding.PartitionSpec(*[None] * (x.ndim - 1), "features")
+    return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def leading(gram, rank):
+    """(s (k,), vectors (N, k)): leading singular values and left vectors of rows with this Gram matrix."""
+    values, vectors = np.linalg.eigh(gram)
+    return np.sqrt(np.maximum(values[::-1][:rank], 0.0)), vectors[:, ::-1][:, :rank]
+
+
 def gram(x, *, centre=True):
     """(N, N) float64 Gram matrix of the rows, made in pieces."""
     mean = x.mean(0, dtype=np.float64) if centre else np.zeros(x.shape[1])
@@ -33,7 +46,7 @@ def gram(x, *, centre=True):
 
 def left_vectors(x, rank, *, centre=True):
     """(N, k) leading left singular vectors in float64."""
-    return np.linalg.eigh(gram(x, centre=centre))[1][:, ::-1][:, :rank]
+    return leading(gram(x, centre=centre), rank)[1]
 
 
 def angle(exact, found):

@@ -31,6 +31,18 @@ def torch():
     return True
 
 
+def randomized_pca(x, rank):
+    """A call of scikit-learn's randomized PCA of the rows: (coefficients (N, k), s (k,), directions (k, D))."""
+    from sklearn.decomposition import PCA
+
+    def call():
+        fitted = PCA(rank, svd_solver="randomized", random_state=0)
+        coefficients = fitted.fit_transform(x)
+        return coefficients, fitted.singular_values_, fitted.components_
+
+    return call
+
+
 def tucker(x, ranks):
     """Name -> call that computes (core, factors (k, d)) of a Tucker decomposition by an installed peer."""
     found = {}

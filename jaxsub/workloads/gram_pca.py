@@ -37,19 +37,21 @@ def work(options):
 def ours(x, options):
     """A call that computes (s (k,), coefficients (N, k))."""
     mesh = placement.make_mesh()
-    with jax.enable_x64(True):
-        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "features")))
-    weights = np.zeros((0, len(x)), np.float32)
+    placed = _data.place(x, mesh)
 
     def call():
-        with jax.enable_x64(True):
-            sums, _ = gram.dense_gram(placed, weights, mesh=mesh, dtype="float32")
-            found = np.asarray(sums.gram)
-        values, vectors = np.linalg.eigh(spectrum.centred(found))
-        s = np.sqrt(np.maximum(values[::-1][: options.rank], 0.0))
-        return s, vectors[:, ::-1][:, : options.rank] * s
+        s, vectors = leading(placed, mesh, options.rank)
+        return s, vectors * s
 
     return call
+
+
+def leading(placed, mesh, rank):
+    """(s (k,), vectors (N, k)) of the rows minus their mean."""
+    none = np.zeros((0, len(placed)), np.float32)
+    with jax.enable_x64(True):
+        sums, _ = gram.dense_gram(placed, none, mesh=mesh, dtype="float32")
+        return _data.leading(spectrum.centred(np.asarray(sums.gram)), rank)
 
 
 def peers(x, options):
@@ -58,20 +60,13 @@ def peers(x, options):
 
     def numpy_snapshots():
         y = x - x.mean(0)
-        values, vectors = np.linalg.eigh(y @ y.T)
-        s = np.sqrt(np.maximum(values[::-1][:rank], 0.0))
-        return s, vectors[:, ::-1][:, :rank] * s
+        s, vectors = _data.leading(y @ y.T, rank)
+        return s, vectors * s
 
     found = {"numpy centre, x @ x.T, eigh": numpy_snapshots}
     if _peers.sklearn():
-        from sklearn.decomposition import PCA
-
-        def randomized():
-            fitted = PCA(rank, svd_solver="randomized", random_state=0)
-            coefficients = fitted.fit_transform(x)
-            return fitted.singular_values_, coefficients
-
-        found["scikit-learn PCA(randomized)"] = randomized
+        randomized = _peers.randomized_pca(x, rank)
+        found["scikit-learn PCA(randomized)"] = lambda: randomized()[1::-1]
     if _peers.torch():
         import torch
 

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from jaxsub import placement, spectrum
+from jaxsub import placement
 from jaxsub.linalg import gram
-from jaxsub.workloads import _peers, gram_pca
+from jaxsub.workloads import _data, _peers, gram_pca
 
 REFERENCE = gram_pca.REFERENCE
 Options, QUICK, problem = gram_pca.Options, gram_pca.QUICK, gram_pca.problem
@@ -21,17 +21,12 @@ def work(options):
 def ours(x, options):
     """A call that computes (s (k,), coefficients (N, k), directions (k, D))."""
     mesh = placement.make_mesh()
-    with jax.enable_x64(True):
-        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "features")))
-    none = np.zeros((0, len(x)), np.float32)
+    placed = _data.place(x, mesh)
 
     def call():
+        s, vectors = gram_pca.leading(placed, mesh, options.rank)
         with jax.enable_x64(True):
-            sums, _ = gram.dense_gram(placed, none, mesh=mesh, dtype="float32")
-            values, vectors = np.linalg.eigh(spectrum.centred(np.asarray(sums.gram)))
-            s = np.sqrt(np.maximum(values[::-1][: options.rank], 0.0))
-            leading = vectors[:, ::-1][:, : options.rank]
-            return s, leading * s, gram.combinations(placed, (leading / s).T, mesh=mesh, dtype="float32")
+            return s, vectors * s, gram.combinations(placed, (vectors / s).T, mesh=mesh, dtype="float32")
 
     return call
 
@@ -42,26 +37,23 @@ def peers(x, options):
 
     def by_hand():
         y = x - x.mean(0)
-        values, vectors = np.linalg.eigh(y @ y.T)
-        s, leading = np.sqrt(np.maximum(values[::-1][:rank], 0.0)), vectors[:, ::-1][:, :rank]
-        return s, leading * s, (leading / s).T @ y
+        s, vectors = _data.leading(y @ y.T, rank)
+        return s, vectors * s, (vectors / s).T @ y
 
     found = {"numpy centre, x @ x.T, eigh, u.T @ x": by_hand}
     if _peers.sklearn():
-        from sklearn.decomposition import PCA
+        randomized = _peers.randomized_pca(x, rank)
 
-        def randomized():
-            fitted = PCA(rank, svd_solver="randomized", random_state=0)
-            coefficients = fitted.fit_transform(x)
-            return fitted.singular_values_, coefficients, fitted.components_
+        def by_sklearn():
+            coefficients, s, directions = randomized()
+            return s, coefficients, directions
 
-        found["scikit-learn PCA(randomized)"] = randomized
+        found["scikit-learn PCA(randomized)"] = by_sklearn
     return found
 
 
 def error(x, options, result):
     """Largest of: the sine of the angle of the coefficients' span, and how far the directions are from orthonormal."""
     basis = np.asarray(result[2])
-    pieces = [basis[:, i : i + 65536].astype(np.float64) for i in range(0, basis.shape[1], 65536)]
-    loose = np.abs(sum(p @ p.T for p in pieces) - np.eye(len(basis))).max()
+    loose = np.abs(_data.gram(basis, centre=False) - np.eye(len(basis))).max()
     return max(gram_pca.error(x, options, result), float(loose))

@@ -40,9 +40,8 @@ def work(options):
 def ours(x, options):
     """A call that computes (s (k,), basis (k, D))."""
     mesh = placement.make_mesh()
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "features"))
     starts = range(0, options.models, options.batch)
-    batches = [jax.device_put(x[j : j + options.batch].copy(), sharding) for j in starts]
+    batches = [_data.place(x[j : j + options.batch].copy(), mesh) for j in starts]
 
     def call():
         with jax.enable_x64(True):
@@ -72,11 +71,10 @@ def peers(x, options):
 
 def error(x, options, result):
     """Sine of the largest angle between the span of the basis and the exact one, from float64."""
-    values, vectors = np.linalg.eigh(_data.gram(x))
-    leading = vectors[:, ::-1][:, : options.rank] / np.sqrt(values[::-1][: options.rank])
+    s, vectors = _data.leading(_data.gram(x), options.rank)
     mean = x.mean(0, dtype=np.float64)
     exact = np.concatenate(
-        [leading.T @ (x[:, i : i + 65536] - mean[i : i + 65536]) for i in range(0, x.shape[1], 65536)],
+        [(vectors / s).T @ (x[:, i : i + 65536] - mean[i : i + 65536]) for i in range(0, x.shape[1], 65536)],
         axis=1,
     )
     return _data.angle(exact.T, np.asarray(result[1]).T)

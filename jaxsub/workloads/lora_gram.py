@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxsub import placement
 from jaxsub.linalg import gram
-from jaxsub.workloads import _peers
+from jaxsub.workloads import _data, _peers
 
 REFERENCE = "<W_i, W_j> = tr((B_i^T B_j)(A_j A_i^T)) (E18)"
 BLOCK = 32  # models a block of pairs of the hand-written peers
@@ -41,8 +41,7 @@ def work(options):
 def ours(factors, options):
     """A call that computes the (N, N) Gram matrix."""
     mesh = placement.make_mesh()
-    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "features"))
-    placed = [jax.device_put(f, spec) for f in factors]
+    placed = [_data.place(f, mesh) for f in factors]
 
     def call():
         with jax.enable_x64(True):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from jaxsub.linalg import orth
-from jaxsub.workloads import _peers, tall_pca
+from jaxsub.workloads import _data, _peers, tall_pca
 
 REFERENCE = tall_pca.REFERENCE
 Options, QUICK, problem = tall_pca.Options, tall_pca.QUICK, tall_pca.problem
@@ -24,9 +24,8 @@ def ours(x, options):
 
     def call():
         with jax.enable_x64(True):
-            values, vectors = np.linalg.eigh(np.asarray(gram(placed)))
-        values, vectors = values[::-1][: options.rank], vectors[:, ::-1][:, : options.rank]
-        return None, np.sqrt(np.maximum(values, 0.0)), vectors.T
+            s, vectors = _data.leading(np.asarray(gram(placed)), options.rank)
+        return None, s, vectors.T
 
     return call
 
@@ -35,9 +34,8 @@ def peers(x, options):
     """By hand in NumPy; scikit-learn PCA(covariance_eigh)."""
 
     def by_hand():
-        values, vectors = np.linalg.eigh(x.T @ x)
-        s = np.sqrt(np.maximum(values[::-1][: options.rank], 0.0))
-        return None, s, vectors[:, ::-1][:, : options.rank].T
+        s, vectors = _data.leading(x.T @ x, options.rank)
+        return None, s, vectors.T
 
     found = {"numpy x.T @ x, eigh": by_hand}
     if _peers.sklearn():

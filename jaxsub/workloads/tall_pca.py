@@ -62,19 +62,10 @@ def peers(x, options):
 
         found["torch x.T @ x, eigh, x @ v"] = by_hand
     if _peers.sklearn():
-        from sklearn.decomposition import PCA
-
-        def randomized():
-            fitted = PCA(rank, svd_solver="randomized", random_state=0)
-            u = fitted.fit_transform(x)
-            return u, fitted.singular_values_, fitted.components_
-
-        found["scikit-learn PCA(randomized)"] = randomized
+        found["scikit-learn PCA(randomized)"] = _peers.randomized_pca(x, rank)
     return found
 
 
 def error(x, options, result):
     """Sine of the largest angle between the span of V and the exact one."""
-    gram = sum(x[i : i + 65536].T.astype(np.float64) @ x[i : i + 65536] for i in range(0, len(x), 65536))
-    exact = np.linalg.eigh(gram)[1][:, ::-1][:, : options.rank]
-    return _data.angle(exact, np.asarray(result[2]).T)
+    return _data.angle(_data.left_vectors(x.T, options.rank, centre=False), np.asarray(result[2]).T)

@@ -1,6 +1,22 @@
-"""Test matrices by name, float64: planted singular values between random orthonormal bases."""
+"""Test matrices by name, float64: planted singular values between random orthonormal bases; and where they lie."""
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+# Spectra of LAPACK's tests, and the triad of randomized methods: names for `spectrum`.
+LAPACK = [
+    "zero",
+    "identity",
+    "arithmetic",
+    "geometric",
+    "clustered_low",
+    "clustered_high",
+    "graded",
+    "harmonic",
+    "rank3",
+]
+TRIAD = ["low_rank", "low_rank_noise", "slow_decay"]
 
 
 def planted(num_rows, width, values, seed=0):
@@ -30,6 +46,11 @@ def spectrum(name, size):
         "harmonic": 1.0 / (1 + i),
         "rank3": np.where(i < 3, 1.0, 0.0),
     }[name]
+
+
+def place(x, mesh):
+    """`x` on the mesh, its last axis sharded over the features."""
+    return jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "features")))
 
 
 def frame(k, d, seed=0):

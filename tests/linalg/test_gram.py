@@ -3,16 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import placement, spectrum
 from jaxsub.linalg import gram, reference
+from tests.linalg.matrices import place
 
 
 def run_dense(x, devices, dtype):
     mesh = placement.make_mesh(devices)
     with jax.enable_x64(True):
-        placed = jax.device_put(x, NamedSharding(mesh, P(None, "features")))
+        placed = place(x, mesh)
         weights = np.zeros((0, len(x)), np.float32)
         return jax.device_get(gram.dense_gram(placed, weights, mesh=mesh, dtype=dtype)[0])
 
@@ -36,7 +36,7 @@ def test_fourth_moments_of_many_columns_are_estimates_within_sampling_error(devi
     x[:, :columns] = rng.standard_normal((6, columns)) * scales
     mesh = placement.make_mesh(devices)
     with jax.enable_x64(True):
-        placed = jax.device_put(x, NamedSharding(mesh, P(None, "features")))
+        placed = place(x, mesh)
         weights = np.zeros((0, 6), np.float32)
         sums = jax.device_get(gram.dense_gram(placed, weights, mesh=mesh, dtype="float32")[0])
     exact = reference.dense_sums(x)
@@ -79,7 +79,7 @@ def test_combinations_are_principal_directions_of_models_near_a_base(devices):
     weights = (vectors[:, :-5:-1] / np.sqrt(values[:-5:-1])).T
     mesh = placement.make_mesh(devices)
     with jax.enable_x64(True):
-        placed = jax.device_put(x, NamedSharding(mesh, P(None, "features")))
+        placed = place(x, mesh)
         found = np.asarray(gram.combinations(placed, weights, mesh=mesh, dtype="float32"), np.float64)
     assert np.abs(found - weights @ y).max() < 2e-5 * np.abs(weights @ y).max()
     assert np.abs(found @ found.T - np.eye(4)).max() < 1e-5
@@ -93,7 +93,7 @@ def test_mixtures_are_of_the_centred_rows(devices):
     weights = np.random.default_rng(7).standard_normal((4, 9)).astype(np.float32)
     mesh = placement.make_mesh(devices)
     with jax.enable_x64(True):
-        placed = jax.device_put(x, NamedSharding(mesh, P(None, "features")))
+        placed = place(x, mesh)
         got = np.asarray(gram.dense_gram(placed, weights, mesh=mesh, dtype="float32")[1])
     want = weights.astype(np.float64) @ (x - x.astype(np.float64).mean(0))
     assert np.abs(got - want).max() < 2e-6 * np.abs(want).max()
@@ -109,7 +109,7 @@ def test_zero_columns_do_not_show():
 
 def test_one_all_reduce_a_block_and_no_gather():
     mesh = placement.make_mesh(8)
-    x = jax.device_put(np.ones((16, 8 * 4096), np.float32), NamedSharding(mesh, P(None, "features")))
+    x = place(np.ones((16, 8 * 4096), np.float32), mesh)
     with jax.enable_x64(True):
         text = gram._dense_gram.lower(x, np.ones((4, 16), np.float32), mesh=mesh, dtype="float32")
         text = text.compile().as_text()
@@ -130,9 +130,8 @@ def test_lora_gram_equals_dense_products(num_models, dtype, tolerance, devices):
     expected = reference.lora_gram(a.astype(np.float64), b.astype(np.float64), np.ones(num_models))
     mesh = placement.make_mesh(devices)
     with jax.enable_x64(True):
-        spec = NamedSharding(mesh, P(None, None, "features"))
         bt = np.ascontiguousarray(np.swapaxes(b, 1, 2))
-        sums = jax.device_get(gram.lora_gram(jax.device_put(a, spec), jax.device_put(bt, spec), mesh=mesh, dtype=dtype))
+        sums = jax.device_get(gram.lora_gram(place(a, mesh), place(bt, mesh), mesh=mesh, dtype=dtype))
     assert np.abs(sums.gram - expected).max() < tolerance * np.abs(expected).max()
     overlap = np.square(np.einsum("nor,mos->nmrs", b.astype(np.float64), b.astype(np.float64))).sum((2, 3))
     assert np.abs(sums.b_overlap - overlap).max() < tolerance * overlap.max()

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import errors, placement
 from jaxsub.linalg import angles, incremental, reference_geometry as reference
+from tests.linalg.matrices import place
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -33,7 +34,7 @@ def run(x, *, rank, rows, dtype, batches=(16, 16, 16, 16), devices=1):
     stream = incremental.start(x.shape[1], rows=rows, dtype=dtype)
     start = 0
     for size in batches:
-        batch = jax.device_put(x[start : start + size], NamedSharding(mesh, P(None, "features")))
+        batch = place(x[start : start + size], mesh)
         stream = incremental.update(stream, batch, mesh=mesh)
         start += size
     return stream, incremental.finish(stream, rank=rank, mesh=mesh)
@@ -175,7 +176,7 @@ def test_one_all_reduce_an_update_one_compilation_and_donation():
     stream = incremental.start(8 * 4096, rows=6, dtype="float32")
     shardings = jax.tree.map(lambda p: NamedSharding(mesh, p), incremental._SPECS, is_leaf=lambda p: isinstance(p, P))
     stream = jax.device_put(stream, shardings)
-    batch = jax.device_put(np.ones((4, 8 * 4096), np.float32), NamedSharding(mesh, P(None, "features")))
+    batch = place(np.ones((4, 8 * 4096), np.float32), mesh)
     text = incremental._update.lower(stream, batch, mesh=mesh).compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import placement
 from jaxsub.linalg import gram, modes, reference
 from jaxsub.pipelines import axes, layers
+from tests.linalg.matrices import place
 
 
 def stack(shape, num_models=12, seed=0):
@@ -40,7 +40,7 @@ def test_model_grams_hold_each_models_singular_values(shape):
 def sketch(x, key, devices=1):
     mesh = placement.make_mesh(devices)
     with jax.enable_x64(True):
-        flat = jax.device_put(x.reshape(len(x), -1), NamedSharding(mesh, P(None, "features")))
+        flat = place(x.reshape(len(x), -1), mesh)
         weights = modes.mixtures(key, len(x), 16)
         _, mixed = gram.dense_gram(flat, weights, mesh=mesh, dtype="float32")
         found = modes.sketch(mixed, key, jnp.int32(0), shape=x.shape[1:], axes=(0, 1), columns=32)

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import errors, placement
 from jaxsub.linalg import gram, modes, moments, reference_geometry as reference
+from tests.linalg.matrices import place
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -18,19 +18,14 @@ def rows(n, d=8 * 640, seed=0, spread=1.0, offset=0.0):
     )
 
 
-def place(x, devices):
-    mesh = placement.make_mesh(devices)
-    return jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "features")))
-
-
 def dense(x, devices, dtype):
-    weights = np.zeros((0, len(x)), np.float32)
-    return gram.dense_gram(place(x, devices), weights, mesh=placement.make_mesh(devices), dtype=dtype)[0]
+    mesh, weights = placement.make_mesh(devices), np.zeros((0, len(x)), np.float32)
+    return gram.dense_gram(place(x, mesh), weights, mesh=mesh, dtype=dtype)[0]
 
 
 def border(old, new, mean, devices, dtype):
-    arrays = (place(a, devices) for a in (old, new, mean))
-    return moments.border(*arrays, mesh=placement.make_mesh(devices), dtype=dtype)
+    mesh = placement.make_mesh(devices)
+    return moments.border(*(place(a, mesh) for a in (old, new, mean)), mesh=mesh, dtype=dtype)
 
 
 def compare(got, x, tolerance):

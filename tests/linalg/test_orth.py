@@ -1,7 +1,5 @@
 """Orthonormalisation: over the range of conditions, of dependent and zero columns, on one and on eight devices."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import errors, placement
 from jaxsub.linalg import orth, reference_svd as reference
+from tests.linalg.compiled import collective_sizes
 from tests.linalg.matrices import planted
 
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
@@ -128,16 +127,6 @@ def test_eight_devices_equal_one_and_gather_nothing_long(method, condition):
     assert deviation(q)[0] < 40 * EPS["float32"]
     assert np.abs(r - single[1]).max() < 200 * EPS["float32"] * np.abs(r).max()
     assert collective_sizes(run.lower(placed)) <= {16 * 16, 8 * 16 * 16, 16, 1}
-
-
-def collective_sizes(lowered):
-    """Entries of every array that a collective of the compiled program returns."""
-    sizes = {1}
-    for line in lowered.compile().as_text().splitlines():
-        if re.search(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line):
-            for dims in re.findall(r"[fsu]\d+\[([\d,]*)\]", line.split("=", 1)[1].split("(%")[0]):
-                sizes.add(int(np.prod([int(d) for d in dims.split(",") if d])))
-    return sizes
 
 
 def test_the_common_path_adds_up_two_small_matrices():

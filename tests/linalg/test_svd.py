@@ -11,25 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import errors, placement, precision
 from jaxsub.linalg import certificates, range_finder, reference_svd as reference, single_pass, sketch, svd
-from tests.linalg.matrices import planted, spectrum
-from tests.linalg.test_orth import collective_sizes
+from tests.linalg.compiled import collective_sizes
+from tests.linalg.matrices import TRIAD, planted, spectrum
 
 ULP = {"float32": 2.0**-23, "float64": 2.0**-52}
-SLOW_SHAPES = [(1, 1), (1, 9), (9, 1), (2, 3), (24, 40)]
-SHAPES = [(6, 64), (40, 24), *[pytest.param(shape, marks=pytest.mark.slow) for shape in SLOW_SHAPES]]
-NAMES = [
-    "zero",
-    "identity",
-    "arithmetic",
-    "geometric",
-    "clustered_low",
-    "clustered_high",
-    "graded",
-    "harmonic",
-    "rank3",
-]
-TRIAD = ["low_rank", "low_rank_noise", "slow_decay"]
-KEY = 7
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -41,48 +26,6 @@ def error(x, result):
 
 def best(values, rank):
     return np.sqrt(np.square(values[rank:]).sum() / np.square(values).sum())
-
-
-def ratios(x, result, values, dtype):
-    """Ratios 1 to 5 of LAPACK's tests for a full decomposition with vectors where signal."""
-    x = np.asarray(x, np.float64)
-    u, s, vt = (np.asarray(a, np.float64) for a in (result.u, result.s[: result.vt.shape[0]], result.vt))
-    ulp, (m, n) = ULP[dtype], x.shape
-    norm = max(np.abs(x).sum(0).max(), 1e-300)
-    present = np.any(vt != 0, axis=1)
-    assert np.array_equal(present, np.any(u != 0, axis=0))
-    u, vt, kept = u[:, present], vt[present], s[present]
-    eye = np.eye(len(kept))
-    lost = s[~present].sum() if s[~present].size else 0.0
-    residual = max(np.abs(x - (u * kept) @ vt).sum(0).max() - lost * max(m, n) ** 0.5, 0)
-    assert np.all(np.diff(s) <= 0) and np.all(s >= 0)
-    return [
-        residual / (norm * max(m, n) * ulp) if norm > 1e-300 else residual,
-        np.abs(eye - u.T @ u).sum(0).max(initial=0) / (m * ulp),
-        np.abs(eye - vt @ vt.T).sum(0).max(initial=0) / (n * ulp),
-        np.abs(s - values).max() / (max(values[0], 1e-300) * min(m, n) * ulp) if values[0] else s.max(),
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_lapack_ratios(shape, dtype):
-    worst = {}
-    for name in NAMES:
-        values = spectrum(name, min(shape))
-        x = planted(*shape, values, seed=3)[0].astype(dtype)
-        values = np.linalg.svd(x.astype(np.float64), compute_uv=False) if values[0] else values
-        size, jx = min(shape), jnp.asarray(x)
-        worst[name, "thin"] = ratios(x, svd.thin_svd(jx), values, dtype)
-        if dtype == "float32":  # float64 data need thin_svd: a Gram matrix spends half their digits
-            found = svd.gram_svd(jx, dtype="float64")
-            worst[name, "gram"] = ratios(x, found, values, dtype)
-            assert np.all(np.asarray(found.is_resolved) == (found.s > found.floor))
-        found = svd.randomized_svd(jx, jax.random.key(KEY), rank=size, passes=4)
-        worst[name, "randomized"] = ratios(x, found, values, dtype)
-    over = {key: value for key, value in worst.items() if not max(value) < 30}
-    assert not over, over
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -108,40 +51,6 @@ def test_gram_svd_equals_the_twin(shape, dtype, tolerance):
     found = svd.gram_svd(jnp.asarray(x), rank=12, dtype=dtype)
     np.testing.assert_allclose(found.s[:12], s, rtol=tolerance)
     assert np.abs(found.vt - vt).max() < 20 * tolerance and np.abs(found.u - u).max() < 20 * tolerance
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TRIAD)
-@pytest.mark.parametrize(
-    "finder, passes, test",
-    [
-        ("power", 6, "gaussian"),
-        ("power", 7, "sign"),
-        ("power", 6, "sparse"),
-        ("power", 6, "count_sketch"),
-        ("krylov", 6, "gaussian"),
-        ("krylov", 7, "sparse"),
-    ],
-)
-def test_the_triad(name, finder, passes, test):
-    values = spectrum(name, 90)
-    x = planted(90, 300, values)[0].astype(np.float32)
-    for seed in range(3):
-        options = {"rank": 8, "oversample": 10, "passes": passes, "test": test, "range_finder": finder}
-        found = svd.randomized_svd(jnp.asarray(x), jax.random.key(seed), **options)
-        # (1 + epsilon) best, as Musco and Musco 2015, epsilon 2 % here; where the best is zero, rounding
-        # of products of D terms, sqrt(D) eps.
-        assert error(x, found) < 1.02 * best(values, 8) + 300**0.5 * ULP["float32"]
-        assert error(x, found) <= float(found.bound)
-        assert np.all(np.asarray(found.s) <= values[:8] * (1 + 1e-5) + 1e-7)
-
-
-@pytest.mark.slow
-def test_without_power_iterations_slow_decay_fails_the_bound():
-    values = spectrum("slow_decay", 90)
-    x = jnp.asarray(planted(90, 300, values)[0], jnp.float32)
-    run = functools.partial(svd.randomized_svd, x, rank=8, oversample=10)
-    assert all(error(x, run(jax.random.key(j), passes=2)) > 1.02 * best(values, 8) for j in range(3))
 
 
 @pytest.mark.slow

@@ -186,9 +186,7 @@ def test_strength_with_more_models_than_features(rank, frames):
     assert np.linalg.matrix_rank(gram) == 18
 
 
-@pytest.mark.parametrize(
-    ("num", "shape", "least"), [(500, (2, 40000), 0), (100, (129, 129), 0), (30, (5, 6), 0.02)]
-)
+@pytest.mark.parametrize(("num", "shape", "least"), [(500, (2, 40000), 0), (100, (129, 129), 0), (30, (5, 6), 0.02)])
 def test_strength_only_matters_to_small_matrices(num, shape, least):
     """Rank-one models, the most concentrated there are: where `layers` keeps no singular values (shorter side above
     128, or first and in several blocks), a strength null would move a gain by a hundredth of its margin."""
