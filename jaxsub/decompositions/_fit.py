@@ -53,7 +53,9 @@ def centre(x, *, centring, axis=None):
         return x, jnp.zeros((1,) * (x.ndim - 1), x.dtype)
     over = (0,) if centring == "models" else tuple(a for a in range(x.ndim) if a != axis + 1)
     mean = jnp.mean(x.astype(jnp.float64), axis=over, keepdims=True).astype(x.dtype)
-    return x - mean, mean[0]
+    y = x - mean
+    # What rounding left of the mean is the same for all models: a direction of its own, which can be over the floor.
+    return y - jnp.mean(y.astype(jnp.float64), axis=over, keepdims=True).astype(x.dtype), mean[0]
 
 
 def axis_spectrum(y, axis, dtype):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxsub import precision, subspace
+from jaxsub import subspace
 from jaxsub.decompositions import _fit
 from jaxsub.linalg import operands, svd
 
@@ -46,7 +46,10 @@ def fit(stack, options, key):
         )
         total, tail = float(found.energy), float(found.tail)
         s = np.asarray(found.s, np.float64)
-        floor = precision.gram_floor(s[0], stack.num_models, "float64") if len(s) else 0.0
+        # What the kernel takes for rounding, in the dtype that it computes in; it returns 0 for values under this.
+        blocks = options.passes // 2 if options.range_finder == "krylov" else 1
+        size = min(options.rank + options.oversample, *y.shape) * blocks
+        floor = 4 * size * float(np.finfo(found.s.dtype).eps) * float(s[0])
         error = float(np.sqrt(max(tail, 0.0) / total)) if total > 0 else 0.0
         # A basis that is a little off keeps its energies a little low: the tail is the error all the same.
         certificate = subspace.Certificate(error, float(found.bound), exact=False, passes=options.passes + 1)

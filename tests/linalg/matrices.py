@@ -49,7 +49,8 @@ def spectrum(name, size):
 
 
 def place(x, mesh):
-    """`x` on the mesh, its last axis sharded over the features."""
+    """`x` on the mesh, its last axis sharded over the features, with zeros at its end to fill the last device."""
+    x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % mesh.size)])
     return jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "features")))
 
 

@@ -143,6 +143,21 @@ def test_the_common_path_adds_up_two_small_matrices():
     assert "all-gather" not in text
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_nearly_parallel_vectors_stay_finite(rank, dtype):
+    """Rounding of their Gram matrix can be more than a shift of l eps; then a larger one is taken."""
+    rng = np.random.default_rng(0)
+    left = rng.standard_normal((60, 5, rank)) * 1e-3 ** np.arange(rank)
+    x = (left @ rng.standard_normal((60, rank, 4096))).astype(dtype)
+    with jax.enable_x64(True):
+        run = jax.jit(lambda y: orth.regularised(y, is_wide=True))
+        found = np.stack([np.asarray(run(y), np.float64) for y in x])
+    values = np.linalg.svd(found, compute_uv=False) if np.isfinite(found).all() else np.inf
+    # The last direction is rounding, up to 2.3 long; those of x keep their length.
+    assert np.max(values) < 4 and values[:, 0].min() > 0.99
+
+
 def test_wide_input_is_refused():
     with pytest.raises(errors.ConfigError, match="at least as many rows as columns"):
         orth.cholesky_qr2(np.ones((3, 4), np.float32))
