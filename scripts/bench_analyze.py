@@ -4,7 +4,8 @@
 
 Prints medians of interleaved rounds: the whole analysis without start-up, its parts, the Gram product of the same
 rows held in memory by NumPy (float32 x @ x.T), by jax.jit of the same line and by jaxsub's own kernel (centred, float64
-sums, moments), and their ratios.
+sums, moments), and their ratios. With --cold (Linux, root), the analysis from a cold page cache against one thread that
+reads the files.
 """
 
 import argparse
@@ -26,6 +27,38 @@ def make(folder, num_models, shape):
             safetensors.write(path, {"w": rng.standard_normal(shape, dtype=np.float32)}, None)
 
 
+def drop_caches():
+    os.sync()
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("3")
+
+
+def cold(folder, rounds):
+    import jaxsub
+
+    paths = sorted(entry.path for entry in os.scandir(folder))
+    buffer = bytearray(1 << 20)
+
+    def read():
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    calls = {"read": read, "analyze": lambda: jaxsub.analyze(folder)}
+    calls["analyze"]()  # compile
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            drop_caches()
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    for name, values in times.items():
+        print(f"{name:24} {statistics.median(values):8.3f} s   {min(values):.2f} to {max(values):.2f}")
+    print(f"analyze / read: {statistics.median(times['analyze']) / statistics.median(times['read']):.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", required=True)
@@ -33,8 +66,11 @@ def main():
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true")
     arguments = parser.parse_args()
     make(arguments.folder, arguments.models, (arguments.rows, arguments.columns))
+    if arguments.cold:
+        return cold(arguments.folder, arguments.rounds)
 
     import jax
 

@@ -22,6 +22,7 @@ from jaxsub.formats import _hints
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git or sha256 digest: the names in a hub cache
 _MAX_PREAD = 1 << 30  # Linux moves at most 2^31 - 4096 bytes a call
+_LARGE = 1 << 18  # bytes from which a read is a block of its own: see `_advise`
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 
@@ -58,6 +59,7 @@ def read_into(extent, byte_start, view):
     try:
         with _opened(file.path) as fd:
             _require_unchanged(file, os.fstat(fd))
+            _advise(fd, "RANDOM" if view.nbytes >= _LARGE else "NORMAL")
             _fill(fd, position, view, file)
             _require_unchanged(file, os.fstat(fd))
     except errors.InputChangedError:
@@ -87,6 +89,7 @@ class Reader:
         """The bytes from `offset` on in blocks; the buffer is used again for the next one."""
         if offset < 0 or num_bytes < 0 or offset + num_bytes > self.file.size:
             raise _too_short(self.file, offset + num_bytes)
+        _advise(self._fd, "SEQUENTIAL")
         buffer = memoryview(bytearray(min(size, num_bytes)))
         for start in range(0, num_bytes, size):
             block = buffer[: min(size, num_bytes - start)]
@@ -99,8 +102,19 @@ def reader(file):
     """A Reader of an identified file."""
     with _opened(file.path) as fd:
         _require_unchanged(file, os.fstat(fd))
+        _advise(fd, "RANDOM")
         yield Reader(fd, file)
         _require_unchanged(file, os.fstat(fd))
+
+
+def _advise(fd, how):
+    """Tells the system how far to read ahead.
+
+    Headers and blocks of layers are "RANDOM": the callers ask for the next block in time. Where the system may read
+    ahead by megabytes, the headers of a thousand files, or a first block, would else wait for most of the collection.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # a hint: some systems and file systems have none
+        os.posix_fadvise(fd, 0, 0, getattr(os, f"POSIX_FADV_{how}"))
 
 
 def _too_short(file, end):

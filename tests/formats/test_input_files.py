@@ -6,7 +6,7 @@ import resource
 import numpy as np
 import pytest
 
-from jaxsub import errors, formats
+from jaxsub import descriptors, errors, formats
 from jaxsub.formats import _files, _hints, safetensors
 
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -214,3 +214,22 @@ def test_is_model(tmp_path):
     assert found == {"a": True, "b.safetensors": True, "c": True, "LICENSE": False}
     assert not formats.is_model(tmp_path / "zoo")
     assert not formats.is_model(tmp_path / "zoo" / ".tmp-1-a.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such hint on this system")
+def test_headers_and_large_blocks_stop_the_system_from_reading_ahead(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1 << 19))
+    given = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, count, advice: given.append(advice))
+    file = _files.identify(path)
+    _files.read_bytes(file, 0, 8)
+    _files.read_into(descriptors.Extent(file, 0), 0, memoryview(bytearray(1 << 18)))
+    _files.read_into(descriptors.Extent(file, 0), 0, memoryview(bytearray(1 << 10)))  # its neighbours come next
+    assert given == [os.POSIX_FADV_RANDOM, os.POSIX_FADV_RANDOM, os.POSIX_FADV_NORMAL]
+
+    def refuse(*_):
+        raise OSError(22, "no hints here")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    assert _files.read_bytes(file, 0, 8) == bytes(8)
