@@ -47,7 +47,7 @@ def sketch(x, key, devices=1):
         return [np.asarray(t) for t in found]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_sketched_energies_do_not_flatter(seed):
     """A flat mode spectrum: directions scored on the half that found them claim too much; across halves never."""
     x = stack((256, 64), num_models=24, seed=seed)

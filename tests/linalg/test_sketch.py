@@ -21,7 +21,9 @@ def test_rows_do_not_depend_on_where_the_matrix_is_cut(kind, columns):
     np.testing.assert_array_equal(jax.jit(lambda i: draw(key, 40, columns, start=i))(jnp.int32(260)), whole[260:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["gaussian", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "gaussian")]
+)
 def test_eight_devices_draw_what_one_draws(kind):
     draw, key = sketch.named(kind), jax.random.key(4)
     mesh = placement.make_mesh(8)

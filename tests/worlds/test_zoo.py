@@ -37,7 +37,13 @@ def contents(folder):
     return found
 
 
-@pytest.mark.parametrize("world", plugins.available("worlds"))
+# Trained anew twice, in seconds each; the other trained worlds share their code.
+TRAINED = ("lora", "own_start_same_task")
+
+
+@pytest.mark.parametrize(
+    "world", [pytest.param(w, marks=pytest.mark.slow if w in TRAINED else ()) for w in plugins.available("worlds")]
+)
 def test_every_world_is_made_the_same_twice_and_says_its_truth(tmp_path, world):
     models = zoo.make(world, tmp_path / "a", seed=5, **SMALL[world])
     zoo.make(world, tmp_path / "b", seed=5, **SMALL[world])
