@@ -10,9 +10,11 @@ from jaxsub import errors, placement
 from jaxsub.linalg import sketch
 
 KINDS = sorted(sketch.TESTS)
+# The others compile for seconds, each of their sizes anew.
+SHORT = [pytest.param(k, marks=() if k in ("gaussian", "sign") else pytest.mark.slow) for k in KINDS]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHORT)
 @pytest.mark.parametrize("columns", [7, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 48))])
 def test_rows_do_not_depend_on_where_the_matrix_is_cut(kind, columns):
     draw, key = sketch.named(kind), jax.random.key(3)
@@ -21,9 +23,7 @@ def test_rows_do_not_depend_on_where_the_matrix_is_cut(kind, columns):
     np.testing.assert_array_equal(jax.jit(lambda i: draw(key, 40, columns, start=i))(jnp.int32(260)), whole[260:])
 
 
-@pytest.mark.parametrize(
-    "kind", ["gaussian", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "gaussian")]
-)
+@pytest.mark.parametrize("kind", SHORT)
 def test_eight_devices_draw_what_one_draws(kind):
     draw, key = sketch.named(kind), jax.random.key(4)
     mesh = placement.make_mesh(8)
@@ -34,7 +34,7 @@ def test_eight_devices_draw_what_one_draws(kind):
     np.testing.assert_array_equal(jax.jit(local)(), draw(key, 256, 12))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHORT)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_moments(kind, seed):
     rows, columns = 20_000, 16

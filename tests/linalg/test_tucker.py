@@ -42,7 +42,7 @@ def projectors(factors):
     [
         ((8, 12, 10), (3, 4, 5)),
         pytest.param((20, 8, 6, 3, 3), (5, 4, 3, 2, 2), marks=pytest.mark.slow),
-        ((9, 7), (2, 2)),
+        pytest.param((9, 7), (2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_fits_equal_their_twins(shape, ranks, dtype, tolerance):
