@@ -6,7 +6,7 @@ print(report.table())
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "analyze", "open_collection"]
+__all__ = ["__version__", "analyze", "fit", "load", "open_collection"]
 
 
 def open_collection(paths, **options):
@@ -50,7 +50,47 @@ def analyze(models, workdir=None, **options):
     from jaxsub import config
     from jaxsub.pipelines import analyze as pipeline
 
-    if isinstance(models, (str, bytes)) or not hasattr(models, "groups"):
-        paths = [models] if isinstance(models, str) else [str(m) for m in models]
-        return pipeline.run(config.freeze(pipeline.Config, {"collection": tuple(paths), **options}), workdir)
-    return pipeline.analyze(models, config.freeze(pipeline.Config, options), workdir)
+    if _is_open(models):
+        return pipeline.analyze(models, config.freeze(pipeline.Config, options), workdir)
+    return pipeline.run(config.freeze(pipeline.Config, {"collection": _paths(models), **options}), workdir)
+
+
+def fit(models, path=None, **options):
+    """A subspace for every layer, and the models as coefficients.
+
+    Args:
+        models: a Collection, or what `open_collection` takes.
+        path: new folder for the bundle; None keeps it in memory.
+        **options: fields of `jaxsub.pipelines.fit.Config`: rank, energy, decomposition, layers, ...
+
+    Returns:
+        Bundle, with `project`, `reconstruct`, `coefficients`, `accounting`, `save`.
+
+    Raises:
+        ConfigError, InputError, WorkdirError, ResourceError.
+    """
+    from jaxsub import config
+    from jaxsub.pipelines import fit as pipeline
+
+    if _is_open(models):
+        return pipeline.fit(models, config.freeze(pipeline.Config, options), path)
+    return pipeline.run(config.freeze(pipeline.Config, {"collection": _paths(models), **options}), path)
+
+
+def load(path):
+    """The Bundle in a folder that `fit` or `Bundle.save` wrote.
+
+    Raises:
+        InputError: no bundle, or a damaged one.
+    """
+    from jaxsub.bundle import files
+
+    return files.load(path)
+
+
+def _is_open(models):
+    return not isinstance(models, (str, bytes)) and hasattr(models, "groups")
+
+
+def _paths(models):
+    return (models,) if isinstance(models, str) else tuple(str(m) for m in models)

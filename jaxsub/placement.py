@@ -197,6 +197,29 @@ def _base_tensor(base, group):
     return tensor
 
 
+def read_stack(group, models):
+    """The whole stack of a dense group on the host, (N, *shape) in the widest stored dtype.
+
+    Args:
+        group: LayerGroup with `entries`, one Tensor a member.
+        models: the Model of each member, same order.
+
+    Raises:
+        NonFiniteError: naming the first model with a NaN or an Inf.
+    """
+    shape = group.shape or (1,)
+    x = np.empty((len(models), math.prod(shape)), descriptors.numpy_dtype(precision.widest(group.dtypes)))
+
+    def one(member):
+        _Source(models[member], group.entries[member]).read(0, x.shape[1], x[member])
+        require_finite(x[member], member, models[member], group.entries[member])
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        for done in [pool.submit(one, m) for m in range(len(models))]:
+            done.result()
+    return x.reshape(len(models), *shape)
+
+
 class _Source:
     """Rows of one model's tensor; tensors without an extent are loaded once and kept while the layer lasts."""
 

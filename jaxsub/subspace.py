@@ -146,6 +146,34 @@ class TuckerSubspace:
             return c + self.mean.astype(self.dtype)
 
 
+def scaled(space, exponent):
+    """The subspace of models times 2**exponent: mean, singular values and floors grow with them, directions stay."""
+
+    def grown(s):
+        with np.errstate(over="ignore"):  # energies of float64 weights may pass the range; values do not
+            total = float(np.ldexp(s.total_energy, 2 * exponent))
+        return Spectrum(np.ldexp(s.values, exponent), total, float(np.ldexp(s.floor, exponent)))
+
+    with jax.enable_x64(True):
+        mean = jnp.ldexp(space.mean, exponent)
+    if isinstance(space, LinearSubspace):
+        return dataclasses.replace(space, mean=mean, spectrum=grown(space.spectrum))
+    return dataclasses.replace(space, mean=mean, spectra={a: grown(s) for a, s in space.spectra.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """Models as a few numbers a layer: what projection gives, and what is trained, with n = 1.
+
+    Attributes:
+        model_ids: (n,) names.
+        values: layer -> (n, k) or (n, k_1, k_2, ...).
+    """
+
+    model_ids: tuple[str, ...]
+    values: dict[str, np.ndarray]
+
+
 def _rows(x, shape):
     x = jnp.asarray(x)
     size = math.prod(shape)

@@ -14,7 +14,7 @@ LEVELS = [
     ["precision", "plugins", "config", "descriptors"],
     ["linalg", "formats", "finding", "lineup"],
     ["spectrum", "statistics", "collection", "views", "placement", "stacks", "subspace", "estimators"],
-    ["heldout", "lineage", "verdict", "nulls", "tasks", "models", "report", "decompositions", "workloads"],
+    ["heldout", "lineage", "verdict", "nulls", "tasks", "models", "report", "decompositions", "workloads", "bundle"],
     ["training", "worlds"],
     ["pipelines"],
     ["cli"],

@@ -6,6 +6,8 @@ PROGRAMS = {
     "demo": "trains collections of known truth, analyses them, prints the verdicts",
     "inspect": "what a collection holds, from headers alone",
     "analyze": "what a collection's weights share, layer by layer, and why: the report",
+    "fit": "a subspace for every layer and its models as coefficients: a bundle",
+    "verify": "checks every byte of a bundle",
     "zoo": "makes a collection of small models of known truth",
     "bench": "throughput and accuracy of the kernels on this machine, beside their peers",
 }

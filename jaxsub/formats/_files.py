@@ -255,6 +255,11 @@ def write_atomic(path, chunks):
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    """Puts a folder's entries on the disk: what was renamed into it is there after a power cut."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)

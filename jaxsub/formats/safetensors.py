@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 
+from jaxsub import descriptors
 from jaxsub.formats import _files, _header, _model, _sniff
 
 ALIGNMENT = 64  # bytes; the data starts on a cache line, so readers can use it in place
@@ -25,6 +26,21 @@ def open(path, *, root=None, allow_roots=()):
     """
     content = _header.content(path, root=root, allow_roots=allow_roots)
     return _model.from_content(path, "safetensors", content)
+
+
+def read(path):
+    """{name: array} of all tensors of a file, weights or not, in their stored dtypes.
+
+    Raises:
+        InputError: the file breaks the format, or changed while it was read.
+    """
+    found = {}
+    for tensor in _header.content(path).tensors:
+        array = np.empty(tensor.shape, descriptors.numpy_dtype(tensor.dtype))
+        if array.size:
+            _files.read_into(tensor.extent, 0, memoryview(array.reshape(-1).view(np.uint8)))
+        found[tensor.name] = array
+    return found
 
 
 def write(path, tensors, metadata=None):

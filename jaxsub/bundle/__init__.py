@@ -1,0 +1,219 @@
+"""The saved subspace: fitted layers, the coefficients of their models, and what was kept whole.
+
+    fit --> Bundle --save--> folder --load--> Bundle --project, reconstruct--> coefficients, weights
+
+Bytes are counted here, the folder is written, read and checked in `files`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+
+import numpy as np
+
+from jaxsub import errors, placement, subspace
+from jaxsub.bundle import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One fitted layer and the coefficients of the models that have it.
+
+    Attributes:
+        name: the layer; two layers may share it where their shapes differ.
+        subspace: LinearSubspace or TuckerSubspace.
+        model_ids: whose coefficients `values` holds.
+        values: (n, k...) float32 or float64.
+        dtypes: stored dtype of each of these models' weights.
+        figures: numbers for the manifest: energy kept, held-out error, ...
+    """
+
+    name: str
+    subspace: subspace.LinearSubspace | subspace.TuckerSubspace
+    model_ids: tuple[str, ...]
+    values: np.ndarray
+    dtypes: tuple[str, ...]
+    figures: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def shape(self):
+        """Shape of one model's weight."""
+        return tuple(self.subspace.shape)
+
+    @property
+    def is_linear(self):
+        """Whether the subspace is one of flat rows."""
+        return isinstance(self.subspace, subspace.LinearSubspace)
+
+    def tensors(self):
+        """Arrays of the layer's file, by name."""
+        space = self.subspace
+        if self.is_linear:
+            mean, basis = (np.asarray(x) for x in (space.mean, space.basis))
+            found = {"mean": mean.reshape(self.shape), "basis": basis.reshape(-1, *self.shape)}
+            return {**found, "singular_values": np.asarray(space.spectrum.values)}
+        found = {"mean": np.asarray(space.mean)}
+        for axis, factor in space.factors.items():
+            found[f"factor_{axis}"] = np.asarray(factor)
+            found[f"singular_values_{axis}"] = np.asarray(space.spectra[axis].values)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Fitted layers and what belongs to them; `jaxsub.fit` makes one, `jaxsub.load` reads one.
+
+    Attributes:
+        model_ids: all models it was fitted to.
+        layers: Layers, in the collection's order.
+        passthrough: model id -> {tensor name: array kept as it was}.
+        originals: model id -> bytes of its files.
+        provenance: who made it, from what.
+    """
+
+    model_ids: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    passthrough: dict
+    originals: dict
+    provenance: dict
+
+    def layer(self, name, shape):
+        """The fitted layer of a name and shape, or None."""
+        return next((one for one in self.layers if (one.name, one.shape) == (name, tuple(shape))), None)
+
+    def key(self, layer):
+        """What a Layer is called in Coefficients: its name, with the shape where that is not enough."""
+        alike = sum(one.name == layer.name for one in self.layers)
+        return layer.name if alike == 1 else f"{layer.name}[{','.join(map(str, layer.shape))}]"
+
+    def coefficients(self, model_ids=None):
+        """Coefficients of members (all by default) on the layers that all of them have.
+
+        Raises:
+            ConfigError: a model that is no member; names the nearest.
+        """
+        ids = self.model_ids if model_ids is None else tuple(model_ids)
+        for stranger in (i for i in ids if i not in self.model_ids):
+            near = errors.nearest(stranger, self.model_ids)
+            raise errors.ConfigError(f"no member {errors.quote(stranger)}{near}")
+        values = {}
+        for layer in self.layers:
+            at = {m: i for i, m in enumerate(layer.model_ids)}
+            if all(i in at for i in ids):
+                values[self.key(layer)] = layer.values[[at[i] for i in ids]]
+        return subspace.Coefficients(ids, values)
+
+    def project(self, models):
+        """Coefficients of any models on the layers that they and the bundle have.
+
+        Args:
+            models: a Collection, or a dict of layer -> (n, *shape) arrays.
+
+        Raises:
+            ConfigError: no layer in common, arrays of another shape, or models that lack layers others have.
+            InputError: a model holds NaN or Inf.
+        """
+        if isinstance(models, dict):
+            ids, stacks = (), models
+        else:
+            ids, stacks = _stacks(self, models)
+        keyed, values = {self.key(layer): layer for layer in self.layers}, {}
+        for key, x in stacks.items():
+            if key not in keyed:
+                raise errors.ConfigError(f"no layer {errors.quote(key)}{errors.nearest(key, keyed)}")
+            x = x() if callable(x) else x
+            values[key] = np.asarray(keyed[key].subspace.project(x))
+        if not values:
+            raise errors.ConfigError("the models have no layer of the bundle (by name and shape)")
+        count = len(next(iter(values.values())))
+        return subspace.Coefficients(ids or tuple(map(str, range(count))), values)
+
+    def reconstruct(self, coefficients):
+        """Layer -> (n, *shape) weights from Coefficients.
+
+        Raises:
+            ConfigError: coefficients of a layer that the bundle lacks, or of another rank.
+        """
+        keyed, found = {self.key(layer): layer for layer in self.layers}, {}
+        for key, c in coefficients.values.items():
+            if key not in keyed:
+                raise errors.ConfigError(f"no layer {errors.quote(key)}{errors.nearest(key, keyed)}")
+            wanted = keyed[key].values.shape[1:]
+            if np.shape(c)[1:] != wanted:
+                raise errors.ConfigError(f"{errors.quote(key)}: coefficients of shape {np.shape(c)[1:]}, not {wanted}")
+            found[key] = np.asarray(keyed[key].subspace.reconstruct(c))
+        return found
+
+    def save(self, path):
+        """Writes the bundle to a new folder, whole or not at all.
+
+        Raises:
+            WorkdirError: the folder exists, or cannot be made.
+            ResourceError: no room.
+        """
+        files.save(self, path)
+
+    def accounting(self, headers=None):
+        """Bytes by what they are for, and what they compare to.
+
+        `ratio` is of the originals' files to the bundle. `break_even` is the smallest number of models of this kind,
+        kept at these ranks, that a bundle holds in fewer bytes than their own files do; None if there is none.
+
+        Args:
+            headers: bytes of the manifest and of the files' headers; None estimates them.
+        """
+        parts = {"mean": 0, "basis": 0, "coefficients": 0, "passthrough": 0}
+        guess = 2048
+        for layer in self.layers:
+            for name, array in layer.tensors().items():
+                parts["mean" if name == "mean" else "basis"] += array.nbytes
+            parts["coefficients"] += layer.values.nbytes
+            guess += 1600 + len(json.dumps(layer.figures))
+        stored, where = distinct(self.passthrough)
+        uses: dict[str, int] = {}
+        for key in (k for tensors in where.values() for k in tensors.values()):
+            uses[key] = uses.get(key, 0) + 1
+        parts["passthrough"] = sum(a.nbytes for a in stored.values())
+        own = sum(a.nbytes for key, a in stored.items() if uses[key] == 1)
+        guess += len(json.dumps(where)) + 120 * len(stored) + len(json.dumps(self.originals))
+        parts["headers"] = guess if headers is None else headers
+        total, originals = sum(parts.values()), sum(self.originals.values())
+        count = max(len(self.model_ids), 1)
+        each = (parts["coefficients"] + own) / count
+        gain = originals / count - each
+        break_even = math.floor((total - count * each) / gain) + 1 if gain > 0 else None
+        return {**parts, "total": total, "originals": originals, "ratio": originals / total, "break_even": break_even}
+
+
+def distinct(passthrough):
+    """({key: array}, {model id: {tensor name: key}}), arrays of equal dtype, shape and bytes under one key."""
+    stored, where, known = {}, {}, {}
+    for model, tensors in passthrough.items():
+        where[model] = {}
+        for name, array in tensors.items():
+            array = np.asarray(array, order="C")
+            content = hashlib.sha256(array.reshape(-1).view(np.uint8)).digest() if array.size else b""
+            key = known.setdefault((array.dtype.name, array.shape, content), f"{len(known):06d}")
+            stored.setdefault(key, array)
+            where[model][name] = key
+    return stored, where
+
+
+def _stacks(bundle, collection):
+    """(model ids, layer -> function that reads its (n, *shape) stack) of a collection's models."""
+    found, ids = {}, None
+    for group in collection.groups:
+        layer = bundle.layer(group.name, group.shape)
+        if layer is None or group.parametrisation != "dense":
+            continue
+        members = tuple(collection.refs[m].id for m in group.members)
+        if ids is not None and members != ids:
+            raise errors.ConfigError(
+                f"{errors.quote(group.name)}: {len(members)} models have it, {len(ids)} have the layers before; "
+                "project models with the same layers"
+            )
+        ids = members
+        models = [collection.models[m] for m in group.members]
+        found[bundle.key(layer)] = lambda group=group, models=models: placement.read_stack(group, models)
+    return ids or (), found

@@ -1,0 +1,276 @@
+"""The bundle's folder: written whole or not at all, read strictly, checked to the byte.
+
+    manifest.json             what it is, who made it, every file with its size and sha256; written last
+    layers/00000.safetensors  mean, basis (k, *shape) or factor_<axis> (k, d), singular_values
+    coefficients.safetensors  number of the layer -> (n, k...)
+    passthrough.safetensors   tensors that no subspace covers, each distinct one once
+
+Names of layers and models are data: files are numbered, names stand in the manifest alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+
+import jax
+import numpy as np
+
+from jaxsub import errors, subspace
+from jaxsub.formats import _files, _json, safetensors
+
+SCHEMA = "jaxsub.bundle/1"
+MANIFEST, COEFFICIENTS, PASSTHROUGH = "manifest.json", "coefficients.safetensors", "passthrough.safetensors"
+MAX_MANIFEST = 2**28  # bytes; a larger one is refused unread
+_NAME = re.compile(r"layers/[0-9]{5,}\.safetensors|coefficients\.safetensors|passthrough\.safetensors")
+_MISFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+
+def save(bundle, path):
+    """See `Bundle.save`."""
+    from jaxsub.bundle import distinct
+
+    with _Folder(path) as folder:
+        records = []
+        for number, layer in enumerate(bundle.layers):
+            name = f"layers/{number:05d}.safetensors"
+            folder.write(name, layer.tensors())
+            records.append({**_record(layer, bundle), "file": name})
+        folder.write(COEFFICIENTS, {f"{i:05d}": layer.values for i, layer in enumerate(bundle.layers)})
+        stored, where = distinct(bundle.passthrough)
+        if stored:
+            folder.write(PASSTHROUGH, stored)
+        manifest = {
+            "schema": SCHEMA,
+            "models": list(bundle.model_ids),
+            "layers": records,
+            "passthrough": where,
+            "originals": bundle.originals,
+            "bytes": {},
+            "provenance": bundle.provenance,
+        }
+        arrays = sum(a.nbytes for layer in bundle.layers for a in layer.tensors().values())
+        arrays += sum(layer.values.nbytes for layer in bundle.layers) + sum(a.nbytes for a in stored.values())
+        headers = sum(f["bytes"] for f in folder.files.values()) - arrays
+        size = 0
+        for _ in range(4):  # the manifest states its own size
+            manifest["bytes"] = bundle.accounting(headers + size)
+            size = len(folder.manifest(manifest))
+        folder.finish(manifest)
+
+
+def load(path):
+    """The Bundle in a folder; sizes of its files are checked, their hashes by `verify`.
+
+    Raises:
+        InputError: no bundle, or a damaged one; names the file.
+    """
+    manifest = _manifest(path)
+    for name, wanted in manifest["files"].items():
+        _require(_size(path, name) == wanted["bytes"], path, name, "has another size than when it was written")
+    try:
+        return _bundle(path, manifest)
+    except _MISFIT as error:  # a manifest that is whole, but no bundle's: someone else's making
+        reason = f"does not fit its files ({type(error).__name__}: {errors.quote(error, 80)})"
+        raise errors.InputError(os.path.join(path, MANIFEST), reason, hint="make the bundle again") from error
+
+
+def _bundle(path, manifest):
+    from jaxsub.bundle import Bundle, Layer
+
+    coefficients, layers = _tensors(path, COEFFICIENTS), []
+    for number, record in enumerate(manifest["layers"]):
+        space = _subspace(record, _tensors(path, record["file"]))
+        ids = manifest["models"] if record["models"] is None else record["models"]
+        dtypes = [record["dtypes"]] * len(ids) if isinstance(record["dtypes"], str) else record["dtypes"]
+        values = coefficients[f"{number:05d}"]
+        if not len(values) == len(ids) == len(dtypes):
+            raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
+        layers.append(Layer(record["name"], space, tuple(ids), values, tuple(dtypes), record["figures"]))
+    stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
+    passthrough = {m: {n: stored[key] for n, key in found.items()} for m, found in manifest["passthrough"].items()}
+    return Bundle(tuple(manifest["models"]), tuple(layers), passthrough, manifest["originals"], manifest["provenance"])
+
+
+def verify(path):
+    """[(file, what is wrong), ...] of a bundle: every byte of every file is hashed; nothing found is an empty list.
+
+    Raises:
+        InputError: no manifest that can be read.
+    """
+    manifest, problems = _manifest(path), []
+    for name, wanted in manifest["files"].items():
+        full = os.path.join(path, name)
+        if not os.path.lexists(full):
+            problems.append((name, "is missing"))
+            continue
+        try:
+            found = identity(full)
+        except errors.InputError as error:
+            problems.append((name, error.reason))
+            continue
+        if found != wanted:
+            what = "size" if found["bytes"] != wanted["bytes"] else "content"
+            problems.append((name, f"has another {what} than when it was written"))
+    known = {MANIFEST, *manifest["files"]}
+    for folder, _, names in os.walk(path):
+        for name in sorted(names):
+            relative = os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
+            if relative not in known:
+                problems.append((relative, "does not belong to the bundle"))
+    return problems
+
+
+def identity(path):
+    """{"bytes", "sha256"} of a file."""
+    digest, file = hashlib.sha256(), _files.identify(path)
+    with _files.reader(file) as reader:
+        for block in reader.blocks(0, file.size):
+            digest.update(block)
+    return {"bytes": file.size, "sha256": digest.hexdigest()}
+
+
+def _record(layer, bundle):
+    space = layer.subspace
+    spectra = {"models": space.spectrum} if layer.is_linear else space.spectra
+    is_one = len({*layer.dtypes}) == 1
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "kind": "linear" if layer.is_linear else "tucker",
+        "rank": space.rank if layer.is_linear else {str(axis): k for axis, k in space.rank.items()},
+        "models": None if layer.model_ids == bundle.model_ids else list(layer.model_ids),  # None: all of them
+        "dtypes": layer.dtypes[0] if is_one else list(layer.dtypes),
+        "procedure": dataclasses.asdict(space.procedure),
+        "certificate": dataclasses.asdict(space.certificate),
+        "spectra": {str(a): {"total_energy": _known(s.total_energy), "floor": s.floor} for a, s in spectra.items()},
+        "figures": layer.figures,
+    }
+
+
+def _known(value):
+    """`value`, or None where JSON cannot hold it: energies of enormous float64 weights."""
+    return value if math.isfinite(value) else None
+
+
+def _subspace(record, tensors):
+    shape = tuple(record["shape"])
+    lists = {key: tuple(v) if isinstance(v, list) else v for key, v in record["procedure"].items()}
+    procedure, certificate = subspace.Procedure(**lists), subspace.Certificate(**record["certificate"])
+
+    def spectrum(axis, name):
+        known = record["spectra"][axis]
+        total = math.inf if known["total_energy"] is None else known["total_energy"]
+        return subspace.Spectrum(tensors[name], total, known["floor"])
+
+    with jax.enable_x64(True):
+        if record["kind"] == "linear":
+            mean, basis = tensors["mean"].reshape(-1), tensors["basis"]
+            if basis.shape[1:] != shape or mean.size != basis[0].size:
+                raise ValueError(f"basis of shape {basis.shape}, layer of shape {shape}")
+            rows = jax.numpy.asarray(basis.reshape(len(basis), -1))
+            known = spectrum("models", "singular_values")
+            return subspace.LinearSubspace(jax.numpy.asarray(mean), rows, known, shape, procedure, certificate)
+        axes = sorted(int(axis) for axis in record["rank"])
+        factors = {axis: jax.numpy.asarray(tensors[f"factor_{axis}"]) for axis in axes}
+        for axis, factor in factors.items():
+            if factor.shape != (record["rank"][str(axis)], shape[axis]):
+                raise ValueError(f"factor {axis} of shape {factor.shape}, layer of shape {shape}")
+        spectra = {axis: spectrum(str(axis), f"singular_values_{axis}") for axis in axes}
+        mean = jax.numpy.asarray(tensors["mean"])
+        return subspace.TuckerSubspace(mean, factors, spectra, shape, procedure, certificate)
+
+
+def _manifest(path):
+    file = os.path.join(os.fspath(path), MANIFEST)
+    if not os.path.isdir(path) or not os.path.lexists(file):
+        raise errors.InputError(path, "is no bundle: it has no manifest.json", hint="give the folder that fit wrote")
+    known = _files.identify(file)
+    _require(known.size <= MAX_MANIFEST, path, MANIFEST, "is too large to be one")
+    data = _files.read_bytes(known, 0, known.size)
+    manifest = _json.parse(data, file)
+    is_ours = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
+    _require(is_ours, path, MANIFEST, f"is not of schema {SCHEMA}")
+    is_whole = manifest.get("sha256") == _digest(manifest) and data == _text(manifest)
+    _require(is_whole, path, MANIFEST, "is not as it was written")
+    named = manifest.get("files")
+    is_named = isinstance(named, dict) and all(map(_NAME.fullmatch, named)) and all(map(_is_identity, named.values()))
+    _require(is_named, path, MANIFEST, "names files that no bundle has")
+    return manifest
+
+
+def _is_identity(value):
+    return isinstance(value, dict) and type(value.get("bytes")) is int and type(value.get("sha256")) is str
+
+
+def _digest(manifest):
+    """sha256 of a manifest without its own digest."""
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode("ascii")).hexdigest()
+
+
+def _text(manifest):
+    return json.dumps(manifest, indent=1, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _require(is_so, path, name, reason):
+    if not is_so:
+        raise errors.InputError(os.path.join(path, name), reason, hint="make the bundle again, or get it again")
+
+
+def _size(path, name):
+    return _files.identify(os.path.join(path, name)).size
+
+
+def _tensors(path, name):
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"no file of a bundle is called {errors.quote(name)}")
+    return safetensors.read(os.path.join(path, name))
+
+
+class _Folder:
+    """A folder that appears under its name once everything in it is on the disk."""
+
+    def __init__(self, path):
+        self.path = os.path.abspath(os.fspath(path))
+        head, tail = os.path.split(self.path)
+        self.temporary = os.path.join(head, f".tmp-{tail}-{os.getpid()}-{secrets.token_hex(4)}")
+        self.files = {}
+
+    def __enter__(self):
+        if os.path.lexists(self.path):
+            raise errors.WorkdirError(f"{errors.quote(self.path)}: exists already; remove it or give another folder")
+        try:
+            os.makedirs(os.path.join(self.temporary, "layers"))
+        except OSError as error:
+            raise errors.WorkdirError(f"{errors.quote(self.path)}: cannot be made: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.temporary, ignore_errors=True)  # gone already where all went well
+
+    def write(self, name, tensors):
+        path = os.path.join(self.temporary, name)
+        try:
+            safetensors.write(path, tensors)
+        except OSError as error:
+            free = shutil.disk_usage(self.temporary).free
+            needed = sum(np.asarray(t).nbytes for t in tensors.values())
+            raise errors.ResourceError(
+                f"{errors.quote(self.path)}: cannot be written: {error.strerror} ({needed} bytes needed, {free} free)"
+            ) from error
+        self.files[name] = identity(path)
+
+    def manifest(self, content):
+        content = {**content, "files": self.files}
+        content["sha256"] = _digest(content)
+        return _text(content)
+
+    def finish(self, content):
+        _files.write_atomic(os.path.join(self.temporary, MANIFEST), [self.manifest(content)])
+        os.rename(self.temporary, self.path)
+        _files.sync_folder(os.path.dirname(self.path))

@@ -1,0 +1,287 @@
+"""`jaxsub fit`: a subspace for every layer of a collection, and its models as coefficients: a bundle.
+
+open (headers) -> plan -> layer by layer: stack, decomposition, coefficients -> bundle folder
+"""
+
+import dataclasses
+import logging
+import math
+import os
+
+import jax
+import numpy as np
+
+from jaxsub import (
+    bundle,
+    collection as collections,
+    config as configs,
+    descriptors,
+    errors,
+    formats,
+    heldout,
+    lineup,
+    placement,
+    plugins,
+    precision,
+    spectrum,
+    stacks,
+    subspace,
+)
+from jaxsub.linalg import gram
+from jaxsub.pipelines import layers, plan, progress
+
+log = logging.getLogger("jaxsub")
+WORKING_COPIES = 4  # of a stack in the dtype of its products: itself, centred, the kernels' own, the rebuilt one
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of a fit; each can be set as --config.<field>=."""
+
+    collection: tuple[str, ...] = ()  # folders, globs, or text files of paths
+    layers: tuple[str, ...] = ()  # regular expressions; only layers that match one; the others are kept whole
+    exclude_layers: tuple[str, ...] = ()  # layers to keep whole
+    view: str = "weights"  # weights, or lora_factors (A and B apart)
+    decomposition: str = "gram"  # gram, randomized, hosvd, sthosvd, hooi, row_pca, col_svd, lora_cov, ...
+    rank: int = 0  # components a layer; 0: as many as `energy` asks for
+    energy: float = 0.9  # share of each layer's centred energy
+    strict: bool = False  # any model set aside is fatal
+    max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
+    allow_roots: tuple[str, ...] = ()  # folders that links may lead into
+    max_host_bytes: int = 0  # bound on the plan's peak; 0: what is free
+    seed: int = 0
+    dry_run: bool = False
+
+
+def run(config, path=None, *, stream=None):
+    """Fits a bundle and saves it in the new folder `path` (nothing is written without one).
+
+    Returns:
+        Bundle; with `dry_run`, the plan as text.
+
+    Raises:
+        ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
+    """
+    if not config.collection:
+        raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
+    validate(config)
+    opened = collections.open_collection(
+        list(config.collection),
+        allow_roots=config.allow_roots,
+        max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
+        strict=config.strict,
+    )
+    return fit(opened, config, path, stream=stream)
+
+
+def validate(config):
+    """Raises ConfigError for values that no run could use, before anything is read."""
+    if config.rank < 0 or not 0 < config.energy <= 1:
+        raise errors.ConfigError(f"rank={config.rank}, energy={config.energy}: a rank of 1 or more, or 0 < energy <= 1")
+    if not 0 <= config.seed < 2**63:
+        raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
+    plugins.load("decompositions", config.decomposition)
+    if plugins.load("views", config.view).NEEDS_BASE:
+        raise errors.ConfigError(f"view={config.view}: fit has no base yet; use weights or lora_factors")
+
+
+def fit(opened, config, path=None, *, stream=None):
+    """`run` on a Collection that is open already."""
+    validate(config)
+    if path is not None and os.path.lexists(path):
+        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
+    groups = _groups(opened, config)
+    needed = max(map(_peak, groups))
+    if config.dry_run:
+        return _plan_text(groups, needed)
+    free = config.max_host_bytes or plan.available_bytes()
+    if free and needed > free:
+        worst = max(groups, key=_peak)
+        raise errors.ResourceError(
+            f"layer {errors.quote(worst.name)} needs {plan.size(needed)} on the host, {plan.size(free)} are allowed or "
+            "free; allow more with --config.max_host_bytes, or leave it whole with --exclude_layers"
+        )
+    found = []
+    with progress.Progress(sum(g.num_bytes for g in groups), len(groups), stream=stream) as bar:
+        for group in groups:
+            layer = _layer(group, opened, config)
+            found.append(layer)
+            bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
+    result = bundle.Bundle(
+        model_ids=tuple(r.id for r in opened.refs),
+        layers=tuple(found),
+        passthrough=_passthrough(opened, groups),
+        originals={r.id: _file_bytes(r.path) for r in opened.refs},
+        provenance=_provenance(opened, config),
+    )
+    count = result.accounting()
+    if count["total"] > count["originals"]:
+        log.warning(
+            "the bundle takes %s, more than the files' %s: take fewer components or more models",
+            plan.size(count["total"]),
+            plan.size(count["originals"]),
+        )
+    if path is not None:
+        result.save(path)
+    return result
+
+
+def _groups(opened, config):
+    """Dense groups that are chosen.
+
+    Raises:
+        ConfigError: LoRA products, or nothing is left.
+    """
+    is_chosen = lineup.layer_filter(config.layers or None, config.exclude_layers or None)
+    groups = [g for g in plugins.load("views", config.view).groups(opened) if is_chosen(g.name)]
+    groups = [g for g in groups if len(g.members) >= lineup.SMALLEST_GROUP]
+    for group in groups:
+        if group.parametrisation == lineup.LORA:
+            raise errors.ConfigError(
+                f"layer {errors.quote(group.name)} is a low-rank update; products are not fitted yet: "
+                "--view=lora_factors fits A and B, --exclude_layers leaves such layers whole"
+            )
+    if not groups:
+        raise errors.ConfigError("no layer to fit: none that at least 3 models have matches --layers, --exclude_layers")
+    return groups
+
+
+def _layer(group, opened, config):
+    """The fitted bundle.Layer of a group."""
+    models = [opened.models[m] for m in group.members]
+    ids = tuple(opened.refs[m].id for m in group.members)
+    x = placement.read_stack(group, models)
+    exponent = _exponent(x)
+    if exponent:  # squares would leave the range of the dtype
+        x = np.ldexp(x, -exponent)
+    module = plugins.load("decompositions", config.decomposition)
+    with jax.enable_x64(True):
+        stack = stacks.DenseStack.create(x, group.name, ids)
+        key = layers.layer_key(group.name, config.seed)
+        space = module.fit(stack, _options(module, config, stack), key)
+        values = np.asarray(space.project(stack.x))
+        figures = _figures(stack.x, values, space)
+    if exponent:
+        space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
+    return bundle.Layer(group.name, space, ids, values, tuple(t.dtype for t in group.entries), figures)
+
+
+def _exponent(x):
+    """Power of two that brings the largest entry near 1; 0 where squares are safe as they are."""
+    if x.dtype.itemsize < 4:
+        return 0  # computed in float32, whose range squares of narrower numbers do not leave often enough to matter
+    largest = max(-float(x.min()), float(x.max()), 0.0)
+    exponent = math.frexp(largest)[1] if largest else 0
+    return 0 if abs(exponent) <= precision.SAFE_EXPONENT else exponent
+
+
+def _options(module, config, stack):
+    """A decomposition's Options for --rank or --energy, as far as it has them."""
+    known = {f.name for f in dataclasses.fields(module.Options)}
+    if config.rank and "ranks" in known:
+        return module.Options(ranks=tuple(min(config.rank, size) for size in stack.shape))
+    if config.rank:
+        return module.Options(rank=config.rank)
+    if "energy" not in known:
+        raise errors.ConfigError(f"decomposition={config.decomposition}: cannot choose ranks by energy; give --rank")
+    return module.Options(energy=config.energy)
+
+
+def _figures(x, values, space):
+    """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out."""
+    count, width = len(x), math.prod(x.shape[1:])
+    left, energies = np.zeros(count), np.zeros(count)
+    for n in range(count):  # one model at a time: no second copy of the stack
+        row = np.asarray(x[n], np.float64)
+        energies[n] = np.square(row).sum()
+        left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]))[0]).sum()
+    dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
+    flat = x.reshape(count, width)
+    sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=placement.make_mesh(1), dtype=dtype)
+    centred = spectrum.centred(np.asarray(sums.gram))
+    total, held = float(np.trace(centred)), None
+    if isinstance(space, subspace.LinearSubspace) and total > 0 and space.rank <= count - 2:
+        held = float(heldout.leave_one_out(centred, [space.rank])[0])
+    relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
+    return {
+        "energy_kept": 1.0 - float(left.sum()) / total if total > 0 else 1.0,  # below 0: worse than the mean alone
+        "held_out": held,
+        "error_mean": float(relative.mean()),
+        "error_max": float(relative.max()),
+    }
+
+
+def _passthrough(opened, groups):
+    """Model id -> {tensor name: array} of all that no group covers."""
+    covered = [set() for _ in opened.models]
+    for group in groups:
+        for member, entry in zip(group.members, group.entries, strict=True):
+            covered[member].add(entry.name)
+    found = {}
+    for ref, model, names in zip(opened.refs, opened.models, covered, strict=True):
+        pairs = [t for pair in model.adapters.values() for t in (pair.a, pair.b)]
+        kept = [t for t in (*model.tensors.values(), *pairs) if t.name not in names]
+        found[ref.id] = {t.name: formats.read(model, t) for t in kept}
+    return found
+
+
+def _file_bytes(path):
+    """Bytes of a model's file, or of all files in its folder."""
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
+
+
+def _peak(group):
+    """Host bytes that a layer needs at most, from its header."""
+    size = len(group.members) * math.prod(group.shape)
+    stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
+    return size * (stored + WORKING_COPIES * max(stored, 4))
+
+
+def _plan_text(groups, needed):
+    lines = [f"{'layer':42} {'shape':>18} {'models':>7} {'to read':>10} {'host':>10}"]
+    for g in groups:
+        shape = "x".join(map(str, g.shape))
+        lines.append(
+            f"{errors.quote(g.name, 42):42} {shape:>18} {len(g.members):>7} {plan.size(g.num_bytes):>10} "
+            f"{plan.size(_peak(g)):>10}"
+        )
+    total = plan.size(sum(g.num_bytes for g in groups))
+    return "\n".join([*lines, f"to read: {total}; peak host memory beyond the program's own: {plan.size(needed)}"])
+
+
+def table(result):
+    """The layers of a Bundle and its bytes, as text of at most 100 columns."""
+    lines = [f"{'layer':39} {'shape':>16} {'models':>6} {'rank':>9} {'kept':>7} {'held out':>9} {'error':>8}"]
+    for layer in result.layers:
+        rank = layer.subspace.rank
+        rank = "x".join(map(str, rank.values())) if isinstance(rank, dict) else str(rank)
+        held, figures = layer.figures["held_out"], layer.figures
+        held = "" if held is None else f"{held:.3f}"
+        lines.append(
+            f"{errors.quote(layer.name, 39):39} {'x'.join(map(str, layer.shape)):>16} {len(layer.model_ids):>6} "
+            f"{rank:>9} {figures['energy_kept']:>7.3f} {held:>9} {figures['error_max']:>8.2e}"
+        )
+    lines.append("kept: share of the centred energy; held out: share missed on a model left out; error: of the worst")
+    count = result.accounting()
+    sizes = {name: plan.size(value) for name, value in count.items() if name not in ("ratio", "break_even")}
+    lines.append(f"bundle {sizes['total']}, files {sizes['originals']}: {count['ratio']:.2f} times smaller")
+    lines.append(", ".join(f"{name} {sizes[name]}" for name in ("mean", "basis", "coefficients", "passthrough")))
+    number = f"{count['break_even']} models" if count["break_even"] else "no number of models"
+    lines.append(f"smaller than the files from {number} on, at these ranks")
+    return "\n".join(lines)
+
+
+def _provenance(opened, config):
+    from jaxsub import __version__
+
+    return {
+        "program": "fit",
+        "config": configs.to_dict(config),
+        "config_digest": configs.digest(config),
+        "collection_fingerprint": opened.fingerprint,
+        "jaxsub_version": __version__,
+        "quarantined": [dict(q) for q in opened.quarantined],
+        "models": [{"id": r.id, "path": r.path, "format": r.format} for r in opened.refs],
+    }

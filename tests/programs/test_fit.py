@@ -1,0 +1,128 @@
+"""`jaxsub fit` and `jaxsub verify` as a user runs them."""
+
+import importlib
+import os
+
+import numpy as np
+import pytest
+
+import jaxsub
+from jaxsub import errors
+from jaxsub.bundle import Bundle
+from jaxsub.cli import flags
+from jaxsub.formats import peft, safetensors
+from jaxsub.pipelines import fit, verify
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, rng = tmp_path_factory.mktemp("fit") / "models", np.random.default_rng(3)
+    os.makedirs(path)
+    basis = rng.standard_normal((2, 12, 9))
+    for n in range(8):
+        weight = np.tensordot(rng.standard_normal(2), basis, 1).astype(np.float32)
+        tensors = {"w": weight, "bias": np.full(9, n, np.float32)}
+        safetensors.write(path / f"m{n}.safetensors", tensors)
+    return str(path)
+
+
+def call(name, *arguments):
+    """Runs a program in this process, as its command would after parsing."""
+    program = importlib.import_module(f"jaxsub.cli.{name}")
+    program.main(flags.Flags(name, program.config_class(), [name, *arguments]))
+
+
+def test_fit_and_verify_from_the_command_line(folder, tmp_path, capsys):
+    place = str(tmp_path / "out")
+    wanted = (f"--collection={folder}", f"--workdir={place}", "--rank=2", "--exclude_layers=bias")
+    call("fit", *wanted)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("smaller than the files from" in line for line in lines)
+    assert max(map(len, lines[:-1])) <= 100 and lines[-1] == f"bundle: {place}/bundle"
+    path = os.path.join(place, "bundle")
+    assert jaxsub.load(path).layers[0].figures["energy_kept"] == pytest.approx(1.0, abs=1e-6)
+    with pytest.raises(errors.WorkdirError, match="exists already"):
+        call("fit", *wanted)
+    call("verify", f"--bundle={path}")
+    assert capsys.readouterr().out == "whole: every file is as it was written\n"
+    with open(os.path.join(path, "coefficients.safetensors"), "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    with pytest.raises(errors.InputError, match="damaged: 1 file"):
+        call("verify", f"--bundle={path}")
+    assert "coefficients.safetensors: has another content" in capsys.readouterr().out
+    with pytest.raises(errors.ConfigError, match="--workdir"):
+        call("fit", f"--collection={folder}")
+
+
+def test_a_bundle_larger_than_its_files_is_said_before_it_is_written(folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Bundle, "save", lambda *_: caplog.records or pytest.fail("written before it was said"))
+    jaxsub.fit(folder, tmp_path / "b", rank=6)
+    assert "more than the files" in caplog.text
+    caplog.clear()
+    many = tmp_path / "many"
+    os.makedirs(many)
+    for n in range(60):
+        safetensors.write(many / f"m{n}.safetensors", {"w": np.full((40, 40), n % 7, np.float32)})
+    jaxsub.fit(str(many), rank=1)
+    assert not caplog.records
+
+
+def test_a_plan_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit.placement, "read_stack", None)
+    text = jaxsub.fit(folder, tmp_path / "b", dry_run=True)
+    assert "to read" in text and "12x9" in text and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"rank": 9}, "rank"),
+        ({"rank": -1}, "rank of 1 or more"),
+        ({"energy": 1.5}, "energy"),
+        ({"decomposition": "grm"}, "did you mean 'gram'"),
+        ({"decomposition": "col_svd"}, "give --rank"),
+        ({"layers": ["nothing"]}, "no layer"),
+        ({"view": "difference"}, "no base"),
+    ],
+)
+def test_what_no_run_could_do_is_refused_in_words(folder, tmp_path, options, words):
+    with pytest.raises(errors.ConfigError, match=words):
+        jaxsub.fit(folder, tmp_path / "b", **options)
+    assert not os.listdir(tmp_path)
+
+
+def test_too_little_memory_is_said_before_reading(folder):
+    with pytest.raises(errors.ResourceError, match="max_host_bytes"):
+        jaxsub.fit(folder, rank=1, max_host_bytes=100)
+
+
+def test_a_model_that_is_not_finite_is_named(folder, tmp_path):
+    models = tmp_path / "m"
+    os.makedirs(models)
+    for n in range(4):
+        weight = np.full((3, 2), np.nan if n == 2 else n, np.float32)
+        safetensors.write(models / f"m{n}.safetensors", {"w": weight})
+    with pytest.raises(errors.InputError, match="m2.safetensors"):
+        jaxsub.fit(str(models), rank=1)
+
+
+def test_low_rank_updates_are_fitted_by_factor_or_kept_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    for n in range(5):
+        factors = {"q": (rng.standard_normal((2, 6)), rng.standard_normal((5, 2)), 4.0, 2)}
+        adapters = {
+            k: (a.astype(np.float32), b.astype(np.float32), alpha, r) for k, (a, b, alpha, r) in factors.items()
+        }
+        peft.write(tmp_path / "m" / f"a{n}", adapters)
+    with pytest.raises(errors.ConfigError, match="lora_factors"):
+        jaxsub.fit(str(tmp_path / "m"), rank=2)
+    bundle = jaxsub.fit(str(tmp_path / "m"), rank=2, view="lora_factors", layers=["lora_A"])
+    assert [layer.name for layer in bundle.layers] == ["q.lora_A"]
+    assert all(len(kept) == 1 for kept in bundle.passthrough.values())  # B, as it was
+
+
+def test_verify_needs_a_bundle(tmp_path):
+    for path, error in (("", errors.ConfigError), (str(tmp_path), errors.InputError)):
+        with pytest.raises(error):
+            verify.run(verify.Config(bundle=path), write=lambda _: None)
