@@ -220,6 +220,32 @@ def read_stack(group, models):
     return x.reshape(len(models), *shape)
 
 
+def read_factors(group, models):
+    """The factors of a group of low-rank updates of matrices, on the host.
+
+    Args:
+        group: LayerGroup with `entries`, one LoraPair a member; layers of weights stored transposed have their factors
+            turned, so that b_n a_n has the group's shape.
+        models: the Model of each member, same order.
+
+    Returns:
+        a (N, r, i), b (N, o, r) in float32 or wider, mixed ranks padded with zeros, and scales (N,) float64.
+
+    Raises:
+        NonFiniteError: naming the first model with a NaN or an Inf.
+    """
+    pairs = group.entries
+    wide = "float64" if precision.widest(t.dtype for e in pairs for t in (e.a, e.b)) == "float64" else "float32"
+    rank, (size_out, size_in) = max(e.rank for e in pairs), group.shape
+    a, b = np.zeros((len(pairs), rank, size_in), wide), np.zeros((len(pairs), size_out, rank), wide)
+    for n, (model, pair) in enumerate(zip(models, pairs, strict=True)):
+        right, left = (require_finite(formats.read(model, t), n, model, t) for t in (pair.a, pair.b))
+        if pair.transposed:
+            right, left = left.T, right.T
+        a[n, : pair.rank], b[n, :, : pair.rank] = right, left
+    return a, b, np.array([e.scale for e in pairs])
+
+
 class _Source:
     """Rows of one model's tensor; tensors without an extent are loaded once and kept while the layer lasts."""
 

@@ -56,3 +56,31 @@ class DenseStack:
     def num_features(self):
         """D, product of `shape`."""
         return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraStack:
+    """N low-rank updates of one layer, W_n = scales_n b_n a_n, kept as their factors.
+
+    Attributes:
+        a: (N, r, i) float32 or float64; mixed ranks padded with zero rows.
+        b: (N, o, r).
+        scales: (N,) float64.
+        name, model_ids: for messages.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scales: np.ndarray
+    name: str = ""
+    model_ids: tuple[str, ...] = ()
+
+    @property
+    def num_models(self):
+        """N."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self):
+        """(o, i), shape of one update."""
+        return self.b.shape[1], self.a.shape[2]

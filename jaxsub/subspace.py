@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors
-from jaxsub.linalg import products, unfold
+from jaxsub.linalg import factored, products, unfold
 
 CENTRINGS = ("models", "columns", "none")
 
@@ -136,6 +136,33 @@ class TuckerSubspace:
             for axis, factor in self.factors.items():
                 x = unfold.mode_product(x, factor, axis + 1)
             return x
+
+    def project_factors(self, a, b, scales):
+        """Coefficients (n, k_o, k_i) of low-rank updates scales_n b_n a_n; the products are never formed.
+
+        Args:
+            a: (n, r, i).
+            b: (n, o, r).
+            scales: (n,).
+        """
+        with jax.enable_x64(True):
+            a, b = (jnp.asarray(x).astype(self.dtype) for x in (a, b))
+            return factored.cores(a, b, scales, self.factors[0], self.factors[1])
+
+    def reconstruct_factors(self, c):
+        """(a (n, k, i), b (n, o, k)) of updates b_n a_n from coefficients (n, k_o, k_i); k is the smaller rank.
+
+        For subspaces of low-rank updates: two factors, no mean. Where k exceeds a model's own rank its rebuilt update
+        still has rank k in general.
+        """
+        with jax.enable_x64(True):
+            c = jnp.asarray(c, self.dtype)
+            u, v = self.factors[0], self.factors[1]
+            if u.shape[0] < v.shape[0]:
+                a, b = products.einsum("nkl,li->nki", c, v), jnp.broadcast_to(u.T, (len(c), *u.T.shape))
+            else:
+                a, b = jnp.broadcast_to(v, (len(c), *v.shape)), products.einsum("ko,nkl->nol", u, c)
+            return a, b
 
     def reconstruct(self, c):
         """Models (n, *shape) from coefficients (E8)."""

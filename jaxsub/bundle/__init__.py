@@ -6,6 +6,7 @@ Bytes are counted here, the folder is written, read and checked in `files`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ class Layer:
         values: (n, k...) float32 or float64.
         dtypes: stored dtype of each of these models' weights.
         figures: numbers for the manifest: energy kept, held-out error, ...
+        parametrisation: "dense", or "lora": low-rank updates, projected and rebuilt by their factors.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Layer:
     values: np.ndarray
     dtypes: tuple[str, ...]
     figures: dict = dataclasses.field(default_factory=dict)
+    parametrisation: str = "dense"
 
     @property
     def shape(self):
@@ -108,7 +111,8 @@ class Bundle:
         """Coefficients of any models on the layers that they and the bundle have.
 
         Args:
-            models: a Collection, or a dict of layer -> (n, *shape) arrays.
+            models: a Collection, or a dict of layer -> (n, *shape) arrays or, for low-rank updates, (a, b, scales) as
+                `TuckerSubspace.project_factors` takes them.
 
         Raises:
             ConfigError: no layer in common, arrays of another shape, or models that lack layers others have.
@@ -122,27 +126,43 @@ class Bundle:
         for key, x in stacks.items():
             if key not in keyed:
                 raise errors.ConfigError(f"no layer {errors.quote(key)}{errors.nearest(key, keyed)}")
-            x = x() if callable(x) else x
-            values[key] = np.asarray(keyed[key].subspace.project(x))
+            space, x = keyed[key].subspace, x() if callable(x) else x
+            values[key] = np.asarray(space.project_factors(*x) if isinstance(x, tuple) else space.project(x))
         if not values:
             raise errors.ConfigError("the models have no layer of the bundle (by name and shape)")
         count = len(next(iter(values.values())))
         return subspace.Coefficients(ids or tuple(map(str, range(count))), values)
 
     def reconstruct(self, coefficients):
-        """Layer -> (n, *shape) weights from Coefficients.
+        """Layer -> (n, *shape) weights from Coefficients; low-rank updates are multiplied out.
 
         Raises:
             ConfigError: coefficients of a layer that the bundle lacks, or of another rank.
         """
-        keyed, found = {self.key(layer): layer for layer in self.layers}, {}
+        return {key: np.asarray(layer.subspace.reconstruct(c)) for key, layer, c in self._checked(coefficients)}
+
+    def reconstruct_factors(self, coefficients):
+        """Layer -> (a (n, k, i), b (n, o, k)) of the low-rank updates b_n a_n; dense layers are left out.
+
+        Raises:
+            ConfigError: as `reconstruct`.
+        """
+        found = {}
+        for key, layer, c in self._checked(coefficients):
+            if layer.parametrisation == "lora":
+                found[key] = tuple(np.asarray(x) for x in layer.subspace.reconstruct_factors(c))
+        return found
+
+    def _checked(self, coefficients):
+        """[(key, Layer, coefficients)], refusing what does not fit the bundle."""
+        keyed, found = {self.key(layer): layer for layer in self.layers}, []
         for key, c in coefficients.values.items():
             if key not in keyed:
                 raise errors.ConfigError(f"no layer {errors.quote(key)}{errors.nearest(key, keyed)}")
             wanted = keyed[key].values.shape[1:]
             if np.shape(c)[1:] != wanted:
                 raise errors.ConfigError(f"{errors.quote(key)}: coefficients of shape {np.shape(c)[1:]}, not {wanted}")
-            found[key] = np.asarray(keyed[key].subspace.reconstruct(c))
+            found.append((key, keyed[key], c))
         return found
 
     def save(self, path):
@@ -202,10 +222,11 @@ def distinct(passthrough):
 
 def _stacks(bundle, collection):
     """(model ids, layer -> function that reads its (n, *shape) stack) of a collection's models."""
+    read = {"dense": placement.read_stack, "lora": placement.read_factors}
     found, ids = {}, None
     for group in collection.groups:
         layer = bundle.layer(group.name, group.shape)
-        if layer is None or group.parametrisation != "dense":
+        if layer is None or group.parametrisation != layer.parametrisation:
             continue
         members = tuple(collection.refs[m].id for m in group.members)
         if ids is not None and members != ids:
@@ -215,5 +236,5 @@ def _stacks(bundle, collection):
             )
         ids = members
         models = [collection.models[m] for m in group.members]
-        found[bundle.key(layer)] = lambda group=group, models=models: placement.read_stack(group, models)
+        found[bundle.key(layer)] = functools.partial(read[group.parametrisation], group, models)
     return ids or (), found

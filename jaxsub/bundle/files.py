@@ -90,7 +90,11 @@ def _bundle(path, manifest):
         values = coefficients[f"{number:05d}"]
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
-        layers.append(Layer(record["name"], space, tuple(ids), values, tuple(dtypes), record["figures"]))
+        layers.append(
+            Layer(
+                record["name"], space, tuple(ids), values, tuple(dtypes), record["figures"], record["parametrisation"]
+            )
+        )
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
     passthrough = {m: {n: stored[key] for n, key in found.items()} for m, found in manifest["passthrough"].items()}
     return Bundle(tuple(manifest["models"]), tuple(layers), passthrough, manifest["originals"], manifest["provenance"])
@@ -142,6 +146,7 @@ def _record(layer, bundle):
         "name": layer.name,
         "shape": list(layer.shape),
         "kind": "linear" if layer.is_linear else "tucker",
+        "parametrisation": layer.parametrisation,
         "rank": space.rank if layer.is_linear else {str(axis): k for axis, k in space.rank.items()},
         "models": None if layer.model_ids == bundle.model_ids else list(layer.model_ids),  # None: all of them
         "dtypes": layer.dtypes[0] if is_one else list(layer.dtypes),

@@ -37,6 +37,29 @@ def fit_tucker(kernel, name, reference, stack, options, **more):
         return subspace.TuckerSubspace(mean, factors, spectra, stack.shape, procedure, certificate)
 
 
+def fit_factored(kernel, name, reference, stack, options, **more):
+    """TuckerSubspace of a LoraStack by a kernel of `linalg.factored`: two factors, nothing subtracted first."""
+    if tuple(options.axes) not in ((), (0, 1)):
+        raise errors.ConfigError(f"axes={tuple(options.axes)}: both axes of low-rank updates are reduced")
+    _, chosen = rule(stack, options)
+    chosen.pop("axes", None)
+    if "ranks" in chosen:
+        chosen["ranks"] = chosen["ranks"][1:]
+    with jax.enable_x64(True):
+        work = stack.a.size * max(stack.shape) + stack.b.size * max(stack.shape)
+        dtype = precision.compute_dtype(str(stack.a.dtype), work)
+        found = kernel(stack.a, stack.b, stack.scales, dtype=dtype, **chosen, **more)
+        cap = min(max(stack.shape), stack.num_models * stack.a.shape[1])
+        procedure = subspace.Procedure(name, ("0", "1"), "none", cap, reference=reference)
+        certificate = subspace.Certificate(
+            float(found.error), float(found.certificate), exact=True, passes=int(found.num_passes)
+        )
+        spectra = {axis: spectrum_of(found, axis) for axis in (0, 1)}
+        factors = dict(enumerate(found.factors))
+        mean = jnp.zeros((1, 1), factors[0].dtype)
+        return subspace.TuckerSubspace(mean, factors, spectra, stack.shape, procedure, certificate)
+
+
 def dtype_of(stack, axis_size):
     """'float32' or 'float64' for products that contract a stack with itself to (axis_size, axis_size)."""
     return precision.compute_dtype(str(stack.x.dtype), stack.x.size * axis_size)

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+from jaxsub import stacks
 from jaxsub.decompositions import _fit
-from jaxsub.linalg import tucker
+from jaxsub.linalg import factored, tucker
 
+TAKES_LORA = True  # products of factors, never formed
 REFERENCE = "De Lathauwer, De Moor, Vandewalle 2000b; JD-Full: arXiv 2407.00066 (E39)"
 
 
@@ -17,7 +19,9 @@ class Options(_fit.TuckerOptions):
 
 
 def fit(stack, options, key):
-    """TuckerSubspace of a DenseStack; deterministic, `key` is not used."""
+    """TuckerSubspace of a DenseStack, or of a LoraStack, uncentred; deterministic, `key` is not used."""
     del key
     more = {"sweeps": options.sweeps, "tolerance": options.tolerance}
+    if isinstance(stack, stacks.LoraStack):
+        return _fit.fit_factored(factored.hooi, "hooi", REFERENCE, stack, options, **more)
     return _fit.fit_tucker(tucker.hooi, "hooi", REFERENCE, stack, options, **more)

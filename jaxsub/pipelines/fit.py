@@ -27,7 +27,7 @@ from jaxsub import (
     stacks,
     subspace,
 )
-from jaxsub.linalg import gram
+from jaxsub.linalg import factored, gram
 from jaxsub.pipelines import layers, plan, progress
 
 log = logging.getLogger("jaxsub")
@@ -42,7 +42,7 @@ class Config:
     layers: tuple[str, ...] = ()  # regular expressions; only layers that match one; the others are kept whole
     exclude_layers: tuple[str, ...] = ()  # layers to keep whole
     view: str = "weights"  # weights, or lora_factors (A and B apart)
-    decomposition: str = "gram"  # gram, randomized, hosvd, sthosvd, hooi, row_pca, col_svd, lora_cov, ...
+    decomposition: str = ""  # gram (the default of dense layers), hooi (of LoRA), randomized, hosvd, row_pca, ...
     rank: int = 0  # components a layer; 0: as many as `energy` asks for
     energy: float = 0.9  # share of each layer's centred energy
     strict: bool = False  # any model set aside is fatal
@@ -80,7 +80,8 @@ def validate(config):
         raise errors.ConfigError(f"rank={config.rank}, energy={config.energy}: a rank of 1 or more, or 0 < energy <= 1")
     if not 0 <= config.seed < 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
-    plugins.load("decompositions", config.decomposition)
+    if config.decomposition:
+        plugins.load("decompositions", config.decomposition)
     if plugins.load("views", config.view).NEEDS_BASE:
         raise errors.ConfigError(f"view={config.view}: fit has no base yet; use weights or lora_factors")
 
@@ -136,25 +137,38 @@ def _groups(opened, config):
     groups = [g for g in plugins.load("views", config.view).groups(opened) if is_chosen(g.name)]
     groups = [g for g in groups if len(g.members) >= lineup.SMALLEST_GROUP]
     for group in groups:
-        if group.parametrisation == lineup.LORA:
+        if group.parametrisation == lineup.LORA and not hasattr(_module(group, config), "TAKES_LORA"):
             raise errors.ConfigError(
-                f"layer {errors.quote(group.name)} is a low-rank update; products are not fitted yet: "
-                "--view=lora_factors fits A and B, --exclude_layers leaves such layers whole"
+                f"decomposition={config.decomposition} takes no low-rank updates such as {errors.quote(group.name)}: "
+                "hooi and hosvd do, --view=lora_factors gives it A and B, --exclude_layers leaves such layers whole"
+            )
+        if group.parametrisation == lineup.LORA and len(group.shape) != 2:
+            raise errors.ConfigError(
+                f"layer {errors.quote(group.name)} is a low-rank update of a convolution: not fitted yet; "
+                "leave it whole with --exclude_layers"
             )
     if not groups:
         raise errors.ConfigError("no layer to fit: none that at least 3 models have matches --layers, --exclude_layers")
     return groups
 
 
+def _module(group, config):
+    """The decomposition of a group: the one that is asked for, else the default of its kind."""
+    default = "hooi" if group.parametrisation == lineup.LORA else "gram"
+    return plugins.load("decompositions", config.decomposition or default)
+
+
 def _layer(group, opened, config):
     """The fitted bundle.Layer of a group."""
     models = [opened.models[m] for m in group.members]
     ids = tuple(opened.refs[m].id for m in group.members)
+    if group.parametrisation == lineup.LORA:
+        return _lora_layer(group, models, ids, config)
     x = placement.read_stack(group, models)
     exponent = _exponent(x)
     if exponent:  # squares would leave the range of the dtype
         x = np.ldexp(x, -exponent)
-    module = plugins.load("decompositions", config.decomposition)
+    module = _module(group, config)
     with jax.enable_x64(True):
         stack = stacks.DenseStack.create(x, group.name, ids)
         key = layers.layer_key(group.name, config.seed)
@@ -164,6 +178,24 @@ def _layer(group, opened, config):
     if exponent:
         space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
     return bundle.Layer(group.name, space, ids, values, tuple(t.dtype for t in group.entries), figures)
+
+
+def _lora_layer(group, models, ids, config):
+    """The fitted bundle.Layer of low-rank updates, from their factors."""
+    module = _module(group, config)
+    stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
+    with jax.enable_x64(True):
+        space = module.fit(stack, _options(module, config, stack), layers.layer_key(group.name, config.seed))
+        values = np.asarray(space.project_factors(stack.a, stack.b, stack.scales))
+        left, energies = np.zeros(len(ids)), np.zeros(len(ids))
+        u, v = (np.asarray(space.factors[axis], np.float64) for axis in (0, 1))
+        for n in range(len(ids)):
+            a, b, scale = (x[n : n + 1].astype(np.float64) for x in (stack.a, stack.b, stack.scales))
+            left[n] = float(factored.residual_square(a, b, scale, u, v, centred=False))
+            energies[n] = scale[0] ** 2 * np.sum((b[0].T @ b[0]) * (a[0] @ a[0].T))
+    dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
+    figures = _errors(left, energies, energies.sum())
+    return bundle.Layer(group.name, space, ids, values, dtypes, {**figures, "held_out": None}, lineup.LORA)
 
 
 def _exponent(x):
@@ -202,10 +234,14 @@ def _figures(x, values, space):
     total, held = float(np.trace(centred)), None
     if isinstance(space, subspace.LinearSubspace) and total > 0 and space.rank <= count - 2:
         held = float(heldout.leave_one_out(centred, [space.rank])[0])
+    return {**_errors(left, energies, total), "held_out": held}
+
+
+def _errors(left, energies, total):
+    """Figures from squared errors and norms of the models, and the energy that the fit set out to hold."""
     relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
     return {
         "energy_kept": 1.0 - float(left.sum()) / total if total > 0 else 1.0,  # below 0: worse than the mean alone
-        "held_out": held,
         "error_mean": float(relative.mean()),
         "error_max": float(relative.max()),
     }
@@ -216,7 +252,9 @@ def _passthrough(opened, groups):
     covered = [set() for _ in opened.models]
     for group in groups:
         for member, entry in zip(group.members, group.entries, strict=True):
-            covered[member].add(entry.name)
+            covered[member].update(
+                [entry.a.name, entry.b.name] if group.parametrisation == lineup.LORA else [entry.name]
+            )
     found = {}
     for ref, model, names in zip(opened.refs, opened.models, covered, strict=True):
         pairs = [t for pair in model.adapters.values() for t in (pair.a, pair.b)]
@@ -234,6 +272,9 @@ def _file_bytes(path):
 
 def _peak(group):
     """Host bytes that a layer needs at most, from its header."""
+    if group.parametrisation == lineup.LORA:
+        rank = max(e.rank for e in group.entries)
+        return 4 * WORKING_COPIES * len(group.members) * rank * sum(group.shape) + 24 * max(group.shape) ** 2
     size = len(group.members) * math.prod(group.shape)
     stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
     return size * (stored + WORKING_COPIES * max(stored, 4))
@@ -266,7 +307,7 @@ def table(result):
     lines.append("kept: share of the centred energy; held out: share missed on a model left out; error: of the worst")
     count = result.accounting()
     sizes = {name: plan.size(value) for name, value in count.items() if name not in ("ratio", "break_even")}
-    lines.append(f"bundle {sizes['total']}, files {sizes['originals']}: {count['ratio']:.2f} times smaller")
+    lines.append(f"bundle {sizes['total']}, files {sizes['originals']}: {count['ratio']:.2f} times the bundle")
     lines.append(", ".join(f"{name} {sizes[name]}" for name in ("mean", "basis", "coefficients", "passthrough")))
     number = f"{count['break_even']} models" if count["break_even"] else "no number of models"
     lines.append(f"smaller than the files from {number} on, at these ranks")
