@@ -91,29 +91,34 @@ def write(folder, adapters, *, base_model=None, labels=None):
         tensors[f"{_peft.PREFIX}{layer}.lora_B.weight"] = b
     os.makedirs(folder, exist_ok=True)
     safetensors.write(os.path.join(folder, _sniff.ADAPTER_FILES[0]), tensors, {"format": "pt", **(labels or {})})
-    config = json.dumps(_config(adapters, base_model), indent=2, allow_nan=False)
-    _files.write_atomic(os.path.join(folder, CONFIG), [config.encode("utf-8") + b"\n"])
-
-
-def _config(adapters, base_model):
-    """The fields that every PEFT since 0.3 knows; ranks and alphas that are not the commonest go into patterns."""
     ranks = {layer: int(entry[3]) for layer, entry in adapters.items()}
-    alphas = {layer: entry[2] for layer, entry in adapters.items()}
-    r = collections.Counter(ranks.values()).most_common(1)[0][0]
-    alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
-    return {
+    fields = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base_model,
-        "r": r,
-        "lora_alpha": alpha,
+        **config_of(ranks, {layer: entry[2] for layer, entry in adapters.items()}),
         "target_modules": sorted(adapters),
-        "rank_pattern": {f"^{re.escape(layer)}": v for layer, v in sorted(ranks.items()) if v != r},
-        "alpha_pattern": {f"^{re.escape(layer)}": v for layer, v in sorted(alphas.items()) if v != alpha},
-        "use_rslora": False,
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "inference_mode": True,
+    }
+    config = json.dumps(fields, indent=2, allow_nan=False)
+    _files.write_atomic(os.path.join(folder, CONFIG), [config.encode("utf-8") + b"\n"])
+
+
+def config_of(ranks, alphas):
+    """The fields of a configuration that scale updates, as every PEFT since 0.3 knows them.
+
+    Ranks and alphas (layer -> number) that are not the commonest go into patterns.
+    """
+    r = collections.Counter(ranks.values()).most_common(1)[0][0]
+    alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(layer)}": v for layer, v in sorted(ranks.items()) if v != r},
+        "alpha_pattern": {f"^{re.escape(layer)}": v for layer, v in sorted(alphas.items()) if v != alpha},
+        "use_rslora": False,
     }

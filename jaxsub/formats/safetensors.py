@@ -43,6 +43,11 @@ def read(path):
     return found
 
 
+def open_metadata(path):
+    """The strings beside the tensors of a file."""
+    return dict(_header.content(path).metadata)
+
+
 def write(path, tensors, metadata=None):
     """Writes arrays to one safetensors file, atomically, the same bytes for the same content.
 

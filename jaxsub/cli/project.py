@@ -1,0 +1,21 @@
+"""`jaxsub project`: any models as coefficients of a bundle, what that loses, and their reconstructions as files."""
+
+import sys
+
+from jaxsub.pipelines import project
+
+
+def config_class():
+    """The program's Config."""
+    return project.Config
+
+
+def main(parsed):
+    """The errors go to stdout, progress to stderr, coefficients and figures to the workdir if there is one."""
+    config = parsed.freeze()
+    found = project.run(config, parsed.workdir, stream=sys.stderr)
+    sys.stdout.write(project.table(found) + "\n")
+    if config.write_models:
+        sys.stdout.write(f"reconstructions: {config.write_models}\n")
+    if not parsed.workdir:
+        sys.stdout.write("coefficients were not saved; --workdir=FOLDER keeps them\n")

@@ -1,0 +1,153 @@
+"""`jaxsub project`: any models as coefficients in a bundle, what that loses, and their reconstructions as files."""
+
+import dataclasses
+import math
+import os
+
+import numpy as np
+
+from jaxsub import collection as collections, errors, placement
+from jaxsub.bundle import files
+from jaxsub.formats import _rewrite, safetensors
+from jaxsub.pipelines import progress
+from jaxsub.report import _write
+
+COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of a projection; each can be set as --config.<field>=."""
+
+    bundle: str = ""  # folder that fit wrote
+    collection: tuple[str, ...] = ()  # the models: folders, globs, or text files of paths
+    write_models: str = ""  # new folder for the reconstructions, in the models' own format
+    allow_roots: tuple[str, ...] = ()  # folders that links may lead into
+    strict: bool = False  # any model set aside is fatal
+    max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
+
+
+def run(config, workdir=None, *, stream=None):
+    """Projects the models of a collection; writes coefficients and errors to `workdir`, if there is one.
+
+    Returns:
+        dict: "models" and "layers", each with its name, rank and errors a model, relative to the norm of its weights:
+        of the reconstruction, of the mean alone, and expected in a random subspace of the same size about that mean.
+
+    Raises:
+        ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
+    """
+    if not config.bundle or not config.collection:
+        raise errors.ConfigError("give --bundle=FOLDER and --collection=FOLDER")
+    bundle = files.load(config.bundle)
+    opened = collections.open_collection(
+        list(config.collection),
+        allow_roots=config.allow_roots,
+        max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
+        strict=config.strict,
+    )
+    if config.write_models:
+        if os.path.lexists(config.write_models):
+            raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
+        for model in opened.models:
+            _rewrite.ending(model)  # before anything is read
+    pairs = [(g, bundle.layer(g.name, g.shape)) for g in opened.groups]
+    pairs = [(g, one) for g, one in pairs if one is not None and one.parametrisation == g.parametrisation]
+    if not pairs:
+        raise errors.ConfigError("the models have no layer of the bundle (by name, shape and kind)")
+    records, values, rebuilt = [], {}, [{} for _ in opened.models]
+    with progress.Progress(sum(g.num_bytes for g, _ in pairs), len(pairs), stream=stream) as bar:
+        for group, layer in pairs:
+            key = bundle.key(layer)
+            record, values[key], again = _layer(group, layer, opened)
+            records.append({"key": key, **record})
+            if config.write_models:
+                for position, member in enumerate(group.members):
+                    rebuilt[member][group.name] = again(position)
+            bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
+    found = {"schema": "jaxsub.project/1", "bundle": config.bundle, "models": [r.id for r in opened.refs]}
+    found |= {"layers": records, "quarantined": [dict(q) for q in opened.quarantined]}
+    if workdir is not None:
+        os.makedirs(workdir, exist_ok=True)
+        safetensors.write(os.path.join(workdir, COEFFICIENTS), values)
+        _write.write_json(os.path.join(workdir, RECORD), found)
+    if config.write_models:
+        for ref, model, layers in zip(opened.refs, opened.models, rebuilt, strict=True):
+            _rewrite.rewrite(model, _place(config.write_models, ref.id) + _rewrite.ending(model), layers)
+    return found
+
+
+def _layer(group, layer, opened):
+    """(record, coefficients (n, k...), function position -> what `_rewrite.rewrite` takes) of one layer."""
+    models, space = [opened.models[m] for m in group.members], layer.subspace
+    energies, left, alone = (np.zeros(len(models)) for _ in range(3))
+    if group.parametrisation == "lora":
+        a, b, scales = placement.read_factors(group, models)
+        values = np.asarray(space.project_factors(a, b, scales))
+        # |W - U.T S V|^2 = |W|^2 - |S|^2 loses digits where little is left: the factors of the difference instead.
+        ra, rb = (np.asarray(x, np.float64) for x in space.reconstruct_factors(values))
+        for n in range(len(models)):
+            own = scales[n] * b[n].astype(np.float64)
+            energies[n] = _square(own, a[n].astype(np.float64))
+            left[n] = _square(np.hstack([own, -rb[n]]), np.vstack([a[n].astype(np.float64), ra[n]]))
+        alone = energies
+    else:
+        x = placement.read_stack(group, models)
+        values = np.asarray(space.project(x))
+        mean = np.asarray(space.mean, np.float64)
+        mean = mean.reshape(layer.shape) if mean.size == math.prod(layer.shape) else mean  # or one that broadcasts
+        for n in range(len(models)):
+            row = x[n].astype(np.float64)
+            energies[n], alone[n] = np.square(row).sum(), np.square(row - mean).sum()
+            left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]), np.float64)[0]).sum()
+
+    def again(position):
+        c = values[position : position + 1]
+        if group.parametrisation == "lora":
+            return tuple(np.asarray(part)[0] for part in space.reconstruct_factors(c))
+        return np.asarray(space.reconstruct(c))[0]
+
+    share = math.prod(values.shape[1:]) / math.prod(
+        layer.shape
+    )  # of its energy that any model has in a random subspace
+    size = np.where(energies > 0, energies, 1.0)
+    record = {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "rank": list(values.shape[1:]),
+        "models": [opened.refs[m].id for m in group.members],
+        "error": np.sqrt(left / size).tolist(),
+        "error_of_mean": np.sqrt(alone / size).tolist(),
+        "error_of_random": np.sqrt(alone * (1 - share) / size).tolist(),
+    }
+    return record, values, again
+
+
+def _square(b, a):
+    """|b @ a|^2 from factors (o, r) and (r, i), never from the product."""
+    return max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0)
+
+
+def _place(folder, identifier):
+    """Where a model of this id goes inside `folder`; ids that lead out of it are refused."""
+    folder = os.path.abspath(folder)
+    place = os.path.normpath(os.path.join(folder, identifier))
+    if os.path.commonpath([folder, place]) != folder or place == folder:
+        raise errors.InputError(identifier, "is no place inside the folder of reconstructions", rule="H10")
+    return place
+
+
+def table(found):
+    """The errors of a projection, layer by layer, as text of at most 100 columns."""
+    heads = "".join(f" {name:>8}" for name in ("error", "worst", "mean", "random"))
+    lines = [f"{'layer':30} {'shape':>16} {'models':>6} {'rank':>9}{heads}"]
+    for one in found["layers"]:
+        rank, shape = ("x".join(map(str, one[k])) for k in ("rank", "shape"))
+        middle = [float(np.median(one[k])) for k in ("error", "error_of_mean", "error_of_random")]
+        lines.append(
+            f"{errors.quote(one['name'], 30):30} {shape:>16} {len(one['models']):>6} {rank:>9} "
+            f"{middle[0]:>8.2e} {max(one['error']):>8.2e} {middle[1]:>8.2e} {middle[2]:>8.2e}"
+        )
+    lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random: in a")
+    lines.append("random subspace of the same size about it")
+    return "\n".join(lines)

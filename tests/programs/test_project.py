@@ -1,0 +1,185 @@
+"""`jaxsub project`: errors beside those of a mean and a random subspace; reconstructions that load as the originals."""
+
+import importlib
+import json
+import os
+
+import numpy as np
+import pytest
+
+import jaxsub
+from jaxsub import errors
+from jaxsub.formats import peft, safetensors
+from jaxsub.pipelines import project
+
+
+def weights(folder, *, count=9, dtype=np.float32, seed=0):
+    rng, plane = np.random.default_rng(seed), np.random.default_rng(99)
+    mean, basis = plane.standard_normal((8, 6)), plane.standard_normal((2, 8, 6))
+    os.makedirs(folder)
+    for n in range(count):
+        w = mean + np.tensordot(rng.standard_normal(2), basis, 1) + 1e-3 * rng.standard_normal((8, 6))
+        tensors = {
+            "w": w.astype(dtype),
+            "bias": rng.standard_normal(6).astype(dtype),
+            "num_batches_tracked": np.array(n),
+        }
+        safetensors.write(folder / f"m{n}.safetensors", tensors, {"epoch": str(n)})
+    return str(folder)
+
+
+def adapters(folder, *, count=6, transposed=False, rslora=False):
+    rng, plane = np.random.default_rng(0), np.random.default_rng(98)
+    u, v = plane.standard_normal((11, 3)), plane.standard_normal((3, 7))
+    products = {}
+    for n in range(count):
+        a, b = (
+            (rng.standard_normal((2, 3)) @ v).astype(np.float32),
+            (u @ rng.standard_normal((3, 2))).astype(np.float32),
+        )
+        peft.write(folder / f"a{n}", {"m.q": (a, b, 6.0, 2)}, base_model="some/base")
+        path = folder / f"a{n}" / peft.CONFIG
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"fan_in_fan_out": transposed, "use_rslora": rslora, "revision": "main"}))
+        (folder / f"a{n}" / "README.md").write_text(f"adapter {n}")
+        products[f"a{n}"] = 6.0 / (2**0.5 if rslora else 2) * b.astype(np.float64) @ a
+    return str(folder), products
+
+
+def products_of(folder):
+    """id -> B A with its scale, in PEFT's orientation, read from the files."""
+    opened = jaxsub.open_collection(folder)
+    found = {}
+    for ref, model in zip(opened.refs, opened.models, strict=True):
+        (pair,) = model.adapters.values()
+        tensors = safetensors.read(os.path.join(model.path, "adapter_model.safetensors"))
+        found[ref.id] = pair.scale * tensors[pair.b.name].astype(np.float64) @ tensors[pair.a.name]
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+def test_reconstructions_are_files_like_the_originals(tmp_path, dtype):
+    folder = weights(tmp_path / "m", dtype=dtype)
+    jaxsub.fit(folder, tmp_path / "b", rank=2, layers=["w"])
+    config = project.Config(bundle=str(tmp_path / "b"), collection=(folder,), write_models=str(tmp_path / "new"))
+    found = project.run(config, str(tmp_path / "out"))
+    (layer,) = found["layers"]
+    for n, error in enumerate(layer["error"]):
+        old, new = (safetensors.read(tmp_path / f / f"m{n}.safetensors") for f in ("m", "new"))
+        assert {k: (v.dtype, v.shape) for k, v in new.items()} == {k: (v.dtype, v.shape) for k, v in old.items()}
+        assert all(np.array_equal(new[k], old[k]) for k in ("bias", "num_batches_tracked"))
+        assert safetensors.open_metadata(tmp_path / "new" / f"m{n}.safetensors") == {"epoch": str(n)}
+        w = old["w"].astype(np.float64)
+        assert np.linalg.norm(new["w"] - w) / np.linalg.norm(w) == pytest.approx(error, rel=0.3, abs=3e-4)
+        assert 0 < error < 2e-3 < layer["error_of_mean"][n]
+        assert layer["error_of_random"][n] == pytest.approx(layer["error_of_mean"][n] * (1 - 2 / 48) ** 0.5)
+    assert json.loads((tmp_path / "out" / project.RECORD).read_text())["layers"] == found["layers"]
+    saved = safetensors.read(tmp_path / "out" / project.COEFFICIENTS)
+    bundle = jaxsub.load(tmp_path / "b")
+    np.testing.assert_allclose(saved["w"], bundle.coefficients().values["w"], atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rebuilt_adapters_keep_scale_orientation_and_sidecars(tmp_path, transposed):
+    folder, products = adapters(tmp_path / "m", transposed=transposed, rslora=True)
+    jaxsub.fit(folder, tmp_path / "b", rank=3)
+    config = project.Config(bundle=str(tmp_path / "b"), collection=(folder,), write_models=str(tmp_path / "new"))
+    found = project.run(config)
+    assert max(found["layers"][0]["error"]) < 1e-5 and found["layers"][0]["error_of_mean"] == pytest.approx([1.0] * 6)
+    again = products_of(str(tmp_path / "new"))
+    assert again.keys() == products.keys()
+    for name, product in products.items():
+        np.testing.assert_allclose(again[name], product, atol=1e-4)
+        made = json.loads((tmp_path / "new" / name / peft.CONFIG).read_text())
+        assert (made["r"], made["lora_alpha"], made["use_rslora"]) == (3, 3.0, False)
+        assert (made["fan_in_fan_out"], made["revision"]) == (transposed, "main")
+        assert made["base_model_name_or_path"] == "some/base"
+        assert (tmp_path / "new" / name / "README.md").read_text() == f"adapter {name[1:]}"
+
+
+@pytest.mark.slow
+def test_peft_loads_a_rebuilt_adapter(tmp_path):
+    torch, library = pytest.importorskip("torch"), pytest.importorskip("peft")
+    folder, products = adapters(tmp_path / "m", rslora=True)
+    jaxsub.fit(folder, tmp_path / "b", rank=3)
+    config = project.Config(bundle=str(tmp_path / "b"), collection=(folder,), write_models=str(tmp_path / "new"))
+    project.run(config)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = torch.nn.Module()
+            self.m.q = torch.nn.Linear(7, 11, bias=False)
+
+        def forward(self, x):
+            return self.m.q(x)
+
+    net = Net()
+    base = net.m.q.weight.detach().clone().numpy()
+    merged = library.PeftModel.from_pretrained(net, str(tmp_path / "new" / "a3")).merge_and_unload()
+    np.testing.assert_allclose(merged.m.q.weight.detach().numpy() - base, products["a3"], atol=1e-4)
+
+
+def test_unseen_models_show_what_the_subspace_misses(tmp_path):
+    jaxsub.fit(weights(tmp_path / "m"), tmp_path / "b", rank=2, layers=["w"])
+    unseen = weights(tmp_path / "unseen", count=4, seed=7)
+    strange = tmp_path / "strange"
+    os.makedirs(strange)
+    for n in range(3):
+        w = np.random.default_rng(n).standard_normal((8, 6)).astype(np.float32)
+        safetensors.write(strange / f"s{n}.safetensors", {"w": w})
+    near, far = (
+        project.run(project.Config(bundle=str(tmp_path / "b"), collection=(str(c),)))["layers"][0]
+        for c in (unseen, strange)
+    )
+    assert max(near["error"]) < 3e-3
+    assert np.mean(far["error"]) > 0.9 * np.mean(far["error_of_random"])  # no better than chance
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"bundle": ""}, "--bundle"),
+        ({"collection": ()}, "--collection"),
+        ({"write_models": "EXISTING"}, "exists already"),
+    ],
+)
+def test_wrong_usage_is_said(tmp_path, change, words):
+    folder = weights(tmp_path / "m", count=3)
+    jaxsub.fit(folder, tmp_path / "b", rank=1)
+    change = {k: str(tmp_path) if v == "EXISTING" else v for k, v in change.items()}
+    with pytest.raises((errors.ConfigError, errors.WorkdirError), match=words):
+        project.run(project.Config(**({"bundle": str(tmp_path / "b"), "collection": (folder,)} | change)))
+
+
+def test_models_that_cannot_be_written_are_named_before_any_is_read(tmp_path, monkeypatch):
+    folder = weights(tmp_path / "m", count=3)
+    jaxsub.fit(folder, tmp_path / "b", rank=1, layers=["w"])
+    for n in range(3):
+        np.savez(tmp_path / f"n{n}.npz", w=np.full((8, 6), n, np.float32))
+    monkeypatch.setattr(project.placement, "read_stack", None)
+    config = project.Config(
+        bundle=str(tmp_path / "b"), collection=(str(tmp_path / "n*.npz"),), write_models=str(tmp_path / "new")
+    )
+    with pytest.raises(errors.ConfigError, match="npz cannot be written yet"):
+        project.run(config)
+    assert not os.path.exists(tmp_path / "new")
+
+
+def test_ids_do_not_lead_out_of_the_folder(tmp_path):
+    for name in ("../x", "/etc/x", "..", "a/../../x"):
+        with pytest.raises(errors.InputError, match="no place inside"):
+            project._place(tmp_path / "new", name)
+    assert project._place(tmp_path, "owner/name") == str(tmp_path / "owner" / "name")
+
+
+def test_the_program_prints_a_table(tmp_path, capsys):
+    from jaxsub.cli import flags
+
+    folder = weights(tmp_path / "m", count=4)
+    jaxsub.fit(folder, tmp_path / "b", rank=1)
+    program = importlib.import_module("jaxsub.cli.project")
+    arguments = ["project", f"--bundle={tmp_path / 'b'}", f"--collection={folder}"]
+    program.main(flags.Flags("project", program.config_class(), arguments))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines[0]) <= 100 and len(lines[1]) <= 100 and lines[-1].endswith("keeps them")
