@@ -5,10 +5,10 @@
 Bytes are counted here, the folder is written, read and checked in `files`.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 
 import numpy as np
@@ -174,6 +174,23 @@ class Bundle:
         """
         files.save(self, path)
 
+    @functools.cached_property
+    def _distinct(self):
+        stored, where, known = {}, {}, {}
+        for model, tensors in self.passthrough.items():
+            where[model] = {}
+            for name, array in tensors.items():
+                array = np.asarray(array, order="C")
+                content = hashlib.sha256(array.reshape(-1).view(np.uint8)).digest() if array.size else b""
+                key = known.setdefault((array.dtype.name, array.shape, content), f"{len(known):06d}")
+                stored.setdefault(key, array)
+                where[model][name] = key
+        return stored, where
+
+    def distinct(self):
+        """({key: array}, {model id: {tensor name: key}}) of the passthrough; equal arrays have one key."""
+        return self._distinct
+
     def accounting(self, headers=None):
         """Bytes by what they are for, and what they compare to.
 
@@ -181,43 +198,24 @@ class Bundle:
         kept at these ranks, that a bundle holds in fewer bytes than their own files do; None if there is none.
 
         Args:
-            headers: bytes of the manifest and of the files' headers; None estimates them.
+            headers: bytes of the manifest and of the files' headers; None counts them.
         """
-        parts = {"mean": 0, "basis": 0, "coefficients": 0, "passthrough": 0}
-        guess = 2048
+        parts = {"mean": 0, "basis": 0, "coefficients": 0}
         for layer in self.layers:
             for name, array in layer.tensors().items():
                 parts["mean" if name == "mean" else "basis"] += array.nbytes
             parts["coefficients"] += layer.values.nbytes
-            guess += 1600 + len(json.dumps(layer.figures))
-        stored, where = distinct(self.passthrough)
-        uses: dict[str, int] = {}
-        for key in (k for tensors in where.values() for k in tensors.values()):
-            uses[key] = uses.get(key, 0) + 1
-        parts["passthrough"] = sum(a.nbytes for a in stored.values())
+        stored, where = self.distinct()
+        uses = collections.Counter(key for tensors in where.values() for key in tensors.values())
         own = sum(a.nbytes for key, a in stored.items() if uses[key] == 1)
-        guess += len(json.dumps(where)) + 120 * len(stored) + len(json.dumps(self.originals))
-        parts["headers"] = guess if headers is None else headers
+        parts["passthrough"] = sum(a.nbytes for a in stored.values())
+        parts["headers"] = files.headers(self) if headers is None else headers
         total, originals = sum(parts.values()), sum(self.originals.values())
         count = max(len(self.model_ids), 1)
         each = (parts["coefficients"] + own) / count
         gain = originals / count - each
         break_even = math.floor((total - count * each) / gain) + 1 if gain > 0 else None
         return {**parts, "total": total, "originals": originals, "ratio": originals / total, "break_even": break_even}
-
-
-def distinct(passthrough):
-    """({key: array}, {model id: {tensor name: key}}), arrays of equal dtype, shape and bytes under one key."""
-    stored, where, known = {}, {}, {}
-    for model, tensors in passthrough.items():
-        where[model] = {}
-        for name, array in tensors.items():
-            array = np.asarray(array, order="C")
-            content = hashlib.sha256(array.reshape(-1).view(np.uint8)).digest() if array.size else b""
-            key = known.setdefault((array.dtype.name, array.shape, content), f"{len(known):06d}")
-            stored.setdefault(key, array)
-            where[model][name] = key
-    return stored, where
 
 
 def _stacks(bundle, collection):

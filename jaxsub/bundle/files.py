@@ -32,35 +32,59 @@ _MISFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 def save(bundle, path):
     """See `Bundle.save`."""
-    from jaxsub.bundle import distinct
-
     with _Folder(path) as folder:
-        records = []
-        for number, layer in enumerate(bundle.layers):
-            name = f"layers/{number:05d}.safetensors"
-            folder.write(name, layer.tensors())
-            records.append({**_record(layer, bundle), "file": name})
-        folder.write(COEFFICIENTS, {f"{i:05d}": layer.values for i, layer in enumerate(bundle.layers)})
-        stored, where = distinct(bundle.passthrough)
-        if stored:
-            folder.write(PASSTHROUGH, stored)
-        manifest = {
-            "schema": SCHEMA,
-            "models": list(bundle.model_ids),
-            "layers": records,
-            "passthrough": where,
-            "originals": bundle.originals,
-            "bytes": {},
-            "provenance": bundle.provenance,
-        }
-        arrays = sum(a.nbytes for layer in bundle.layers for a in layer.tensors().values())
-        arrays += sum(layer.values.nbytes for layer in bundle.layers) + sum(a.nbytes for a in stored.values())
-        headers = sum(f["bytes"] for f in folder.files.values()) - arrays
-        size = 0
-        for _ in range(4):  # the manifest states its own size
-            manifest["bytes"] = bundle.accounting(headers + size)
-            size = len(folder.manifest(manifest))
-        folder.finish(manifest)
+        for name, tensors in _contents(bundle):
+            folder.write(name, tensors)
+        folder.finish(_manifest_of(bundle, folder.files))
+
+
+def headers(bundle):
+    """Bytes of a saved bundle that are no numbers: its manifest and the headers of its files. Nothing is written."""
+    known = {
+        name: {"bytes": safetensors.header_bytes(tensors) + _array_bytes(tensors), "sha256": "0" * 64}
+        for name, tensors in _contents(bundle)
+    }
+    return _manifest_of(bundle, known)["bytes"]["headers"]
+
+
+def _array_bytes(tensors):
+    return sum(a.nbytes for a in tensors.values())
+
+
+def _contents(bundle):
+    """Yields (name, tensors) of each file but the manifest."""
+    for number, layer in enumerate(bundle.layers):
+        yield _layer_file(number), layer.tensors()
+    yield COEFFICIENTS, {f"{i:05d}": layer.values for i, layer in enumerate(bundle.layers)}
+    stored, _ = bundle.distinct()
+    if stored:
+        yield PASSTHROUGH, stored
+
+
+def _layer_file(number):
+    return f"layers/{number:05d}.safetensors"
+
+
+def _manifest_of(bundle, known):
+    """The manifest of files {name: {"bytes", "sha256"}}, which states its own size among the rest."""
+    arrays = sum(_array_bytes(tensors) for _, tensors in _contents(bundle))
+    other = sum(f["bytes"] for f in known.values()) - arrays
+    manifest = {
+        "schema": SCHEMA,
+        "models": list(bundle.model_ids),
+        "layers": [{**_record(layer, bundle), "file": _layer_file(i)} for i, layer in enumerate(bundle.layers)],
+        "passthrough": bundle.distinct()[1],
+        "originals": bundle.originals,
+        "bytes": {},
+        "provenance": bundle.provenance,
+        "files": known,
+        "sha256": "0" * 64,
+    }
+    size = 0
+    for _ in range(4):
+        manifest["bytes"] = bundle.accounting(other + size)
+        size = len(_text(manifest))
+    return {**manifest, "sha256": _digest(manifest)}
 
 
 def load(path):
@@ -270,12 +294,7 @@ class _Folder:
             ) from error
         self.files[name] = identity(path)
 
-    def manifest(self, content):
-        content = {**content, "files": self.files}
-        content["sha256"] = _digest(content)
-        return _text(content)
-
     def finish(self, content):
-        _files.write_atomic(os.path.join(self.temporary, MANIFEST), [self.manifest(content)])
+        _files.write_atomic(os.path.join(self.temporary, MANIFEST), [_text(content)])
         os.rename(self.temporary, self.path)
         _files.sync_folder(os.path.dirname(self.path))

@@ -43,6 +43,12 @@ def read(path):
     return found
 
 
+def header_bytes(tensors, metadata=None):
+    """Bytes of the file that `write` would make, less those of the arrays."""
+    arrays = {name: _plain(name, array) for name, array in tensors.items()}
+    return len(next(_chunks(arrays, _order(arrays), metadata or {})))
+
+
 def open_metadata(path):
     """The strings beside the tensors of a file."""
     return dict(_header.content(path).metadata)
@@ -60,8 +66,12 @@ def write(path, tensors, metadata=None):
         TypeError: a dtype the format lacks, or metadata that is not text.
     """
     arrays = {name: _plain(name, array) for name, array in tensors.items()}
-    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # each dtype stays aligned
-    _files.write_atomic(path, _chunks(arrays, order, metadata or {}))
+    _files.write_atomic(path, _chunks(arrays, _order(arrays), metadata or {}))
+
+
+def _order(arrays):
+    """Names, widest dtype first: each dtype stays aligned."""
+    return sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
 
 
 def _plain(name, array):

@@ -27,6 +27,7 @@ from jaxsub import (
     stacks,
     subspace,
 )
+from jaxsub.bundle import allocation
 from jaxsub.linalg import factored, gram
 from jaxsub.pipelines import layers, plan, progress
 
@@ -45,6 +46,9 @@ class Config:
     decomposition: str = ""  # gram (the default of dense layers), hooi (of LoRA), randomized, hosvd, row_pca, ...
     rank: int = 0  # components a layer; 0: as many as `energy` asks for
     energy: float = 0.9  # share of each layer's centred energy
+    budget_bytes: int = (
+        0  # of the whole bundle: ranks are chosen across layers, by energy a byte; weights are read twice
+    )
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
@@ -78,6 +82,8 @@ def validate(config):
     """Raises ConfigError for values that no run could use, before anything is read."""
     if config.rank < 0 or not 0 < config.energy <= 1:
         raise errors.ConfigError(f"rank={config.rank}, energy={config.energy}: a rank of 1 or more, or 0 < energy <= 1")
+    if config.budget_bytes < 0 or (config.budget_bytes and config.rank):
+        raise errors.ConfigError(f"budget_bytes={config.budget_bytes}, rank={config.rank}: a budget chooses the ranks")
     if not 0 <= config.seed < 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
     if config.decomposition:
@@ -102,19 +108,28 @@ def fit(opened, config, path=None, *, stream=None):
             f"layer {errors.quote(worst.name)} needs {plan.size(needed)} on the host, {plan.size(free)} are allowed or "
             "free; allow more with --config.max_host_bytes, or leave it whole with --exclude_layers"
         )
-    found = []
-    with progress.Progress(sum(g.num_bytes for g in groups), len(groups), stream=stream) as bar:
-        for group in groups:
-            layer = _layer(group, opened, config)
-            found.append(layer)
-            bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
-    result = bundle.Bundle(
+    passes = 2 if config.budget_bytes else 1
+    empty = bundle.Bundle(
         model_ids=tuple(r.id for r in opened.refs),
-        layers=tuple(found),
+        layers=(),
         passthrough=_passthrough(opened, groups),
         originals={r.id: _file_bytes(r.path) for r in opened.refs},
         provenance=_provenance(opened, config),
     )
+    with progress.Progress(passes * sum(g.num_bytes for g in groups), passes * len(groups), stream=stream) as bar:
+
+        def fitted(ranks):
+            found = []
+            for group, rank in zip(groups, ranks, strict=True):
+                found.append(_layer(group, opened, config, rank))
+                bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
+            return dataclasses.replace(empty, layers=tuple(found))
+
+        if config.budget_bytes:
+            least = fitted([1] * len(groups))
+            result = fitted(_ranks(least, config.budget_bytes))
+        else:
+            result = fitted([config.rank] * len(groups))
     count = result.accounting()
     if count["total"] > count["originals"]:
         log.warning(
@@ -158,12 +173,38 @@ def _module(group, config):
     return plugins.load("decompositions", config.decomposition or default)
 
 
-def _layer(group, opened, config):
-    """The fitted bundle.Layer of a group."""
+def _ranks(least, budget):
+    """A rank a layer, (k,) or (k_0, k_1, ...), for a bundle of `budget` bytes, from the spectra of a fit of rank 1.
+
+    Raises:
+        ConfigError: what does not depend on the ranks takes more.
+    """
+    choices = []
+    for layer in least.layers:
+        space, count = layer.subspace, len(layer.model_ids)
+        if not layer.is_linear and len(space.factors) != len(layer.shape):
+            raise errors.ConfigError(f"budget_bytes: {space.procedure.name} reduces one axis only; give --rank")
+        spectra = [space.spectrum] if layer.is_linear else [space.spectra[axis] for axis in sorted(space.spectra)]
+        sizes = [math.prod(layer.shape)] if layer.is_linear else layer.shape
+        itemsize = layer.values.dtype.itemsize
+        kept = [np.square(np.where(s.values > s.floor, s.values, 0.0))[: space.procedure.cap] for s in spectra]
+        base = tuple(size * itemsize for size in sizes)
+        choices.append(allocation.Choice(tuple(kept), base, count, itemsize, least=1))
+    spent = sum(c.num_bytes([1] * len(c.energies)) for c in choices)
+    fixed = least.accounting()["total"] - spent
+    if fixed + spent > budget:
+        raise errors.ConfigError(
+            f"budget_bytes={budget}: means, kept layers, headers and one component a layer take {fixed + spent} bytes"
+        )
+    return allocation.allocate(choices, budget - fixed)
+
+
+def _layer(group, opened, config, rank):
+    """The fitted bundle.Layer of a group; `rank` a number, one for each axis, or 0 to go by energy."""
     models = [opened.models[m] for m in group.members]
     ids = tuple(opened.refs[m].id for m in group.members)
     if group.parametrisation == lineup.LORA:
-        return _lora_layer(group, models, ids, config)
+        return _lora_layer(group, models, ids, config, rank)
     x = placement.read_stack(group, models)
     exponent = _exponent(x)
     if exponent:  # squares would leave the range of the dtype
@@ -172,7 +213,7 @@ def _layer(group, opened, config):
     with jax.enable_x64(True):
         stack = stacks.DenseStack.create(x, group.name, ids)
         key = layers.layer_key(group.name, config.seed)
-        space = module.fit(stack, _options(module, config, stack), key)
+        space = module.fit(stack, _options(module, config, stack, rank), key)
         values = np.asarray(space.project(stack.x))
         figures = _figures(stack.x, values, space)
     if exponent:
@@ -180,12 +221,12 @@ def _layer(group, opened, config):
     return bundle.Layer(group.name, space, ids, values, tuple(t.dtype for t in group.entries), figures)
 
 
-def _lora_layer(group, models, ids, config):
+def _lora_layer(group, models, ids, config, rank):
     """The fitted bundle.Layer of low-rank updates, from their factors."""
     module = _module(group, config)
     stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
     with jax.enable_x64(True):
-        space = module.fit(stack, _options(module, config, stack), layers.layer_key(group.name, config.seed))
+        space = module.fit(stack, _options(module, config, stack, rank), layers.layer_key(group.name, config.seed))
         values = np.asarray(space.project_factors(stack.a, stack.b, stack.scales))
         left, energies = np.zeros(len(ids)), np.zeros(len(ids))
         u, v = (np.asarray(space.factors[axis], np.float64) for axis in (0, 1))
@@ -207,13 +248,14 @@ def _exponent(x):
     return 0 if abs(exponent) <= precision.SAFE_EXPONENT else exponent
 
 
-def _options(module, config, stack):
-    """A decomposition's Options for --rank or --energy, as far as it has them."""
+def _options(module, config, stack, rank):
+    """A decomposition's Options for a rank (see `_layer`) or for config.energy, as far as it has them."""
     known = {f.name for f in dataclasses.fields(module.Options)}
-    if config.rank and "ranks" in known:
-        return module.Options(ranks=tuple(min(config.rank, size) for size in stack.shape))
-    if config.rank:
-        return module.Options(rank=config.rank)
+    if rank and "ranks" in known:
+        every = rank if isinstance(rank, tuple) else (rank,) * len(stack.shape)
+        return module.Options(ranks=tuple(min(k, size) for k, size in zip(every, stack.shape, strict=True)))
+    if rank:
+        return module.Options(rank=rank[0] if isinstance(rank, tuple) else rank)
     if "energy" not in known:
         raise errors.ConfigError(f"decomposition={config.decomposition}: cannot choose ranks by energy; give --rank")
     return module.Options(energy=config.energy)

@@ -42,7 +42,14 @@ def test_updates_in_a_common_subspace_come_back_whole(tmp_path):
     assert files.verify(tmp_path / "b") == []
 
 
-@pytest.mark.parametrize("options", [{"rank": 2}, {"energy": 0.7}, {"rank": 2, "decomposition": "hosvd"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"energy": 0.7},
+        pytest.param({"rank": 2}, marks=pytest.mark.slow),
+        pytest.param({"rank": 2, "decomposition": "hosvd"}, marks=pytest.mark.slow),
+    ],
+)
 def test_errors_are_those_of_the_products(tmp_path, options):
     folder, updates = adapters(tmp_path / "m", noise=0.3)
     bundle = jaxsub.fit(folder, **options)
@@ -60,6 +67,7 @@ def cosines(a, b):
     return np.linalg.svd(np.asarray(a) @ np.asarray(b).T, compute_uv=False)
 
 
+@pytest.mark.slow
 def test_the_gauge_of_the_factors_changes_nothing(tmp_path):
     one, other = (adapters(tmp_path / str(g), gauge=g, noise=0.1)[0] for g in (0, 5))
     first, second = (jaxsub.fit(folder, rank=3).layers[0] for folder in (one, other))
@@ -86,6 +94,7 @@ def test_other_adapters_are_projected_by_their_factors(tmp_path, monkeypatch):
     np.testing.assert_allclose(b @ a, updates, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_turned_layer_has_the_orientation_of_its_weight(tmp_path):
     rng = np.random.default_rng(0)
     updates = []

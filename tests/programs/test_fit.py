@@ -92,6 +92,26 @@ def test_what_no_run_could_do_is_refused_in_words(folder, tmp_path, options, wor
     assert not os.listdir(tmp_path)
 
 
+def test_a_budget_is_kept_and_spent_where_energy_is(tmp_path):
+    rng, models = np.random.default_rng(0), tmp_path / "m"
+    os.makedirs(models)
+    plane = rng.standard_normal((4, 20, 10))
+    for n in range(30):
+        planted = np.tensordot(10 * rng.standard_normal(4), plane, 1)
+        tensors = {"a": planted, "b": rng.standard_normal((20, 10)), "norm": np.full(3, n)}
+        safetensors.write(models / f"m{n}.safetensors", {k: v.astype(np.float32) for k, v in tensors.items()})
+    budget = 24_000
+    bundle = jaxsub.fit(str(models), tmp_path / "b", budget_bytes=budget, exclude_layers=["norm"])
+    size = sum(os.path.getsize(os.path.join(d, n)) for d, _, names in os.walk(tmp_path / "b") for n in names)
+    assert 0.8 * budget < size <= budget
+    ranks = {layer.name: layer.subspace.rank for layer in bundle.layers}
+    assert ranks["a"] == 4 and ranks["b"] >= 1
+    with pytest.raises(errors.ConfigError, match="one component a layer take"):
+        jaxsub.fit(str(models), budget_bytes=2000)
+    with pytest.raises(errors.ConfigError, match="a budget chooses"):
+        jaxsub.fit(str(models), budget_bytes=2000, rank=2)
+
+
 def test_too_little_memory_is_said_before_reading(folder):
     with pytest.raises(errors.ResourceError, match="max_host_bytes"):
         jaxsub.fit(folder, rank=1, max_host_bytes=100)

@@ -1,0 +1,81 @@
+"""Ranks for a number of bytes, against every other choice."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxsub import errors
+from jaxsub.bundle.allocation import Choice, allocate
+
+
+def held(choices, ranks):
+    return sum(e[:k].sum() for c, r in zip(choices, ranks, strict=True) for e, k in zip(c.energies, r, strict=True))
+
+
+def taken(choices, ranks):
+    return sum(c.num_bytes(r) for c, r in zip(choices, ranks, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_of_as_many_bytes_holds_more(seed):
+    rng = np.random.default_rng(seed)
+    choices = [Choice((np.sort(rng.exponential(size=4) ** 2)[::-1],), (int(rng.integers(5, 60)),), 7) for _ in range(4)]
+    every = list(itertools.product(*[[(k,) for k in range(5)]] * 4))
+    budget = int(rng.integers(100, 900))
+    best = allocate(choices, budget)
+    assert taken(choices, best) <= budget
+    # What the greedy choice skipped for want of room is not counted against it: up to there it is the best there is.
+    strict = greedy_until_full(choices, budget)
+    rivals = [r for r in every if taken(choices, r) <= taken(choices, strict)]
+    assert held(choices, strict) == pytest.approx(max(held(choices, r) for r in rivals))
+    assert held(choices, best) >= held(choices, strict)
+
+
+def greedy_until_full(choices, budget):
+    """The prefix of the greedy order that fits, by sorting all components at once."""
+    steps = sorted(
+        (
+            (e[k] / (c.base[0] + 4 * c.count), i)
+            for i, c in enumerate(choices)
+            for e in c.energies
+            for k in range(len(e))
+        ),
+        key=lambda s: (-s[0], s[1]),
+    )
+    ranks, spent = [0] * len(choices), 0
+    for _, i in steps:
+        cost = choices[i].base[0] + 4 * choices[i].count
+        if spent + cost > budget:
+            break
+        ranks[i], spent = ranks[i] + 1, spent + cost
+    return [(k,) for k in ranks]
+
+
+def test_one_rank_for_all_is_worse():
+    flat, steep = np.full(8, 1.0), np.array([90.0, 5, 0.1, 0.05, 0, 0, 0, 0])
+    choices = [Choice((flat,), (100,), 5), Choice((steep,), (100,), 5)]
+    budget = 6 * (100 + 20)
+    assert held(choices, allocate(choices, budget)) > held(choices, [(3,), (3,)])
+
+
+def test_two_axes_are_near_the_best_there_is():
+    rng = np.random.default_rng(1)
+    choices = [
+        Choice(tuple(np.sort(rng.exponential(size=4) ** 2)[::-1] for _ in range(2)), (60, 40), 3, least=1)
+        for _ in range(2)
+    ]
+    every = list(itertools.product(list(itertools.product(range(1, 5), range(1, 5))), repeat=2))
+    for budget in (260, 400, 600):
+        found = allocate(choices, budget)
+        assert taken(choices, found) <= budget
+        best = max(held(choices, r) for r in every if taken(choices, r) <= budget)
+        assert held(choices, found) >= 0.9 * best
+
+
+def test_what_cannot_be_is_said_and_nothing_is_bought_for_nothing():
+    choice = Choice((np.array([1.0, 0.0]),), (10,), 1)
+    assert allocate([choice], 10**6) == [(1,)]
+    assert allocate([choice], 0) == [(0,)]
+    with pytest.raises(errors.ConfigError, match="the least ranks take"):
+        allocate([Choice((np.ones(3), np.ones(3)), (10, 10), 1, least=1)], 5)
