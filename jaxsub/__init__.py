@@ -14,7 +14,8 @@ def open_collection(paths, **options):
 
     Args:
         paths: a folder, a glob, a text file of paths, or a list of them.
-        **options: layers, exclude_layers, match, allow_roots, max_quarantined, strict.
+        **options: layers, exclude_layers, match, allow_roots, max_quarantined, strict; smallest=1 where a single
+            model will do, to be projected.
 
     Returns:
         Collection.

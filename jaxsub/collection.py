@@ -126,6 +126,7 @@ def open_collection(
     max_quarantined=None,
     strict=False,
     check=True,
+    smallest=lineup.SMALLEST_GROUP,
 ):
     """A collection of models, from headers only.
 
@@ -139,13 +140,14 @@ def open_collection(
         max_quarantined: models that may be set aside; None for the larger of 1 and 5 %.
         strict: no model may be set aside.
         check: raise what is in `refusal`; without, a collection that cannot be analysed can be looked at.
+        smallest: models that make a collection, and a layer group; 1 for models that are only to be projected.
 
     Returns:
         Collection.
 
     Raises:
         ConfigError: a bad regular expression or `match`, or `layers` that select nothing.
-        InputError: nothing there, too many models set aside, fewer than three left, or no layer in common.
+        InputError: nothing there, too many models set aside, fewer than `smallest` left, or no layer in common.
     """
     if match not in _MATCHES:
         raise errors.ConfigError(f"match is {match!r}, known are exact and order{errors.nearest(match, _MATCHES)}")
@@ -173,10 +175,10 @@ def open_collection(
     refs = tuple(descriptors.ModelRef(id=c.id, path=m.path, format=m.format, labels=m.metadata) for c, m in pairs)
     models = tuple(m for _, m in pairs)
     kept_layers = tuple(chosen_layers[p] for p in keep)
-    groups, skipped = _grouped(models, kept_layers)
+    groups, skipped = _grouped(models, kept_layers, smallest)
     aside.sort(key=lambda record: os.fsencode(record["id"]))
     limit = 0 if strict else usual if max_quarantined is None else max_quarantined
-    refusal = _refusal(paths, num_candidates, aside, limit, refs) or _no_layers(paths, groups, hint)
+    refusal = _refusal(paths, num_candidates, aside, limit, refs, smallest) or _no_layers(paths, groups, hint)
     if refusal and check:
         raise refusal
     return Collection(
@@ -227,8 +229,8 @@ def _record(identifier, file, layer, reason, rule):
     return {"id": identifier, "file": str(file), "layer": layer, "reason": reason, "rule": rule}
 
 
-def _grouped(models, layers):
-    groups, skipped = lineup.stacks(layers)
+def _grouped(models, layers, smallest=lineup.SMALLEST_GROUP):
+    groups, skipped = lineup.stacks(layers, smallest)
     counts = collections.Counter(item for m in models for item in m.skipped.items())
     for (name, reason), count in sorted(counts.items(), key=lambda item: lineup.natural(item[0][0])):
         skipped.append({"name": name, "shape": None, "num_models": count, "reason": reason})
@@ -238,7 +240,7 @@ def _grouped(models, layers):
 # What is refused --------------------------------------------------------------------------------------------------
 
 
-def _refusal(paths, num_candidates, aside, limit, refs):
+def _refusal(paths, num_candidates, aside, limit, refs, smallest):
     listed = [f"\n  {errors.quote(a['id'])}: {a['reason']}" for a in aside[:MOST_LISTED]]
     if len(aside) > MOST_LISTED:
         listed.append(f"\n  and {len(aside) - MOST_LISTED} more")
@@ -247,9 +249,9 @@ def _refusal(paths, num_candidates, aside, limit, refs):
         reason = f"{len(aside)} of {num_candidates} models had to be set aside, {few}"
         hint = f"repair or remove them, or allow it with --max_quarantined={len(aside)}:{''.join(listed)}"
         return errors.InputError(_shown(paths), reason, hint=hint, rule="N2")
-    if len(refs) < lineup.SMALLEST_GROUP:
+    if len(refs) < smallest:
         models = "model" if len(refs) == 1 else "models"
-        reason = f"{len(refs)} readable {models}, at least {lineup.SMALLEST_GROUP} are needed"
+        reason = f"{len(refs)} readable {models}, at least {smallest} are needed"
         hint = "a collection is a folder with one model a file, or one a sub-folder" + "".join(listed)
         return errors.InputError(_shown(paths), reason, hint=hint, rule="N3")
     return None

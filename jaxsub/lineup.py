@@ -259,8 +259,12 @@ def kinds(count, groups):
 # Groups -----------------------------------------------------------------------------------------------------------
 
 
-def stacks(all_layers):
+def stacks(all_layers, smallest=SMALLEST_GROUP):
     """Splits the layers of all models into those that can be analysed and those that cannot.
+
+    Args:
+        all_layers: a dict for each model, (name, kind) -> Tensor or LoraPair.
+        smallest: models that a layer must have.
 
     Returns:
         groups: [(name, shape, parametrisation, members, entries)], by name with numbers as numbers, then shape.
@@ -280,7 +284,7 @@ def stacks(all_layers):
             reason = f"not a weight: {entries[0].dtype}"
         elif math.prod(shape) == 0:
             reason = "has no entries"
-        elif len(pairs) < SMALLEST_GROUP:
+        elif len(pairs) < smallest:
             reason = TOO_FEW
         if reason:
             skipped.append({"name": name, "shape": list(shape), "num_models": len(pairs), "reason": reason})

@@ -45,6 +45,7 @@ def run(config, workdir=None, *, stream=None):
         allow_roots=config.allow_roots,
         max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
         strict=config.strict,
+        smallest=1,
     )
     if config.write_models:
         if os.path.lexists(config.write_models):

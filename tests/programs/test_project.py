@@ -136,6 +136,15 @@ def test_unseen_models_show_what_the_subspace_misses(tmp_path):
     assert np.mean(far["error"]) > 0.9 * np.mean(far["error_of_random"])  # no better than chance
 
 
+def test_one_model_is_enough(tmp_path):
+    jaxsub.fit(weights(tmp_path / "m"), tmp_path / "b", rank=2, layers=["w"])
+    one = weights(tmp_path / "one", count=1, seed=5)
+    (layer,) = project.run(project.Config(bundle=str(tmp_path / "b"), collection=(one,)))["layers"]
+    assert layer["models"] == ["m0"] and layer["error"][0] < 3e-3
+    found = jaxsub.load(tmp_path / "b").project(jaxsub.open_collection(one, smallest=1))
+    assert found.values["w"].shape == (1, 2)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
