@@ -82,8 +82,9 @@ class Bundle:
     provenance: dict
 
     def layer(self, name, shape):
-        """The fitted layer of a name and shape, or None."""
-        return next((one for one in self.layers if (one.name, one.shape) == (name, tuple(shape))), None)
+        """The fitted layer of a name and shape, or None; a number without axes is a vector of one."""
+        wanted = (name, tuple(shape) or (1,))
+        return next((one for one in self.layers if (one.name, one.shape) == wanted), None)
 
     def key(self, layer):
         """What a Layer is called in Coefficients: its name, with the shape where that is not enough."""

@@ -48,7 +48,8 @@ def rewrite(model, path, layers):
     if ending(model):
         tensors = safetensors.read(model.path)
         for name, array in layers.items():
-            tensors[name] = _cast(array, tensors[name].dtype, model, name)
+            stored = tensors[name]
+            tensors[name] = _cast(np.reshape(array, stored.shape), stored.dtype, model, name)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         safetensors.write(path, tensors, dict(model.metadata))
         return
@@ -66,7 +67,8 @@ def _rewrite_adapter(model, path, layers):
         pair = model.adapters.get(name)
         if pair is None:
             tensor = model.tensors[name]
-            tensors[tensor.name] = _cast(value, descriptors.numpy_dtype(tensor.dtype), model, name)
+            dtype = descriptors.numpy_dtype(tensor.dtype)
+            tensors[tensor.name] = _cast(np.reshape(value, tensor.shape), dtype, model, name)
             continue
         a, b = (np.asarray(x) for x in value)
         if pair.transposed:

@@ -9,7 +9,7 @@ import pytest
 
 import jaxsub
 from jaxsub import errors
-from jaxsub.formats import peft, safetensors
+from jaxsub.formats import _rewrite, peft, safetensors
 from jaxsub.pipelines import project
 
 
@@ -134,6 +134,34 @@ def test_unseen_models_show_what_the_subspace_misses(tmp_path):
     )
     assert max(near["error"]) < 3e-3
     assert np.mean(far["error"]) > 0.9 * np.mean(far["error_of_random"])  # no better than chance
+
+
+def test_numbers_without_axes_come_back_as_such(tmp_path):
+    os.makedirs(tmp_path / "m")
+    for n in range(5):
+        safetensors.write(
+            tmp_path / "m" / f"m{n}.safetensors", {"scale": np.float32(n), "w": np.full((3, 2), n**2, "f4")}
+        )
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", rank=1)
+    config = {"bundle": str(tmp_path / "b"), "collection": (str(tmp_path / "m"),)}
+    found = project.run(project.Config(**config, write_models=str(tmp_path / "new")))
+    assert [one["name"] for one in found["layers"]] == ["scale", "w"]
+    for n in range(5):
+        new = safetensors.read(tmp_path / "new" / f"m{n}.safetensors")
+        assert new["scale"].shape == () and new["scale"] == pytest.approx(n, abs=1e-5)
+        np.testing.assert_allclose(new["w"], n**2, atol=1e-4)
+
+
+def test_values_that_the_stored_dtype_cannot_hold_are_refused(tmp_path):
+    os.makedirs(tmp_path / "m")
+    for n in range(4):
+        w = np.zeros((2, 4), np.float16)
+        w[0, n], w[1, n] = 65000, 1
+        safetensors.write(tmp_path / "m" / f"m{n}.safetensors", {"w": w})
+    opened = jaxsub.open_collection(str(tmp_path / "m"))
+    with pytest.raises(errors.InputError, match="more than float16 holds"):
+        _rewrite.rewrite(opened.models[0], str(tmp_path / "x.safetensors"), {"w": np.full((2, 4), 7e4)})
+    assert not os.path.exists(tmp_path / "x.safetensors")
 
 
 def test_one_model_is_enough(tmp_path):
