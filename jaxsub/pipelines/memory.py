@@ -20,7 +20,7 @@ SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis
 SKETCHES = 2 * modes.MIXTURES
 TESTS = SKETCHES * modes.COLUMNS  # columns of both halves of a sketch
 DRAW = 10  # matrices (N, N) of a thread that draws and judges a null
-ARENAS, MOST = 42, 200 * 2**20  # matrices that malloc keeps of all draws, and bytes of them: large ones it gives back
+ARENAS, MOST = 20, 200 * 2**20  # matrices that malloc keeps of all draws, and bytes of them: large ones it gives back
 SECULAR = 40  # work arrays of secular.BLOCK_ELEMENTS
 
 
