@@ -173,6 +173,30 @@ class TuckerSubspace:
             return c + self.mean.astype(self.dtype)
 
 
+def missed(space, x, values):
+    """What a subspace misses of models: ((n,) squared norms, (n,) squared errors of their reconstructions), float64.
+
+    Args:
+        space: LinearSubspace or TuckerSubspace.
+        x: (n, *shape) models, or (a, b, scales) of low-rank updates, whose products are not formed.
+        values: their coefficients.
+    """
+    energies, left = np.zeros(len(values)), np.zeros(len(values))
+    with jax.enable_x64(True):
+        if isinstance(x, tuple):
+            u, v = (np.asarray(space.factors[axis], np.float64) for axis in (0, 1))
+        for n in range(len(values)):  # one model at a time: no second copy of the stack
+            if isinstance(x, tuple):
+                a, b, scale = (np.asarray(part[n : n + 1], np.float64) for part in x)
+                energies[n] = scale[0] ** 2 * np.sum((b[0].T @ b[0]) * (a[0] @ a[0].T))
+                left[n] = float(factored.residual_square(a, b, scale, u, v, centred=False))
+            else:
+                row = np.asarray(x[n], np.float64)
+                energies[n] = np.square(row).sum()
+                left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]))[0]).sum()
+    return energies, left
+
+
 def scaled(space, exponent):
     """The subspace of models times 2**exponent: mean, singular values and floors grow with them, directions stay."""
 

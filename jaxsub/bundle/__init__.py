@@ -16,6 +16,8 @@ import numpy as np
 from jaxsub import errors, placement, subspace
 from jaxsub.bundle import files
 
+NOTHING_SHARED = "the models have no layer of the bundle (by name, shape and kind)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -48,6 +50,10 @@ class Layer:
     def is_linear(self):
         """Whether the subspace is one of flat rows."""
         return isinstance(self.subspace, subspace.LinearSubspace)
+
+    def project(self, x):
+        """Coefficients (n, k...) of a stack (n, *shape), or of low-rank updates (a, b, scales)."""
+        return np.asarray(self.subspace.project_factors(*x) if isinstance(x, tuple) else self.subspace.project(x))
 
     def tensors(self):
         """Arrays of the layer's file, by name."""
@@ -91,6 +97,11 @@ class Bundle:
         alike = sum(one.name == layer.name for one in self.layers)
         return layer.name if alike == 1 else f"{layer.name}[{','.join(map(str, layer.shape))}]"
 
+    def pairs(self, collection):
+        """[(group, Layer)] of the layer groups of a Collection that the bundle has, by name, shape and kind."""
+        found = [(g, self.layer(g.name, g.shape)) for g in collection.groups]
+        return [(g, one) for g, one in found if one is not None and one.parametrisation == g.parametrisation]
+
     def coefficients(self, model_ids=None):
         """Coefficients of members (all by default) on the layers that all of them have.
 
@@ -127,10 +138,9 @@ class Bundle:
         for key, x in stacks.items():
             if key not in keyed:
                 raise errors.ConfigError(f"no layer {errors.quote(key)}{errors.nearest(key, keyed)}")
-            space, x = keyed[key].subspace, x() if callable(x) else x
-            values[key] = np.asarray(space.project_factors(*x) if isinstance(x, tuple) else space.project(x))
+            values[key] = keyed[key].project(x() if callable(x) else x)
         if not values:
-            raise errors.ConfigError("the models have no layer of the bundle (by name and shape)")
+            raise errors.ConfigError(NOTHING_SHARED)
         count = len(next(iter(values.values())))
         return subspace.Coefficients(ids or tuple(map(str, range(count))), values)
 
@@ -219,14 +229,16 @@ class Bundle:
         return {**parts, "total": total, "originals": originals, "ratio": originals / total, "break_even": break_even}
 
 
+def read(group, collection):
+    """The models of a layer group as `Layer.project` takes them: a stack, or the factors of low-rank updates."""
+    models = [collection.models[m] for m in group.members]
+    return (placement.read_factors if group.parametrisation == "lora" else placement.read_stack)(group, models)
+
+
 def _stacks(bundle, collection):
-    """(model ids, layer -> function that reads its (n, *shape) stack) of a collection's models."""
-    read = {"dense": placement.read_stack, "lora": placement.read_factors}
+    """(model ids, layer -> function that reads its models) of a collection."""
     found, ids = {}, None
-    for group in collection.groups:
-        layer = bundle.layer(group.name, group.shape)
-        if layer is None or group.parametrisation != layer.parametrisation:
-            continue
+    for group, layer in bundle.pairs(collection):
         members = tuple(collection.refs[m].id for m in group.members)
         if ids is not None and members != ids:
             raise errors.ConfigError(
@@ -234,6 +246,5 @@ def _stacks(bundle, collection):
                 "project models with the same layers"
             )
         ids = members
-        models = [collection.models[m] for m in group.members]
-        found[bundle.key(layer)] = functools.partial(read[group.parametrisation], group, models)
+        found[bundle.key(layer)] = functools.partial(read, group, collection)
     return ids or (), found

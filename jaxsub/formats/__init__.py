@@ -7,10 +7,8 @@ its registration. A path has one reader, chosen by layout and ending; a file it 
 import functools
 import os
 
-import numpy as np
-
-from jaxsub import descriptors, errors, plugins
-from jaxsub.formats import _files, _hints, _sniff
+from jaxsub import errors, plugins
+from jaxsub.formats import _files, _hints, _model, _sniff
 
 EXTENSIONS = frozenset(_sniff.EXTENSIONS)
 
@@ -76,12 +74,7 @@ def read(model, tensor):
     Raises:
         InputChangedError: the file is not the one whose header was read.
     """
-    if tensor.extent is None:
-        return model.load(tensor.name)
-    array = np.empty(tensor.shape, descriptors.numpy_dtype(tensor.dtype))
-    if array.size:
-        _files.read_into(tensor.extent, 0, memoryview(array.reshape(-1).view(np.uint8)))
-    return array
+    return model.load(tensor.name) if tensor.extent is None else _model.whole(tensor)
 
 
 def read_into(extent, byte_start, view):

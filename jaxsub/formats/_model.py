@@ -58,6 +58,14 @@ def build(path, form, kept, skipped, *, adapters=None, warnings=(), metadata=Non
     )
 
 
+def whole(tensor):
+    """A stored tensor that has an extent, read whole, in its storage dtype, row-major."""
+    array = np.empty(tensor.shape, descriptors.numpy_dtype(tensor.dtype))
+    if array.size:
+        _files.read_into(tensor.extent, 0, memoryview(array.reshape(-1).view(np.uint8)))
+    return array
+
+
 def check_all(names, file):
     """Refuses hostile names, quantised weights, and too many tensors."""
     _names.check_count(len(names), file)

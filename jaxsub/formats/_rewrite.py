@@ -13,7 +13,6 @@ from jaxsub import descriptors, errors
 from jaxsub.formats import _files, _json, _sniff, peft, safetensors
 
 MAX_SIDECAR = 1 << 26  # bytes of a file beside the weights that is still copied
-_FIELDS = {"init_lora_weights": True}
 
 
 def ending(model):
@@ -79,7 +78,8 @@ def _rewrite_adapter(model, path, layers):
     os.makedirs(path)
     config = _json.parse(_read(os.path.join(model.path, peft.CONFIG)), os.path.join(model.path, peft.CONFIG))
     config |= peft.config_of(ranks, alphas)
-    config |= {k: v for k, v in _FIELDS.items() if k in config}
+    if "init_lora_weights" in config:
+        config["init_lora_weights"] = True  # PiSSA and its like would change the base on loading
     for name in sorted(_files.list_folder(model.path)):
         full = os.path.join(model.path, name)
         if name in (peft.CONFIG, *_sniff.ADAPTER_FILES) or not os.path.isfile(full):

@@ -6,7 +6,6 @@ import struct
 
 import numpy as np
 
-from jaxsub import descriptors
 from jaxsub.formats import _files, _header, _model, _sniff
 
 ALIGNMENT = 64  # bytes; the data starts on a cache line, so readers can use it in place
@@ -34,13 +33,7 @@ def read(path):
     Raises:
         InputError: the file breaks the format, or changed while it was read.
     """
-    found = {}
-    for tensor in _header.content(path).tensors:
-        array = np.empty(tensor.shape, descriptors.numpy_dtype(tensor.dtype))
-        if array.size:
-            _files.read_into(tensor.extent, 0, memoryview(array.reshape(-1).view(np.uint8)))
-        found[tensor.name] = array
-    return found
+    return {tensor.name: _model.whole(tensor) for tensor in _header.content(path).tensors}
 
 
 def header_bytes(tensors, metadata=None):

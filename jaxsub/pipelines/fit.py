@@ -28,7 +28,7 @@ from jaxsub import (
     subspace,
 )
 from jaxsub.bundle import allocation
-from jaxsub.linalg import factored, gram
+from jaxsub.linalg import gram
 from jaxsub.pipelines import layers, plan, progress
 
 log = logging.getLogger("jaxsub")
@@ -46,9 +46,7 @@ class Config:
     decomposition: str = ""  # gram (the default of dense layers), hooi (of LoRA), randomized, hosvd, row_pca, ...
     rank: int = 0  # components a layer; 0: as many as `energy` asks for
     energy: float = 0.9  # share of each layer's centred energy
-    budget_bytes: int = (
-        0  # of the whole bundle: ranks are chosen across layers, by energy a byte; weights are read twice
-    )
+    budget_bytes: int = 0  # of the whole bundle: chooses ranks across layers by energy a byte; reads weights twice
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
@@ -143,10 +141,10 @@ def fit(opened, config, path=None, *, stream=None):
 
 
 def _groups(opened, config):
-    """Dense groups that are chosen.
+    """Layer groups to fit.
 
     Raises:
-        ConfigError: LoRA products, or nothing is left.
+        ConfigError: low-rank updates that the decomposition does not take, or nothing is left.
     """
     is_chosen = lineup.layer_filter(config.layers or None, config.exclude_layers or None)
     groups = [g for g in plugins.load("views", config.view).groups(opened) if is_chosen(g.name)]
@@ -228,12 +226,7 @@ def _lora_layer(group, models, ids, config, rank):
     with jax.enable_x64(True):
         space = module.fit(stack, _options(module, config, stack, rank), layers.layer_key(group.name, config.seed))
         values = np.asarray(space.project_factors(stack.a, stack.b, stack.scales))
-        left, energies = np.zeros(len(ids)), np.zeros(len(ids))
-        u, v = (np.asarray(space.factors[axis], np.float64) for axis in (0, 1))
-        for n in range(len(ids)):
-            a, b, scale = (x[n : n + 1].astype(np.float64) for x in (stack.a, stack.b, stack.scales))
-            left[n] = float(factored.residual_square(a, b, scale, u, v, centred=False))
-            energies[n] = scale[0] ** 2 * np.sum((b[0].T @ b[0]) * (a[0] @ a[0].T))
+        energies, left = subspace.missed(space, (stack.a, stack.b, stack.scales), values)
     dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
     figures = _errors(left, energies, energies.sum())
     return bundle.Layer(group.name, space, ids, values, dtypes, {**figures, "held_out": None}, lineup.LORA)
@@ -264,11 +257,7 @@ def _options(module, config, stack, rank):
 def _figures(x, values, space):
     """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out."""
     count, width = len(x), math.prod(x.shape[1:])
-    left, energies = np.zeros(count), np.zeros(count)
-    for n in range(count):  # one model at a time: no second copy of the stack
-        row = np.asarray(x[n], np.float64)
-        energies[n] = np.square(row).sum()
-        left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]))[0]).sum()
+    energies, left = subspace.missed(space, x, values)
     dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
     flat = x.reshape(count, width)
     sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=placement.make_mesh(1), dtype=dtype)

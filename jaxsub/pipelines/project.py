@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from jaxsub import collection as collections, errors, placement
+from jaxsub import bundle as bundles, collection as collections, errors, subspace
 from jaxsub.bundle import files
 from jaxsub.formats import _rewrite, safetensors
 from jaxsub.pipelines import progress
@@ -52,10 +52,9 @@ def run(config, workdir=None, *, stream=None):
             raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
         for model in opened.models:
             _rewrite.ending(model)  # before anything is read
-    pairs = [(g, bundle.layer(g.name, g.shape)) for g in opened.groups]
-    pairs = [(g, one) for g, one in pairs if one is not None and one.parametrisation == g.parametrisation]
+    pairs = bundle.pairs(opened)
     if not pairs:
-        raise errors.ConfigError("the models have no layer of the bundle (by name, shape and kind)")
+        raise errors.ConfigError(bundles.NOTHING_SHARED)
     records, values, rebuilt = [], {}, [{} for _ in opened.models]
     with progress.Progress(sum(g.num_bytes for g, _ in pairs), len(pairs), stream=stream) as bar:
         for group, layer in pairs:
@@ -80,27 +79,14 @@ def run(config, workdir=None, *, stream=None):
 
 def _layer(group, layer, opened):
     """(record, coefficients (n, k...), function position -> what `_rewrite.rewrite` takes) of one layer."""
-    models, space = [opened.models[m] for m in group.members], layer.subspace
-    energies, left, alone = (np.zeros(len(models)) for _ in range(3))
-    if group.parametrisation == "lora":
-        a, b, scales = placement.read_factors(group, models)
-        values = np.asarray(space.project_factors(a, b, scales))
-        # |W - U.T S V|^2 = |W|^2 - |S|^2 loses digits where little is left: the factors of the difference instead.
-        ra, rb = (np.asarray(x, np.float64) for x in space.reconstruct_factors(values))
-        for n in range(len(models)):
-            own = scales[n] * b[n].astype(np.float64)
-            energies[n] = _square(own, a[n].astype(np.float64))
-            left[n] = _square(np.hstack([own, -rb[n]]), np.vstack([a[n].astype(np.float64), ra[n]]))
-        alone = energies
-    else:
-        x = placement.read_stack(group, models)
-        values = np.asarray(space.project(x))
+    space, x = layer.subspace, bundles.read(group, opened)
+    values = layer.project(x)
+    energies, left = subspace.missed(space, x, values)
+    alone = energies  # low-rank updates have no mean
+    if group.parametrisation != "lora":
         mean = np.asarray(space.mean, np.float64)
         mean = mean.reshape(layer.shape) if mean.size == math.prod(layer.shape) else mean  # or one that broadcasts
-        for n in range(len(models)):
-            row = x[n].astype(np.float64)
-            energies[n], alone[n] = np.square(row).sum(), np.square(row - mean).sum()
-            left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]), np.float64)[0]).sum()
+        alone = np.array([np.square(row.astype(np.float64) - mean).sum() for row in x])
 
     def again(position):
         c = values[position : position + 1]
@@ -122,11 +108,6 @@ def _layer(group, layer, opened):
         "error_of_random": np.sqrt(alone * (1 - share) / size).tolist(),
     }
     return record, values, again
-
-
-def _square(b, a):
-    """|b @ a|^2 from factors (o, r) and (r, i), never from the product."""
-    return max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0)
 
 
 def _place(folder, identifier):

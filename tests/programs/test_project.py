@@ -194,7 +194,7 @@ def test_models_that_cannot_be_written_are_named_before_any_is_read(tmp_path, mo
     jaxsub.fit(folder, tmp_path / "b", rank=1, layers=["w"])
     for n in range(3):
         np.savez(tmp_path / f"n{n}.npz", w=np.full((8, 6), n, np.float32))
-    monkeypatch.setattr(project.placement, "read_stack", None)
+    monkeypatch.setattr(project.bundles, "read", None)
     config = project.Config(
         bundle=str(tmp_path / "b"), collection=(str(tmp_path / "n*.npz"),), write_models=str(tmp_path / "new")
     )
