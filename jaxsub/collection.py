@@ -83,6 +83,7 @@ class Collection:
     refusal: errors.InputError | None = None
     layers: tuple[Mapping, ...] = dataclasses.field(default=(), repr=False)  # of every model, as selected and matched
     name: str = ""
+    smallest: int = lineup.SMALLEST_GROUP  # models that a layer group must have
 
     def without(self, ids, reasons=None):
         """The collection without some models; layers left to fewer than three are skipped.
@@ -103,7 +104,7 @@ class Collection:
         aside = [_record(i, known[i], None, r, "") for i, r in (reasons or {}).items() if i in known]
         keep = [position for position, ref in enumerate(self.refs) if ref.id not in ids]
         refs, models, layers = (tuple(x[p] for p in keep) for x in (self.refs, self.models, self.layers))
-        groups, skipped = _grouped(models, layers)
+        groups, skipped = _grouped(models, layers, self.smallest)
         return dataclasses.replace(
             self,
             refs=refs,
@@ -199,6 +200,7 @@ def open_collection(
         refusal=refusal,
         layers=kept_layers,
         name=finding.name_of(found.folders),
+        smallest=smallest,
     )
 
 
@@ -229,7 +231,7 @@ def _record(identifier, file, layer, reason, rule):
     return {"id": identifier, "file": str(file), "layer": layer, "reason": reason, "rule": rule}
 
 
-def _grouped(models, layers, smallest=lineup.SMALLEST_GROUP):
+def _grouped(models, layers, smallest):
     groups, skipped = lineup.stacks(layers, smallest)
     counts = collections.Counter(item for m in models for item in m.skipped.items())
     for (name, reason), count in sorted(counts.items(), key=lambda item: lineup.natural(item[0][0])):

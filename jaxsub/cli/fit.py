@@ -4,7 +4,7 @@ import os
 import sys
 
 from jaxsub import errors
-from jaxsub.pipelines import fit
+from jaxsub.pipelines import aside, fit
 
 
 def config_class():
@@ -22,4 +22,5 @@ def main(parsed):
         raise errors.ConfigError("no place for the bundle: give --workdir=FOLDER")
     path = os.path.join(parsed.workdir, "bundle")
     result = fit.run(config, path, stream=sys.stderr)
+    sys.stdout.write(aside.listed(result.provenance["quarantined"]))
     sys.stdout.write(fit.table(result) + f"\nbundle: {path}\n")

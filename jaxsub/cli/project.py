@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxsub.pipelines import project
+from jaxsub.pipelines import aside, project
 
 
 def config_class():
@@ -14,6 +14,7 @@ def main(parsed):
     """The errors go to stdout, progress to stderr, coefficients and figures to the workdir if there is one."""
     config = parsed.freeze()
     found = project.run(config, parsed.workdir, stream=sys.stderr)
+    sys.stdout.write(aside.listed(found["quarantined"]))
     sys.stdout.write(project.table(found) + "\n")
     if config.write_models:
         sys.stdout.write(f"reconstructions: {config.write_models}\n")

@@ -171,6 +171,8 @@ class _Session:
 
     def drop(self, error, group):
         """Sets a model aside whose weights are not finite; too many stop the run."""
+        from jaxsub.pipelines import aside
+
         member = group.members[error.member]
         alike = next((c for c in self.copies if member in c), [member])  # its copies hold the same numbers
         self.copies = [c for c in self.copies if member not in c]
@@ -179,17 +181,8 @@ class _Session:
             self.dropped.append({"id": ref.id, "member": one, "layer": error.key, "reason": error.message()})
             log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
         total = len(self.opened.refs) + len(self.opened.quarantined)
-        limit = self.config.max_quarantined if self.config.max_quarantined >= 0 else max(1, total // 20)
-        aside = len(self.opened.quarantined) + len(self.dropped)
-        left = len(self.opened.refs) - len(self.dropped)
-        if self.config.strict or aside > limit or left < 3:
-            raise errors.InputError(
-                error.file,
-                f"{aside} of {total} models set aside, the last because {error.reason}",
-                key=error.key,
-                hint=f"remove them, or allow more with --max_quarantined={aside}" if left >= 3 else "too few are left",
-                rule="N2",
-            )
+        count = len(self.opened.quarantined) + len(self.dropped)
+        aside.require_few(error, count, total, len(self.opened.refs) - len(self.dropped), self.config)
 
     # The pass -------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from jaxsub import (
 )
 from jaxsub.bundle import allocation
 from jaxsub.linalg import gram
-from jaxsub.pipelines import layers, plan, progress
+from jaxsub.pipelines import aside, layers, plan, progress
 
 log = logging.getLogger("jaxsub")
 WORKING_COPIES = 4  # of a stack in the dtype of its products: itself, centred, the kernels' own, the rebuilt one
@@ -93,6 +93,10 @@ def validate(config):
 def fit(opened, config, path=None, *, stream=None):
     """`run` on a Collection that is open already."""
     validate(config)
+    return aside.going_on(lambda left: _fit(left, config, path, stream), opened, config)
+
+
+def _fit(opened, config, path, stream):
     if path is not None and os.path.lexists(path):
         raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
     groups = _groups(opened, config)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxsub import bundle as bundles, collection as collections, errors, subspace
 from jaxsub.bundle import files
 from jaxsub.formats import _rewrite, safetensors
-from jaxsub.pipelines import progress
+from jaxsub.pipelines import aside, progress
 from jaxsub.report import _write
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
@@ -52,6 +52,10 @@ def run(config, workdir=None, *, stream=None):
             raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
         for model in opened.models:
             _rewrite.ending(model)  # before anything is read
+    return aside.going_on(lambda left: _project(left, bundle, config, workdir, stream), opened, config, least=1)
+
+
+def _project(opened, bundle, config, workdir, stream):
     pairs = bundle.pairs(opened)
     if not pairs:
         raise errors.ConfigError(bundles.NOTHING_SHARED)

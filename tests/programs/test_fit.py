@@ -124,6 +124,12 @@ def test_a_model_that_is_not_finite_is_named(folder, tmp_path):
         weight = np.full((3, 2), np.nan if n == 2 else n, np.float32)
         safetensors.write(models / f"m{n}.safetensors", {"w": weight})
     with pytest.raises(errors.InputError, match="m2.safetensors"):
+        jaxsub.fit(str(models), rank=1, strict=True)
+    bundle = jaxsub.fit(str(models), rank=1)  # and the run goes on without it
+    assert bundle.model_ids == ("m0", "m1", "m3")
+    assert [one["id"] for one in bundle.provenance["quarantined"]] == ["m2"]
+    (models / "m1.safetensors").unlink()
+    with pytest.raises(errors.InputError, match="too few are left"):
         jaxsub.fit(str(models), rank=1)
 
 

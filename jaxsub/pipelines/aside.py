@@ -1,0 +1,50 @@
+"""Models set aside while their weights are read: how many may be, and going on without them."""
+
+import logging
+
+from jaxsub import errors, lineup, placement
+
+log = logging.getLogger("jaxsub")
+
+
+def require_few(error, aside, total, left, config, least=lineup.SMALLEST_GROUP):
+    """Raises InputError where `aside` of `total` models are too many for `config`, or fewer than `least` are `left`.
+
+    Args:
+        error: NonFiniteError of the last one.
+        aside, total, left: numbers of models.
+        config: with `strict` and `max_quarantined`.
+        least: models that the run needs.
+    """
+    limit = config.max_quarantined if config.max_quarantined >= 0 else max(1, total // 20)
+    if config.strict or aside > limit or left < least:
+        raise errors.InputError(
+            error.file,
+            f"{aside} of {total} models set aside, the last because {error.reason}",
+            key=error.key,
+            hint=f"remove them, or allow more with --max_quarantined={aside}" if left >= least else "too few are left",
+            rule="N2",
+        )
+
+
+def going_on(work, opened, config, least=lineup.SMALLEST_GROUP):
+    """work(opened), begun again without each model that turns out to hold NaN or Inf.
+
+    Raises:
+        InputError: too many had to be set aside.
+    """
+    while True:
+        try:
+            return work(opened)
+        except placement.NonFiniteError as error:
+            pairs = zip(opened.refs, opened.models, strict=True)
+            name = next(ref.id for ref, model in pairs if model.path == error.file)
+            log.warning("set aside %s: %s", errors.quote(name), error.message())
+            opened = opened.without([name], {name: error.message()})
+            total = len(opened.refs) + len(opened.quarantined)
+            require_few(error, len(opened.quarantined), total, len(opened.refs), config, least)
+
+
+def listed(records):
+    """One line a model set aside, for the terminal; `records` as in `Collection.quarantined`."""
+    return "".join(f"set aside {errors.quote(r['id'])}: {r['reason']}\n" for r in records)
