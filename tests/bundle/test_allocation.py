@@ -59,6 +59,12 @@ def test_one_rank_for_all_is_worse():
     assert held(choices, allocate(choices, budget)) > held(choices, [(3,), (3,)])
 
 
+def test_what_counts_is_energy_a_byte():
+    large = Choice((np.array([10.0]),), (1000,), 1)
+    small = Choice((np.array([6.0, 5, 4]),), (10,), 1)
+    assert allocate([large, small], 1010) == [(0,), (3,)]  # the larger energy alone would leave no room for 15
+
+
 def test_two_axes_are_near_the_best_there_is():
     rng = np.random.default_rng(1)
     choices = [
