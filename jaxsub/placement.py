@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import gc
 import math
+import mmap
 
 import jax
 import numpy as np
@@ -58,6 +59,11 @@ class LayerPlan:
     pass_bytes: int = 0  # of the host, while the layer is read and summed
     figure_bytes: int = 0  # of the host, while its figures are made
     kept_bytes: int = 0  # of the host, its statistics until the report is made
+
+    @property
+    def block_bytes(self):
+        """Bytes of one block as it is stored."""
+        return self.num_models * self.width * descriptors.numpy_dtype(self.storage).itemsize
 
 
 def plan_dense(group, num_devices, options, base=None):
@@ -273,6 +279,15 @@ def zeros(shape, dtype):
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def resident():
+    """Bytes of memory that the process holds now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def trim():

@@ -132,3 +132,14 @@ def test_held_out_within_lineages_equals_brute_force():
         base += d @ d
         error += d @ d - np.square(vt @ d).sum()
     assert layer["held_out_within"]["4"] == pytest.approx(error / base, abs=1e-6)
+
+
+def test_nulls_of_one_law_share_their_draws():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((12, 200, 200))
+    nulls = verdict(x)["nulls"]
+    assert nulls["permutation"] == nulls["gaussian"] and nulls["permutation"]["drawn_as"] == "gaussian"
+    assert verdict(x, nulls=("permutation",))["nulls"]["permutation"] == nulls["permutation"]
+    nulls = verdict(x + 0.1)["nulls"]
+    assert nulls["permutation"]["held_out"] != nulls["gaussian"]["held_out"]
+    assert nulls["permutation"]["drawn_as"] == "permutation"

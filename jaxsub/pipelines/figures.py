@@ -195,19 +195,23 @@ class _Layer:
     def _nulls(self, within, leverage):
         if self.constant or not self.ks:
             return {}
-        observed, pending, inner = self._observed(), {}, None
+        observed, drawn, pending, inner = self._observed(), {}, {}, None
         with futures.ThreadPoolExecutor(len(self.options.nulls) + 1) as waiting:  # for draws made on self.cores
             for given in self.options.nulls:
                 module = plugins.load("nulls", given)
+                if module.applies(observed) is not None:
+                    continue
                 name = module.__name__.rpartition(".")[2]
-                if module.applies(observed) is None:
-                    rng = generator(self.options.seed, self.stats.name, name)
+                drawn[name] = getattr(module, "same_as", lambda _: None)(observed) or name
+                if drawn[name] not in pending:
+                    module = plugins.load("nulls", drawn[name])
+                    rng = generator(self.options.seed, self.stats.name, drawn[name])
                     draws = module.sample(observed, module.Options(draws=self.options.draws), rng)
-                    pending[name] = waiting.submit(self._summary, draws)
-            if within is not None and not self.one_lineage and "gaussian" in pending:
+                    pending[drawn[name]] = waiting.submit(self._summary, draws)
+            if within is not None and not self.one_lineage and "gaussian" in drawn:
                 inner = waiting.submit(self._null_within, within, leverage)
         placement.trim()
-        found = {name: summary.result() for name, summary in pending.items()}
+        found = {name: {**pending[source].result(), "drawn_as": source} for name, source in drawn.items()}
         if inner is not None:
             found["gaussian"] |= inner.result()
         return found

@@ -16,7 +16,7 @@ from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes, lora
 from jaxsub.statistics import Statistics
 
-TRIM_EVERY = 4  # blocks: what is handed back must be backed with pages anew, 10 ms a block of 128 MiB
+HELD_BLOCKS = 3  # resident beyond what was before a pass: more is freed memory, which is handed back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _dense(group, models, mesh, options, base, meter, key):
     weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
     sums = _Sums(plan, stats)
     stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base)
-    before, count = None, 0
+    before, most = None, placement.resident() + HELD_BLOCKS * plan.block_bytes
     while True:
         started = time.perf_counter()
         if before is not None:
@@ -90,8 +90,8 @@ def _dense(group, models, mesh, options, base, meter, key):
             sums.add(launched)
             stats.add_factor(np.asarray(block.x)[:, : math.prod(block.shape)], block.exponent)
             launched = None
-        before, count = launched, count + 1
-        if count % TRIM_EVERY == 1:
+        before = launched
+        if placement.resident() > most:  # not always: pages handed back must be backed anew, 10 ms for 128 MiB
             placement.trim()
         meter.read_seconds += read - ready
         meter.compute_seconds += ready - started + time.perf_counter() - read

@@ -44,7 +44,7 @@ def _dense(plan, group, mesh, base):
     n, width, shape = plan.num_models, plan.width, plan.shape
     stored, wide = descriptors.numpy_dtype(plan.storage).itemsize, 8 if plan.dtype == "float64" else 4
     rest = math.prod(shape[1:])
-    block = n * width * stored
+    block = plan.block_bytes
 
     held = min(plan.num_blocks, 2) * block
     if mesh.size > 1:

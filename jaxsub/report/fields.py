@@ -41,6 +41,7 @@ _LAYER = {
 }
 _NULL = {
     "draws": None,
+    "drawn_as": "",
     "mean_energy": None,
     "rank_at": {},
     "energy_at": {},

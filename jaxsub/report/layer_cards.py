@@ -80,7 +80,7 @@ def _held_out_table(layer):
     hardest = fields.deciding_null(layer)[1]
     rows = [("LOO(k)", *_errors(layer["held_out"], counts))]
     for title, null in layer["nulls"].items():
-        rows.append((f"{shorten(title, 24)} null", *_errors(null["held_out"], counts)))
+        rows.append((_null_title(title, null), *_errors(null["held_out"], counts)))
         if null is hardest:  # the spread of the others is in report.json
             rows.append(("sd over draws", *_spreads(null["held_out_sd"], counts)))
     if layer["held_out_within"]:
@@ -90,6 +90,11 @@ def _held_out_table(layer):
         rows.append(("sd over draws", *_spreads(null["held_out_within_sd"], counts)))
     rows.append(("lineage left out", *_errors(layer["held_out_lineage"], counts)))
     return _table("Held-out error; nulls: mean over draws", ["k", *counts], rows)
+
+
+def _null_title(title, null):
+    same = null["drawn_as"] not in ("", title)
+    return f"{shorten(title, 24)} null" + f" (here the {shorten(null['drawn_as'], 24)} null)" * same
 
 
 def _errors(figures, counts):
@@ -104,12 +109,12 @@ def _rank_table(layer):
     shares = sorted(layer["rank_at"], key=float)
     header = ["components for", *[f"{100 * float(share):.0f}%" for share in shares]]
     rows = [("observed", *_ranks(layer, shares))]
-    rows += [(f"{shorten(title, 24)} null", *_ranks(null, shares)) for title, null in layer["nulls"].items()]
+    rows += [(_null_title(title, null), *_ranks(null, shares)) for title, null in layer["nulls"].items()]
     rows += [(f"axis {mode['axis']} (of {mode['size']})", *_ranks(mode, shares)) for mode in layer["modes"]]
     ranks = _table("Fewest components that hold a share of the centred energy", header, rows)
     counts = [f"{k:.0f}" for k, _ in fields.by_count(layer["energy_at"])]
     rows = [("observed", *_shares(layer, counts))]
-    rows += [(f"{shorten(title, 24)} null", *_shares(null, counts)) for title, null in layer["nulls"].items()]
+    rows += [(_null_title(title, null), *_shares(null, counts)) for title, null in layer["nulls"].items()]
     rows += [(f"axis {mode['axis']} (of {mode['size']})", *_shares(mode, counts)) for mode in layer["modes"]]
     energies = _table("Share of the centred energy in the first k components", ["k", *counts], rows)
     return join([table for table in (ranks, energies) if table is not None])

@@ -115,6 +115,18 @@ def test_permutation_keeps_mean_entries_where_gaussian_does_not():
     assert means[1] < 0.3 * means[0]
 
 
+def test_permutation_is_drawn_as_gaussian_only_where_mean_entries_hold_next_to_nothing():
+    rows = unequal_models()
+    rows -= rows.mean(axis=1, keepdims=True)
+    flat = observe(rows)
+    assert permutation.same_as(flat) == "gaussian"
+    assert_same(*compare(gaussian, flat, lambda rng: rng.permuted(rows, axis=1)))
+    size = np.linalg.norm(rows) / np.sqrt(rows.size)
+    for share, found in ((0.5, "gaussian"), (2.0, None)):
+        shifted = observe(rows + size * np.sqrt(share * permutation.NEGLIGIBLE))
+        assert permutation.same_as(shifted) == found
+
+
 def test_gaussian_agrees_with_random_directions():
     rows = unequal_models()
     norms = np.linalg.norm(rows, axis=1)[:, None]
