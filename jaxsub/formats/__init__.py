@@ -2,6 +2,7 @@
 
 A reader is a module of this folder with `claims(path)` and `open(path, *, root, allow_roots)`; the file name is
 its registration. A path has one reader, chosen by layout and ending; a file it refuses is not tried by another.
+A reader that can also write its models again has `ENDING` and `rewrite(model, path, layers)`.
 """
 
 import functools
@@ -80,3 +81,39 @@ def read(model, tensor):
 def read_into(extent, byte_start, view):
     """Fills a writable buffer from `byte_start` bytes into an Extent; see `_files.read_into`."""
     _files.read_into(extent, byte_start, view)
+
+
+def ending(model):
+    """What a rewritten model's path ends with, such as ".safetensors"; nothing for a folder.
+
+    Raises:
+        ConfigError: models of this format cannot be written yet.
+    """
+    return _writer(model).ENDING
+
+
+def rewrite(model, path, layers):
+    """Writes a model again with other values in some layers: same format, names, dtypes; all else to the bit.
+
+    Args:
+        model: descriptors.Model, of a format that `ending` knows.
+        path: file or folder, made here.
+        layers: layer -> array of the weight's shape; for low-rank updates (a (k, i), b (o, k)), Delta-W = b @ a in the
+            orientation of `LoraPair.shape`, written with a scale of 1.
+
+    Raises:
+        InputError: values that the stored dtype cannot hold.
+        InputChangedError: the original is not as it was.
+    """
+    _writer(model).rewrite(model, path, layers)
+
+
+def _writer(model):
+    module = plugins.load("formats", model.format)
+    if not hasattr(module, "rewrite"):
+        known = [n for n in plugins.available("formats") if hasattr(plugins.load("formats", n), "rewrite")]
+        raise errors.ConfigError(
+            f"{errors.quote(model.path)}: models of format {model.format} cannot be written yet; these can: "
+            + ", ".join(known)
+        )
+    return module

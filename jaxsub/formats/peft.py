@@ -8,11 +8,12 @@ import re
 
 import numpy as np
 
-from jaxsub import errors
-from jaxsub.formats import _files, _header, _model, _peft, _sniff, _torch, safetensors
+from jaxsub import descriptors, errors
+from jaxsub.formats import _files, _header, _json, _model, _peft, _rewrite, _sniff, _torch, safetensors
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG = 1 << 22  # bytes
+ENDING = ""  # of a rewritten model: a folder
 
 
 def claims(path):
@@ -106,6 +107,44 @@ def write(folder, adapters, *, base_model=None, labels=None):
     }
     config = json.dumps(fields, indent=2, allow_nan=False)
     _files.write_atomic(os.path.join(folder, CONFIG), [config.encode("utf-8") + b"\n"])
+
+
+def rewrite(model, path, layers):
+    """Writes an adapter again in a new folder with other values in some layers; see `formats.rewrite`."""
+    source = os.path.join(model.path, _sniff.ADAPTER_FILES[0])
+    if not os.path.lexists(source):
+        raise errors.ConfigError(f"{errors.quote(model.path)}: its weights are a torch file: not written yet")
+    tensors, metadata = safetensors.read(source), safetensors.open_metadata(source)
+    ranks = {name: pair.rank for name, pair in model.adapters.items()}
+    alphas = {name: _alpha(model.adapters[name]) for name in ranks}
+    for name, value in layers.items():
+        pair = model.adapters.get(name)
+        if pair is None:
+            tensor = model.tensors[name]
+            dtype = descriptors.numpy_dtype(tensor.dtype)
+            tensors[tensor.name] = _rewrite.cast(np.reshape(value, tensor.shape), dtype, model, name)
+            continue
+        a, b = (np.asarray(x) for x in value)
+        if pair.transposed:
+            a, b = b.T, a.T
+        ranks[name], alphas[name] = len(a), float(len(a))
+        for tensor, array in ((pair.a, a), (pair.b, b)):
+            tensors[tensor.name] = _rewrite.cast(array, descriptors.numpy_dtype(tensor.dtype), model, name)
+    os.makedirs(path)
+    original = os.path.join(model.path, CONFIG)
+    config = _json.parse(_rewrite.read(original), original)
+    config |= config_of(ranks, alphas)
+    if "init_lora_weights" in config:
+        config["init_lora_weights"] = True  # PiSSA and its like would change the base on loading
+    _rewrite.copy_sidecars(model.path, path, without=(CONFIG, *_sniff.ADAPTER_FILES))
+    safetensors.write(os.path.join(path, _sniff.ADAPTER_FILES[0]), tensors, metadata)
+    text = json.dumps(config, indent=2, allow_nan=False)
+    _files.write_atomic(os.path.join(path, CONFIG), [text.encode("utf-8") + b"\n"])
+
+
+def _alpha(pair):
+    """alpha with which scale = alpha / r, whatever rule gave the scale."""
+    return pair.scale * pair.rank
 
 
 def config_of(ranks, alphas):

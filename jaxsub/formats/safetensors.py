@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
 import struct
 
 import numpy as np
 
-from jaxsub.formats import _files, _header, _model, _sniff
+from jaxsub.formats import _files, _header, _model, _rewrite, _sniff
 
 ALIGNMENT = 64  # bytes; the data starts on a cache line, so readers can use it in place
+ENDING = ".safetensors"  # of a rewritten model
 _CODES = {name: code for code, (name, _) in _header.DTYPES.items() if name not in _header.PACKED}
 
 
@@ -60,6 +62,16 @@ def write(path, tensors, metadata=None):
     """
     arrays = {name: _plain(name, array) for name, array in tensors.items()}
     _files.write_atomic(path, _chunks(arrays, _order(arrays), metadata or {}))
+
+
+def rewrite(model, path, layers):
+    """Writes a file again at `path` with other values in some layers; see `formats.rewrite`."""
+    tensors = read(model.path)
+    for name, array in layers.items():
+        stored = tensors[name]
+        tensors[name] = _rewrite.cast(np.reshape(array, stored.shape), stored.dtype, model, name)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    write(path, tensors, dict(model.metadata))
 
 
 def _order(arrays):

@@ -6,9 +6,9 @@ import os
 
 import numpy as np
 
-from jaxsub import bundle as bundles, collection as collections, errors, subspace
+from jaxsub import bundle as bundles, collection as collections, errors, formats, subspace
 from jaxsub.bundle import files
-from jaxsub.formats import _rewrite, safetensors
+from jaxsub.formats import safetensors
 from jaxsub.pipelines import aside, progress
 from jaxsub.report import _write
 
@@ -51,7 +51,7 @@ def run(config, workdir=None, *, stream=None):
         if os.path.lexists(config.write_models):
             raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
         for model in opened.models:
-            _rewrite.ending(model)  # before anything is read
+            formats.ending(model)  # before anything is read
     return aside.going_on(lambda left: _project(left, bundle, config, workdir, stream), opened, config, least=1)
 
 
@@ -77,12 +77,12 @@ def _project(opened, bundle, config, workdir, stream):
         _write.write_json(os.path.join(workdir, RECORD), found)
     if config.write_models:
         for ref, model, layers in zip(opened.refs, opened.models, rebuilt, strict=True):
-            _rewrite.rewrite(model, _place(config.write_models, ref.id) + _rewrite.ending(model), layers)
+            formats.rewrite(model, _place(config.write_models, ref.id) + formats.ending(model), layers)
     return found
 
 
 def _layer(group, layer, opened):
-    """(record, coefficients (n, k...), function position -> what `_rewrite.rewrite` takes) of one layer."""
+    """(record, coefficients (n, k...), function position -> what `formats.rewrite` takes) of one layer."""
     space, x = layer.subspace, bundles.read(group, opened)
     values = layer.project(x)
     energies, left = subspace.missed(space, x, values)

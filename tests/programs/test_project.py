@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxsub
-from jaxsub import errors
-from jaxsub.formats import _rewrite, peft, safetensors
+from jaxsub import errors, formats
+from jaxsub.formats import peft, safetensors
 from jaxsub.pipelines import project
 
 
@@ -160,7 +160,7 @@ def test_values_that_the_stored_dtype_cannot_hold_are_refused(tmp_path):
         safetensors.write(tmp_path / "m" / f"m{n}.safetensors", {"w": w})
     opened = jaxsub.open_collection(str(tmp_path / "m"))
     with pytest.raises(errors.InputError, match="more than float16 holds"):
-        _rewrite.rewrite(opened.models[0], str(tmp_path / "x.safetensors"), {"w": np.full((2, 4), 7e4)})
+        formats.rewrite(opened.models[0], str(tmp_path / "x.safetensors"), {"w": np.full((2, 4), 7e4)})
     assert not os.path.exists(tmp_path / "x.safetensors")
 
 
