@@ -177,24 +177,36 @@ def missed(space, x, values):
     """What a subspace misses of models: ((n,) squared norms, (n,) squared errors of their reconstructions), float64.
 
     Args:
-        space: LinearSubspace or TuckerSubspace.
+        space: LinearSubspace or TuckerSubspace; its directions need not be orthonormal, as rounded ones are not.
         x: (n, *shape) models, or (a, b, scales) of low-rank updates, whose products are not formed.
-        values: their coefficients.
+        values: (n, k...) coefficients to rebuild from, as they are stored.
     """
     energies, left = np.zeros(len(values)), np.zeros(len(values))
     with jax.enable_x64(True):
         if isinstance(x, tuple):
-            u, v = (np.asarray(space.factors[axis], np.float64) for axis in (0, 1))
+            sides = [np.linalg.qr(np.asarray(space.factors[axis], np.float64).T) for axis in (0, 1)]
         for n in range(len(values)):  # one model at a time: no second copy of the stack
             if isinstance(x, tuple):
-                a, b, scale = (np.asarray(part[n : n + 1], np.float64) for part in x)
-                energies[n] = scale[0] ** 2 * np.sum((b[0].T @ b[0]) * (a[0] @ a[0].T))
-                left[n] = float(factored.residual_square(a, b, scale, u, v, centred=False))
+                factors = tuple(np.asarray(part[n : n + 1], np.float64) for part in x)
+                energies[n], left[n] = _missed_update(factors, sides, np.asarray(values[n], np.float64))
             else:
                 row = np.asarray(x[n], np.float64)
                 energies[n] = np.square(row).sum()
                 left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]))[0]).sum()
     return energies, left
+
+
+def _missed_update(factors, sides, core):
+    """(squared norm, squared error) of a low-rank update W rebuilt as U.T core V, from its own factors.
+
+    |W - P W Q|^2 + |P W Q - U.T core V|^2 with the projectors on the spans of U and V, whose thin QR are `sides`.
+    """
+    a, b, scale = factors
+    (u, upper_u), (v, upper_v) = sides
+    energy = scale[0] ** 2 * np.sum((b[0].T @ b[0]) * (a[0] @ a[0].T))
+    outside = float(factored.residual_square(a, b, scale, u.T, v.T, centred=False))
+    inside = scale[0] * (u.T @ b[0]) @ (a[0] @ v) - upper_u @ core @ upper_v.T
+    return energy, outside + np.square(inside).sum()
 
 
 def scaled(space, exponent):

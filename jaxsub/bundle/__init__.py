@@ -11,10 +11,12 @@ import functools
 import hashlib
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, placement, subspace
-from jaxsub.bundle import files
+from jaxsub.bundle import files, storage
 
 NOTHING_SHARED = "the models have no layer of the bundle (by name, shape and kind)"
 
@@ -31,6 +33,8 @@ class Layer:
         dtypes: stored dtype of each of these models' weights.
         figures: numbers for the manifest: energy kept, held-out error, ...
         parametrisation: "dense", or "lora": low-rank updates, projected and rebuilt by their factors.
+        storage: dtypes of the basis and of the coefficients in the file, see `storage`; the arrays here are what
+            comes back from there.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Layer:
     dtypes: tuple[str, ...]
     figures: dict = dataclasses.field(default_factory=dict)
     parametrisation: str = "dense"
+    storage: tuple[str, str] = (storage.AS_COMPUTED, storage.AS_COMPUTED)
 
     @property
     def shape(self):
@@ -57,16 +62,25 @@ class Layer:
 
     def tensors(self):
         """Arrays of the layer's file, by name."""
-        space = self.subspace
+        space, dtype = self.subspace, self.storage[0]
         if self.is_linear:
-            mean, basis = (np.asarray(x) for x in (space.mean, space.basis))
-            found = {"mean": mean.reshape(self.shape), "basis": basis.reshape(-1, *self.shape)}
-            return {**found, "singular_values": np.asarray(space.spectrum.values)}
-        found = {"mean": np.asarray(space.mean)}
+            mean, basis = np.asarray(space.mean), np.asarray(space.basis)
+            found = {"singular_values": np.asarray(space.spectrum.values)}
+            found |= _named("basis", storage.encode(basis.reshape(-1, *self.shape), dtype, component=0))
+            return found | _named("mean", storage.encode(mean.reshape(self.shape), storage.of_mean(dtype), component=0))
+        found = _named("mean", storage.encode(space.mean, storage.of_mean(dtype), component=0))
         for axis, factor in space.factors.items():
-            found[f"factor_{axis}"] = np.asarray(factor)
+            found |= _named(f"factor_{axis}", storage.encode(factor, dtype, component=0))
             found[f"singular_values_{axis}"] = np.asarray(space.spectra[axis].values)
         return found
+
+    def coefficient_tensors(self):
+        """Arrays of the layer's coefficients, by the ending of their name."""
+        return storage.encode(self.values, self.storage[1], component=-1)
+
+
+def _named(name, arrays):
+    return {name + ending: array for ending, array in arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +229,7 @@ class Bundle:
         for layer in self.layers:
             for name, array in layer.tensors().items():
                 parts["mean" if name == "mean" else "basis"] += array.nbytes
-            parts["coefficients"] += layer.values.nbytes
+            parts["coefficients"] += sum(array.nbytes for array in layer.coefficient_tensors().values())
         stored, where = self.distinct()
         uses = collections.Counter(key for tensors in where.values() for key in tensors.values())
         own = sum(a.nbytes for key, a in stored.items() if uses[key] == 1)
@@ -227,6 +241,19 @@ class Bundle:
         gain = originals / count - each
         break_even = math.floor((total - count * each) / gain) + 1 if gain > 0 else None
         return {**parts, "total": total, "originals": originals, "ratio": originals / total, "break_even": break_even}
+
+
+def rounded(space, dtype):
+    """The subspace as it comes back from a file that stores its basis so."""
+    with jax.enable_x64(True):
+
+        def kept(array, dtype):
+            return jnp.asarray(storage.rounded(np.asarray(array), dtype, component=0))
+
+        mean = kept(space.mean, storage.of_mean(dtype))
+        if isinstance(space, subspace.LinearSubspace):
+            return dataclasses.replace(space, mean=mean, basis=kept(space.basis, dtype))
+        return dataclasses.replace(space, mean=mean, factors={a: kept(f, dtype) for a, f in space.factors.items()})
 
 
 def read(group, collection):

@@ -2,7 +2,7 @@
 
     manifest.json             what it is, who made it, every file with its size and sha256; written last
     layers/00000.safetensors  mean, basis (k, *shape) or factor_<axis> (k, d), singular_values
-    coefficients.safetensors  number of the layer -> (n, k...)
+    coefficients.safetensors  number of the layer -> (n, k...)       8-bit ones with <name>_scale beside them
     passthrough.safetensors   tensors that no subspace covers, each distinct one once
 
 Names of layers and models are data: files are numbered, names stand in the manifest alone.
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxsub import errors, subspace
+from jaxsub.bundle import storage
 from jaxsub.formats import _files, _json, safetensors
 
 SCHEMA = "jaxsub.bundle/1"
@@ -55,7 +56,10 @@ def _contents(bundle):
     """Yields (name, tensors) of each file but the manifest."""
     for number, layer in enumerate(bundle.layers):
         yield _layer_file(number), layer.tensors()
-    yield COEFFICIENTS, {f"{i:05d}": layer.values for i, layer in enumerate(bundle.layers)}
+    found = {}
+    for number, layer in enumerate(bundle.layers):
+        found |= {f"{number:05d}{ending}": array for ending, array in layer.coefficient_tensors().items()}
+    yield COEFFICIENTS, found
     stored, _ = bundle.distinct()
     if stored:
         yield PASSTHROUGH, stored
@@ -111,14 +115,11 @@ def _bundle(path, manifest):
         space = _subspace(record, _tensors(path, record["file"]))
         ids = manifest["models"] if record["models"] is None else record["models"]
         dtypes = [record["dtypes"]] * len(ids) if isinstance(record["dtypes"], str) else record["dtypes"]
-        values = coefficients[f"{number:05d}"]
+        values = _decoded(coefficients, f"{number:05d}", -1)
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
-        layers.append(
-            Layer(
-                record["name"], space, tuple(ids), values, tuple(dtypes), record["figures"], record["parametrisation"]
-            )
-        )
+        figures, kind, stored = record["figures"], record["parametrisation"], tuple(record["storage"])
+        layers.append(Layer(record["name"], space, tuple(ids), values, tuple(dtypes), figures, kind, stored))
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
     passthrough = {m: {n: stored[key] for n, key in found.items()} for m, found in manifest["passthrough"].items()}
     return Bundle(tuple(manifest["models"]), tuple(layers), passthrough, manifest["originals"], manifest["provenance"])
@@ -174,11 +175,17 @@ def _record(layer, bundle):
         "rank": space.rank if layer.is_linear else {str(axis): k for axis, k in space.rank.items()},
         "models": None if layer.model_ids == bundle.model_ids else list(layer.model_ids),  # None: all of them
         "dtypes": layer.dtypes[0] if is_one else list(layer.dtypes),
+        "storage": list(layer.storage),
         "procedure": dataclasses.asdict(space.procedure),
         "certificate": dataclasses.asdict(space.certificate),
         "spectra": {str(a): {"total_energy": _known(s.total_energy), "floor": s.floor} for a, s in spectra.items()},
         "figures": layer.figures,
     }
+
+
+def _decoded(tensors, name, component):
+    arrays = {ending: tensors[name + ending] for ending in ("", "_scale") if name + ending in tensors}
+    return storage.decode(arrays, component=component)
 
 
 def _known(value):
@@ -198,19 +205,19 @@ def _subspace(record, tensors):
 
     with jax.enable_x64(True):
         if record["kind"] == "linear":
-            mean, basis = tensors["mean"].reshape(-1), tensors["basis"]
+            mean, basis = _decoded(tensors, "mean", 0).reshape(-1), _decoded(tensors, "basis", 0)
             if basis.shape[1:] != shape or mean.size != basis[0].size:
                 raise ValueError(f"basis of shape {basis.shape}, layer of shape {shape}")
             rows = jax.numpy.asarray(basis.reshape(len(basis), -1))
             known = spectrum("models", "singular_values")
             return subspace.LinearSubspace(jax.numpy.asarray(mean), rows, known, shape, procedure, certificate)
         axes = sorted(int(axis) for axis in record["rank"])
-        factors = {axis: jax.numpy.asarray(tensors[f"factor_{axis}"]) for axis in axes}
+        factors = {axis: jax.numpy.asarray(_decoded(tensors, f"factor_{axis}", 0)) for axis in axes}
         for axis, factor in factors.items():
             if factor.shape != (record["rank"][str(axis)], shape[axis]):
                 raise ValueError(f"factor {axis} of shape {factor.shape}, layer of shape {shape}")
         spectra = {axis: spectrum(str(axis), f"singular_values_{axis}") for axis in axes}
-        mean = jax.numpy.asarray(tensors["mean"])
+        mean = jax.numpy.asarray(_decoded(tensors, "mean", 0))
         return subspace.TuckerSubspace(mean, factors, spectra, shape, procedure, certificate)
 
 

@@ -27,7 +27,7 @@ from jaxsub import (
     stacks,
     subspace,
 )
-from jaxsub.bundle import allocation
+from jaxsub.bundle import allocation, storage
 from jaxsub.linalg import gram
 from jaxsub.pipelines import aside, layers, plan, progress
 
@@ -47,6 +47,8 @@ class Config:
     rank: int = 0  # components a layer; 0: as many as `energy` asks for
     energy: float = 0.9  # share of each layer's centred energy
     budget_bytes: int = 0  # of the whole bundle: chooses ranks across layers by energy a byte; reads weights twice
+    basis_dtype: str = ""  # stored dtype of bases: bfloat16, int8 (the mean then bfloat16); empty: as computed
+    coefficient_dtype: str = ""  # stored dtype of coefficients: bfloat16, int8; empty: as computed
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
@@ -84,6 +86,8 @@ def validate(config):
         raise errors.ConfigError(f"budget_bytes={config.budget_bytes}, rank={config.rank}: a budget chooses the ranks")
     if not 0 <= config.seed < 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
+    for name in ("basis_dtype", "coefficient_dtype"):
+        errors.require_known(name, getattr(config, name), storage.DTYPES)
     if config.decomposition:
         plugins.load("decompositions", config.decomposition)
     if plugins.load("views", config.view).NEEDS_BASE:
@@ -188,10 +192,11 @@ def _ranks(least, budget):
             raise errors.ConfigError(f"budget_bytes: {space.procedure.name} reduces one axis only; give --rank")
         spectra = [space.spectrum] if layer.is_linear else [space.spectra[axis] for axis in sorted(space.spectra)]
         sizes = [math.prod(layer.shape)] if layer.is_linear else layer.shape
-        itemsize = layer.values.dtype.itemsize
+        computed = layer.values.dtype.itemsize
+        (each, scale), (number, other) = (storage.component_bytes(computed, dtype) for dtype in layer.storage)
         kept = [np.square(np.where(s.values > s.floor, s.values, 0.0))[: space.procedure.cap] for s in spectra]
-        base = tuple(size * itemsize for size in sizes)
-        choices.append(allocation.Choice(tuple(kept), base, count, itemsize, least=1))
+        base = tuple(size * each + scale for size in sizes)
+        choices.append(allocation.Choice(tuple(kept), base, 1, count * number + other, least=1))
     spent = sum(c.num_bytes([1] * len(c.energies)) for c in choices)
     fixed = least.accounting()["total"] - spent
     if fixed + spent > budget:
@@ -216,11 +221,35 @@ def _layer(group, opened, config, rank):
         stack = stacks.DenseStack.create(x, group.name, ids)
         key = layers.layer_key(group.name, config.seed)
         space = module.fit(stack, _options(module, config, stack, rank), key)
-        values = np.asarray(space.project(stack.x))
-        figures = _figures(stack.x, values, space)
+        space, values, unrounded = _stored(space, stack.x, config)
+        figures = {**_figures(stack.x, values, space), **unrounded}
     if exponent:
         space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
-    return bundle.Layer(group.name, space, ids, values, tuple(t.dtype for t in group.entries), figures)
+    dtypes = tuple(t.dtype for t in group.entries)
+    return bundle.Layer(group.name, space, ids, values, dtypes, figures, storage=_storage(config))
+
+
+def _storage(config):
+    return config.basis_dtype, config.coefficient_dtype
+
+
+def _stored(space, x, config):
+    """The subspace and the coefficients of `x` in it as they come back from the file, and what that costs.
+
+    The last is {"error_unrounded": mean relative error before rounding}, empty where nothing is rounded.
+    """
+    basis_dtype, coefficient_dtype = _storage(config)
+
+    def project(space):
+        return np.asarray(space.project_factors(*x) if isinstance(x, tuple) else space.project(x))
+
+    values = project(space)
+    if not (basis_dtype or coefficient_dtype):
+        return space, values, {}
+    energies, left = subspace.missed(space, x, values)
+    space = bundle.rounded(space, basis_dtype)
+    values = storage.rounded(project(space), coefficient_dtype, component=-1)
+    return space, values, {"error_unrounded": _errors(left, energies, 0.0)["error_mean"]}
 
 
 def _lora_layer(group, models, ids, config, rank):
@@ -229,11 +258,12 @@ def _lora_layer(group, models, ids, config, rank):
     stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
     with jax.enable_x64(True):
         space = module.fit(stack, _options(module, config, stack, rank), layers.layer_key(group.name, config.seed))
-        values = np.asarray(space.project_factors(stack.a, stack.b, stack.scales))
-        energies, left = subspace.missed(space, (stack.a, stack.b, stack.scales), values)
+        factors = stack.a, stack.b, stack.scales
+        space, values, unrounded = _stored(space, factors, config)
+        energies, left = subspace.missed(space, factors, values)
     dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
-    figures = _errors(left, energies, energies.sum())
-    return bundle.Layer(group.name, space, ids, values, dtypes, {**figures, "held_out": None}, lineup.LORA)
+    figures = {**_errors(left, energies, energies.sum()), "held_out": None, **unrounded}
+    return bundle.Layer(group.name, space, ids, values, dtypes, figures, lineup.LORA, _storage(config))
 
 
 def _exponent(x):
@@ -340,6 +370,10 @@ def table(result):
             f"{rank:>9} {figures['energy_kept']:>7.3f} {held:>9} {figures['error_max']:>8.2e}"
         )
     lines.append("kept: share of the centred energy; held out: share missed on a model left out; error: of the worst")
+    if any("error_unrounded" in layer.figures for layer in result.layers):
+        means = [(layer.figures["error_unrounded"], layer.figures["error_mean"]) for layer in result.layers]
+        before, after = (sum(column) / len(means) for column in zip(*means, strict=True))
+        lines.append(f"narrow storage: mean error {after:.3e}, {before:.3e} before rounding")
     count = result.accounting()
     sizes = {name: plan.size(value) for name, value in count.items() if name not in ("ratio", "break_even")}
     lines.append(f"bundle {sizes['total']}, files {sizes['originals']}: {count['ratio']:.2f} times the bundle")
