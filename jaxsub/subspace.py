@@ -231,10 +231,12 @@ class Coefficients:
     Attributes:
         model_ids: (n,) names.
         values: layer -> (n, k) or (n, k_1, k_2, ...).
+        corrections: layer -> what is kept of these models beside their coefficients; of members of a bundle only.
     """
 
     model_ids: tuple[str, ...]
     values: dict[str, np.ndarray]
+    corrections: dict = dataclasses.field(default_factory=dict)
 
 
 def _rows(x, shape):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, placement, subspace
-from jaxsub.bundle import files, storage
+from jaxsub.bundle import corrections, files, storage
 
 NOTHING_SHARED = "the models have no layer of the bundle (by name, shape and kind)"
 
@@ -35,6 +35,7 @@ class Layer:
         parametrisation: "dense", or "lora": low-rank updates, projected and rebuilt by their factors.
         storage: dtypes of the basis and of the coefficients in the file, see `storage`; the arrays here are what
             comes back from there.
+        corrections: corrections.Entries or Factors of these models, or None.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Layer:
     figures: dict = dataclasses.field(default_factory=dict)
     parametrisation: str = "dense"
     storage: tuple[str, str] = (storage.AS_COMPUTED, storage.AS_COMPUTED)
+    corrections: "corrections.Entries | corrections.Factors | None" = None
 
     @property
     def shape(self):
@@ -122,7 +124,7 @@ class Bundle:
         Raises:
             ConfigError: a model that is no member; names the nearest.
         """
-        ids = self.model_ids if model_ids is None else tuple(model_ids)
+        ids, kept = self.model_ids if model_ids is None else tuple(model_ids), {}
         for stranger in (i for i in ids if i not in self.model_ids):
             near = errors.nearest(stranger, self.model_ids)
             raise errors.ConfigError(f"no member {errors.quote(stranger)}{near}")
@@ -130,8 +132,11 @@ class Bundle:
         for layer in self.layers:
             at = {m: i for i, m in enumerate(layer.model_ids)}
             if all(i in at for i in ids):
-                values[self.key(layer)] = layer.values[[at[i] for i in ids]]
-        return subspace.Coefficients(ids, values)
+                places = [at[i] for i in ids]
+                values[self.key(layer)] = layer.values[places]
+                if layer.corrections is not None:
+                    kept[self.key(layer)] = layer.corrections.take(places, math.prod(layer.shape))
+        return subspace.Coefficients(ids, values, kept)
 
     def project(self, models):
         """Coefficients of any models on the layers that they and the bundle have.
@@ -159,12 +164,15 @@ class Bundle:
         return subspace.Coefficients(ids or tuple(map(str, range(count))), values)
 
     def reconstruct(self, coefficients):
-        """Layer -> (n, *shape) weights from Coefficients; low-rank updates are multiplied out.
+        """Layer -> (n, *shape) weights from Coefficients, with their corrections; low-rank updates are multiplied out.
 
         Raises:
             ConfigError: coefficients of a layer that the bundle lacks, or of another rank.
         """
-        return {key: np.asarray(layer.subspace.reconstruct(c)) for key, layer, c in self._checked(coefficients)}
+        found = {key: np.array(layer.subspace.reconstruct(c)) for key, layer, c in self._checked(coefficients)}
+        for key in coefficients.corrections.keys() & found.keys():
+            coefficients.corrections[key].apply(found[key])
+        return found
 
     def reconstruct_factors(self, coefficients):
         """Layer -> (a (n, k, i), b (n, o, k)) of the low-rank updates b_n a_n; dense layers are left out.
@@ -175,7 +183,9 @@ class Bundle:
         found = {}
         for key, layer, c in self._checked(coefficients):
             if layer.parametrisation == "lora":
-                found[key] = tuple(np.asarray(x) for x in layer.subspace.reconstruct_factors(c))
+                a, b = (np.asarray(x) for x in layer.subspace.reconstruct_factors(c))
+                own = coefficients.corrections.get(key)
+                found[key] = (a, b) if own is None else own.apply_factors(a, b)
         return found
 
     def _checked(self, coefficients):
@@ -225,11 +235,13 @@ class Bundle:
         Args:
             headers: bytes of the manifest and of the files' headers; None counts them.
         """
-        parts = {"mean": 0, "basis": 0, "coefficients": 0}
+        parts = {"mean": 0, "basis": 0, "coefficients": 0, "corrections": 0}
         for layer in self.layers:
             for name, array in layer.tensors().items():
                 parts["mean" if name == "mean" else "basis"] += array.nbytes
             parts["coefficients"] += sum(array.nbytes for array in layer.coefficient_tensors().values())
+            if layer.corrections is not None:
+                parts["corrections"] += sum(array.nbytes for array in layer.corrections.tensors().values())
         stored, where = self.distinct()
         uses = collections.Counter(key for tensors in where.values() for key in tensors.values())
         own = sum(a.nbytes for key, a in stored.items() if uses[key] == 1)
@@ -237,7 +249,7 @@ class Bundle:
         parts["headers"] = files.headers(self) if headers is None else headers
         total, originals = sum(parts.values()), sum(self.originals.values())
         count = max(len(self.model_ids), 1)
-        each = (parts["coefficients"] + own) / count
+        each = (parts["coefficients"] + parts["corrections"] + own) / count
         gain = originals / count - each
         break_even = math.floor((total - count * each) / gain) + 1 if gain > 0 else None
         return {**parts, "total": total, "originals": originals, "ratio": originals / total, "break_even": break_even}

@@ -3,6 +3,7 @@
     manifest.json             what it is, who made it, every file with its size and sha256; written last
     layers/00000.safetensors  mean, basis (k, *shape) or factor_<axis> (k, d), singular_values
     coefficients.safetensors  number of the layer -> (n, k...)       8-bit ones with <name>_scale beside them
+    corrections.safetensors   number of the layer .counts, .places, ...: what is kept of models beside coefficients
     passthrough.safetensors   tensors that no subspace covers, each distinct one once
 
 Names of layers and models are data: files are numbered, names stand in the manifest alone.
@@ -21,13 +22,14 @@ import jax
 import numpy as np
 
 from jaxsub import errors, subspace
-from jaxsub.bundle import storage
+from jaxsub.bundle import corrections, storage
 from jaxsub.formats import _files, _json, safetensors
 
 SCHEMA = "jaxsub.bundle/1"
-MANIFEST, COEFFICIENTS, PASSTHROUGH = "manifest.json", "coefficients.safetensors", "passthrough.safetensors"
+MANIFEST, COEFFICIENTS = "manifest.json", "coefficients.safetensors"
+CORRECTIONS, PASSTHROUGH = "corrections.safetensors", "passthrough.safetensors"
 MAX_MANIFEST = 2**28  # bytes; a larger one is refused unread
-_NAME = re.compile(r"layers/[0-9]{5,}\.safetensors|coefficients\.safetensors|passthrough\.safetensors")
+_NAME = re.compile(r"(layers/[0-9]{5,}|coefficients|corrections|passthrough)\.safetensors")
 _MISFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
@@ -60,6 +62,12 @@ def _contents(bundle):
     for number, layer in enumerate(bundle.layers):
         found |= {f"{number:05d}{ending}": array for ending, array in layer.coefficient_tensors().items()}
     yield COEFFICIENTS, found
+    kept = {}
+    for number, layer in enumerate(bundle.layers):
+        if layer.corrections is not None:
+            kept |= {f"{number:05d}.{name}": array for name, array in layer.corrections.tensors().items()}
+    if kept:
+        yield CORRECTIONS, kept
     stored, _ = bundle.distinct()
     if stored:
         yield PASSTHROUGH, stored
@@ -111,6 +119,7 @@ def _bundle(path, manifest):
     from jaxsub.bundle import Bundle, Layer
 
     coefficients, layers = _tensors(path, COEFFICIENTS), []
+    corrected = _tensors(path, CORRECTIONS) if CORRECTIONS in manifest["files"] else {}
     for number, record in enumerate(manifest["layers"]):
         space = _subspace(record, _tensors(path, record["file"]))
         ids = manifest["models"] if record["models"] is None else record["models"]
@@ -119,7 +128,8 @@ def _bundle(path, manifest):
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
         figures, kind, stored = record["figures"], record["parametrisation"], tuple(record["storage"])
-        layers.append(Layer(record["name"], space, tuple(ids), values, tuple(dtypes), figures, kind, stored))
+        kept = _corrections(corrected, number, len(ids), space.shape)
+        layers.append(Layer(record["name"], space, tuple(ids), values, tuple(dtypes), figures, kind, stored, kept))
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
     passthrough = {m: {n: stored[key] for n, key in found.items()} for m, found in manifest["passthrough"].items()}
     return Bundle(tuple(manifest["models"]), tuple(layers), passthrough, manifest["originals"], manifest["provenance"])
@@ -186,6 +196,16 @@ def _record(layer, bundle):
 def _decoded(tensors, name, component):
     arrays = {ending: tensors[name + ending] for ending in ("", "_scale") if name + ending in tensors}
     return storage.decode(arrays, component=component)
+
+
+def _corrections(tensors, number, count, shape):
+    prefix = f"{number:05d}."
+    own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+    if not own:
+        return None
+    found = corrections.of_tensors(own)
+    found.check(count, shape)
+    return found
 
 
 def _known(value):

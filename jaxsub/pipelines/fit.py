@@ -8,7 +8,6 @@ import logging
 import math
 import os
 
-import jax
 import numpy as np
 
 from jaxsub import (
@@ -18,18 +17,12 @@ from jaxsub import (
     descriptors,
     errors,
     formats,
-    heldout,
     lineup,
-    placement,
     plugins,
     precision,
-    spectrum,
-    stacks,
-    subspace,
 )
 from jaxsub.bundle import allocation, storage
-from jaxsub.linalg import gram
-from jaxsub.pipelines import aside, layers, plan, progress
+from jaxsub.pipelines import aside, fit_layer, plan, progress
 
 log = logging.getLogger("jaxsub")
 WORKING_COPIES = 4  # of a stack in the dtype of its products: itself, centred, the kernels' own, the rebuilt one
@@ -47,6 +40,7 @@ class Config:
     rank: int = 0  # components a layer; 0: as many as `energy` asks for
     energy: float = 0.9  # share of each layer's centred energy
     budget_bytes: int = 0  # of the whole bundle: chooses ranks across layers by energy a byte; reads weights twice
+    max_error: float = -1.0  # of every model in every layer: what is missed most is kept exactly; negative: no bound
     basis_dtype: str = ""  # stored dtype of bases: bfloat16, int8 (the mean then bfloat16); empty: as computed
     coefficient_dtype: str = ""  # stored dtype of coefficients: bfloat16, int8; empty: as computed
     strict: bool = False  # any model set aside is fatal
@@ -86,6 +80,10 @@ def validate(config):
         raise errors.ConfigError(f"budget_bytes={config.budget_bytes}, rank={config.rank}: a budget chooses the ranks")
     if not 0 <= config.seed < 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
+    if not config.max_error < 1 or (config.max_error >= 0 and config.budget_bytes):
+        raise errors.ConfigError(
+            f"max_error={config.max_error}: below 1, and not with budget_bytes, which it may break"
+        )
     for name in ("basis_dtype", "coefficient_dtype"):
         errors.require_known(name, getattr(config, name), storage.DTYPES)
     if config.decomposition:
@@ -127,7 +125,7 @@ def _fit(opened, config, path, stream):
         def fitted(ranks):
             found = []
             for group, rank in zip(groups, ranks, strict=True):
-                found.append(_layer(group, opened, config, rank))
+                found.append(fit_layer.fit(group, opened, config, rank))
                 bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
             return dataclasses.replace(empty, layers=tuple(found))
 
@@ -158,7 +156,7 @@ def _groups(opened, config):
     groups = [g for g in plugins.load("views", config.view).groups(opened) if is_chosen(g.name)]
     groups = [g for g in groups if len(g.members) >= lineup.SMALLEST_GROUP]
     for group in groups:
-        if group.parametrisation == lineup.LORA and not hasattr(_module(group, config), "TAKES_LORA"):
+        if group.parametrisation == lineup.LORA and not hasattr(fit_layer.module(group, config), "TAKES_LORA"):
             raise errors.ConfigError(
                 f"decomposition={config.decomposition} takes no low-rank updates such as {errors.quote(group.name)}: "
                 "hooi and hosvd do, --view=lora_factors gives it A and B, --exclude_layers leaves such layers whole"
@@ -171,12 +169,6 @@ def _groups(opened, config):
     if not groups:
         raise errors.ConfigError("no layer to fit: none that at least 3 models have matches --layers, --exclude_layers")
     return groups
-
-
-def _module(group, config):
-    """The decomposition of a group: the one that is asked for, else the default of its kind."""
-    default = "hooi" if group.parametrisation == lineup.LORA else "gram"
-    return plugins.load("decompositions", config.decomposition or default)
 
 
 def _ranks(least, budget):
@@ -204,112 +196,6 @@ def _ranks(least, budget):
             f"budget_bytes={budget}: means, kept layers, headers and one component a layer take {fixed + spent} bytes"
         )
     return allocation.allocate(choices, budget - fixed)
-
-
-def _layer(group, opened, config, rank):
-    """The fitted bundle.Layer of a group; `rank` a number, one for each axis, or 0 to go by energy."""
-    models = [opened.models[m] for m in group.members]
-    ids = tuple(opened.refs[m].id for m in group.members)
-    if group.parametrisation == lineup.LORA:
-        return _lora_layer(group, models, ids, config, rank)
-    x = placement.read_stack(group, models)
-    exponent = _exponent(x)
-    if exponent:  # squares would leave the range of the dtype
-        x = np.ldexp(x, -exponent)
-    module = _module(group, config)
-    with jax.enable_x64(True):
-        stack = stacks.DenseStack.create(x, group.name, ids)
-        key = layers.layer_key(group.name, config.seed)
-        space = module.fit(stack, _options(module, config, stack, rank), key)
-        space, values, unrounded = _stored(space, stack.x, config)
-        figures = {**_figures(stack.x, values, space), **unrounded}
-    if exponent:
-        space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
-    dtypes = tuple(t.dtype for t in group.entries)
-    return bundle.Layer(group.name, space, ids, values, dtypes, figures, storage=_storage(config))
-
-
-def _storage(config):
-    return config.basis_dtype, config.coefficient_dtype
-
-
-def _stored(space, x, config):
-    """The subspace and the coefficients of `x` in it as they come back from the file, and what that costs.
-
-    The last is {"error_unrounded": mean relative error before rounding}, empty where nothing is rounded.
-    """
-    basis_dtype, coefficient_dtype = _storage(config)
-
-    def project(space):
-        return np.asarray(space.project_factors(*x) if isinstance(x, tuple) else space.project(x))
-
-    values = project(space)
-    if not (basis_dtype or coefficient_dtype):
-        return space, values, {}
-    energies, left = subspace.missed(space, x, values)
-    space = bundle.rounded(space, basis_dtype)
-    values = storage.rounded(project(space), coefficient_dtype, component=-1)
-    return space, values, {"error_unrounded": _errors(left, energies, 0.0)["error_mean"]}
-
-
-def _lora_layer(group, models, ids, config, rank):
-    """The fitted bundle.Layer of low-rank updates, from their factors."""
-    module = _module(group, config)
-    stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
-    with jax.enable_x64(True):
-        space = module.fit(stack, _options(module, config, stack, rank), layers.layer_key(group.name, config.seed))
-        factors = stack.a, stack.b, stack.scales
-        space, values, unrounded = _stored(space, factors, config)
-        energies, left = subspace.missed(space, factors, values)
-    dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
-    figures = {**_errors(left, energies, energies.sum()), "held_out": None, **unrounded}
-    return bundle.Layer(group.name, space, ids, values, dtypes, figures, lineup.LORA, _storage(config))
-
-
-def _exponent(x):
-    """Power of two that brings the largest entry near 1; 0 where squares are safe as they are."""
-    if x.dtype.itemsize < 4:
-        return 0  # computed in float32, whose range squares of narrower numbers do not leave often enough to matter
-    largest = max(-float(x.min()), float(x.max()), 0.0)
-    exponent = math.frexp(largest)[1] if largest else 0
-    return 0 if abs(exponent) <= precision.SAFE_EXPONENT else exponent
-
-
-def _options(module, config, stack, rank):
-    """A decomposition's Options for a rank (see `_layer`) or for config.energy, as far as it has them."""
-    known = {f.name for f in dataclasses.fields(module.Options)}
-    if rank and "ranks" in known:
-        every = rank if isinstance(rank, tuple) else (rank,) * len(stack.shape)
-        return module.Options(ranks=tuple(min(k, size) for k, size in zip(every, stack.shape, strict=True)))
-    if rank:
-        return module.Options(rank=rank[0] if isinstance(rank, tuple) else rank)
-    if "energy" not in known:
-        raise errors.ConfigError(f"decomposition={config.decomposition}: cannot choose ranks by energy; give --rank")
-    return module.Options(energy=config.energy)
-
-
-def _figures(x, values, space):
-    """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out."""
-    count, width = len(x), math.prod(x.shape[1:])
-    energies, left = subspace.missed(space, x, values)
-    dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
-    flat = x.reshape(count, width)
-    sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=placement.make_mesh(1), dtype=dtype)
-    centred = spectrum.centred(np.asarray(sums.gram))
-    total, held = float(np.trace(centred)), None
-    if isinstance(space, subspace.LinearSubspace) and total > 0 and space.rank <= count - 2:
-        held = float(heldout.leave_one_out(centred, [space.rank])[0])
-    return {**_errors(left, energies, total), "held_out": held}
-
-
-def _errors(left, energies, total):
-    """Figures from squared errors and norms of the models, and the energy that the fit set out to hold."""
-    relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
-    return {
-        "energy_kept": 1.0 - float(left.sum()) / total if total > 0 else 1.0,  # below 0: worse than the mean alone
-        "error_mean": float(relative.mean()),
-        "error_max": float(relative.max()),
-    }
 
 
 def _passthrough(opened, groups):
@@ -377,7 +263,10 @@ def table(result):
     count = result.accounting()
     sizes = {name: plan.size(value) for name, value in count.items() if name not in ("ratio", "break_even")}
     lines.append(f"bundle {sizes['total']}, files {sizes['originals']}: {count['ratio']:.2f} times the bundle")
-    lines.append(", ".join(f"{name} {sizes[name]}" for name in ("mean", "basis", "coefficients", "passthrough")))
+    names = [
+        n for n in ("mean", "basis", "coefficients", "corrections", "passthrough") if n != "corrections" or count[n]
+    ]
+    lines.append(", ".join(f"{name} {sizes[name]}" for name in names))
     number = f"{count['break_even']} models" if count["break_even"] else "no number of models"
     lines.append(f"smaller than the files from {number} on, at these ranks")
     return "\n".join(lines)

@@ -9,7 +9,6 @@ import jaxsub
 from jaxsub import errors
 from jaxsub.bundle import files, storage
 from jaxsub.formats import safetensors
-
 from tests.bundle import test_bundle, test_lora_bundle
 
 PAIRS = (("bfloat16", ""), ("", "bfloat16"), ("int8", ""), ("", "int8"), ("int8", "int8"))

@@ -1,0 +1,165 @@
+"""One layer of a fit: its stack, the decomposition, coefficients, corrections, and what the manifest says of it."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jaxsub import (
+    bundle,
+    descriptors,
+    errors,
+    heldout,
+    lineup,
+    placement,
+    plugins,
+    precision,
+    spectrum,
+    stacks,
+    subspace,
+)
+from jaxsub.bundle import corrections, storage
+from jaxsub.linalg import gram
+from jaxsub.pipelines import layers
+
+
+def module(group, config):
+    """The decomposition of a group: the one that is asked for, else the default of its kind."""
+    default = "hooi" if group.parametrisation == lineup.LORA else "gram"
+    return plugins.load("decompositions", config.decomposition or default)
+
+
+def fit(group, opened, config, rank):
+    """The fitted bundle.Layer of a group; `rank` a number, one for each axis, or 0 to go by energy."""
+    models = [opened.models[m] for m in group.members]
+    ids = tuple(opened.refs[m].id for m in group.members)
+    if group.parametrisation == lineup.LORA:
+        return _lora_layer(group, models, ids, config, rank)
+    x = placement.read_stack(group, models)
+    exponent = _exponent(x)
+    if exponent:  # squares would leave the range of the dtype
+        x = np.ldexp(x, -exponent)
+    plugin = module(group, config)
+    with jax.enable_x64(True):
+        stack = stacks.DenseStack.create(x, group.name, ids)
+        key = layers.layer_key(group.name, config.seed)
+        space = plugin.fit(stack, _options(plugin, config, stack, rank), key)
+        space, values, unrounded = _stored(space, stack.x, config)
+        found = _entries(group, x, space, values, exponent, config)
+        figures = {**_figures(stack.x, values, space, found, exponent), **unrounded}
+    if exponent:
+        space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
+    dtypes = tuple(t.dtype for t in group.entries)
+    return bundle.Layer(group.name, space, ids, values, dtypes, figures, storage=_storage(config), corrections=found)
+
+
+def _entries(group, x, space, values, exponent, config):
+    """The entries that config.max_error asks to keep, or None."""
+    if config.max_error < 0:
+        return None
+    dtype = descriptors.numpy_dtype(precision.widest(group.dtypes))
+
+    def rebuild(n):
+        return np.asarray(space.reconstruct(values[n : n + 1]))[0]
+
+    return corrections.entries(x, rebuild, config.max_error, dtype=dtype, exponent=exponent)
+
+
+def _storage(config):
+    return config.basis_dtype, config.coefficient_dtype
+
+
+def _stored(space, x, config):
+    """The subspace and the coefficients of `x` in it as they come back from the file, and what that costs.
+
+    The last is {"error_unrounded": mean relative error before rounding}, empty where nothing is rounded.
+    """
+    basis_dtype, coefficient_dtype = _storage(config)
+
+    def project(space):
+        return np.asarray(space.project_factors(*x) if isinstance(x, tuple) else space.project(x))
+
+    values = project(space)
+    if not (basis_dtype or coefficient_dtype):
+        return space, values, {}
+    energies, left = subspace.missed(space, x, values)
+    space = bundle.rounded(space, basis_dtype)
+    values = storage.rounded(project(space), coefficient_dtype, component=-1)
+    return space, values, {"error_unrounded": _errors(left, energies, 0.0)["error_mean"]}
+
+
+def _lora_layer(group, models, ids, config, rank):
+    """The fitted bundle.Layer of low-rank updates, from their factors."""
+    plugin = module(group, config)
+    stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
+    with jax.enable_x64(True):
+        space = plugin.fit(stack, _options(plugin, config, stack, rank), layers.layer_key(group.name, config.seed))
+        factors = stack.a, stack.b, stack.scales
+        space, values, unrounded = _stored(space, factors, config)
+        energies, left = subspace.missed(space, factors, values)
+    dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
+    found = None
+    if config.max_error >= 0:
+        relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
+        found = corrections.factors(*factors, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
+        left[[] if found is None else found.positions] = 0.0
+    figures = {**_errors(left, energies, energies.sum()), "held_out": None, **unrounded}
+    return bundle.Layer(group.name, space, ids, values, dtypes, figures, lineup.LORA, _storage(config), found)
+
+
+def _exponent(x):
+    """Power of two that brings the largest entry near 1; 0 where squares are safe as they are."""
+    if x.dtype.itemsize < 4:
+        return 0  # computed in float32, whose range squares of narrower numbers do not leave often enough to matter
+    largest = max(-float(x.min()), float(x.max()), 0.0)
+    exponent = math.frexp(largest)[1] if largest else 0
+    return 0 if abs(exponent) <= precision.SAFE_EXPONENT else exponent
+
+
+def _options(module, config, stack, rank):
+    """A decomposition's Options for a rank (see `_layer`) or for config.energy, as far as it has them."""
+    known = {f.name for f in dataclasses.fields(module.Options)}
+    if rank and "ranks" in known:
+        every = rank if isinstance(rank, tuple) else (rank,) * len(stack.shape)
+        return module.Options(ranks=tuple(min(k, size) for k, size in zip(every, stack.shape, strict=True)))
+    if rank:
+        return module.Options(rank=rank[0] if isinstance(rank, tuple) else rank)
+    if "energy" not in known:
+        raise errors.ConfigError(f"decomposition={config.decomposition}: cannot choose ranks by energy; give --rank")
+    return module.Options(energy=config.energy)
+
+
+def _figures(x, values, space, found, exponent):
+    """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out."""
+    count, width = len(x), math.prod(x.shape[1:])
+    energies, left = subspace.missed(space, x, values)
+    if found is not None:
+        left = np.array(
+            [_left(x, n, space, values, found, exponent) if found.counts[n] else left[n] for n in range(count)]
+        )
+    dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
+    flat = x.reshape(count, width)
+    sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=placement.make_mesh(1), dtype=dtype)
+    centred = spectrum.centred(np.asarray(sums.gram))
+    total, held = float(np.trace(centred)), None
+    if isinstance(space, subspace.LinearSubspace) and total > 0 and space.rank <= count - 2:
+        held = float(heldout.leave_one_out(centred, [space.rank])[0])
+    return {**_errors(left, energies, total), "held_out": held}
+
+
+def _left(x, n, space, values, found, exponent):
+    """Squared error of the n-th model with its corrections."""
+    again = np.ldexp(np.asarray(space.reconstruct(values[n : n + 1])), exponent)
+    again = found.take([n], again[0].size).apply(np.array(again))
+    return np.square(np.asarray(x[n], np.float64) - np.ldexp(np.asarray(again[0], np.float64), -exponent)).sum()
+
+
+def _errors(left, energies, total):
+    """Figures from squared errors and norms of the models, and the energy that the fit set out to hold."""
+    relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
+    return {
+        "energy_kept": 1.0 - float(left.sum()) / total if total > 0 else 1.0,  # below 0: worse than the mean alone
+        "error_mean": float(relative.mean()),
+        "error_max": float(relative.max()),
+    }
