@@ -263,9 +263,7 @@ def table(result):
     count = result.accounting()
     sizes = {name: plan.size(value) for name, value in count.items() if name not in ("ratio", "break_even")}
     lines.append(f"bundle {sizes['total']}, files {sizes['originals']}: {count['ratio']:.2f} times the bundle")
-    names = [
-        n for n in ("mean", "basis", "coefficients", "corrections", "passthrough") if n != "corrections" or count[n]
-    ]
+    names = ("mean", "basis", "coefficients", "corrections", "passthrough")
     lines.append(", ".join(f"{name} {sizes[name]}" for name in names))
     number = f"{count['break_even']} models" if count["break_even"] else "no number of models"
     lines.append(f"smaller than the files from {number} on, at these ranks")
