@@ -15,6 +15,8 @@ import math
 
 import numpy as np
 
+from jaxsub import descriptors, precision
+
 ENTRIES, FACTORS = ("counts", "places", "values"), ("positions", "a", "b", "scales")
 
 
@@ -176,3 +178,30 @@ def factors(a, b, scales, relative, max_error, *, dtype):
     if not len(mine):
         return None
     return Factors(mine, a[mine].astype(dtype), b[mine].astype(dtype), np.asarray(scales, np.float64)[mine])
+
+
+def joined(first, second, counts):
+    """Corrections of two lists of models, one after the other; either may be None.
+
+    Args:
+        first, second: Entries or Factors of the same shape, or None.
+        counts: numbers of models of the two lists.
+    """
+    if first is None and second is None:
+        return None
+    if isinstance(first or second, Entries):
+        given = [one for one in (first, second) if one is not None]
+        dtype = precision.widest(one.values.dtype.name for one in given)
+        parts = [
+            np.zeros(n, np.int64) if one is None else one.counts for one, n in zip((first, second), counts, strict=True)
+        ]
+        places = np.concatenate([one.places for one in given])
+        values = [one.values.astype(descriptors.numpy_dtype(dtype)) for one in given]
+        return Entries(np.concatenate(parts), places, np.concatenate(values))
+    given = [(one, at) for one, at in ((first, 0), (second, counts[0])) if one is not None]
+    dtype = descriptors.numpy_dtype(precision.widest(x.dtype.name for one, _ in given for x in (one.a, one.b)))
+    rank = max(one.a.shape[1] for one, _ in given)
+    a = [np.pad(one.a.astype(dtype), ((0, 0), (0, rank - one.a.shape[1]), (0, 0))) for one, _ in given]
+    b = [np.pad(one.b.astype(dtype), ((0, 0), (0, 0), (0, rank - one.b.shape[2]))) for one, _ in given]
+    positions = np.concatenate([one.positions + at for one, at in given])
+    return Factors(positions, np.concatenate(a), np.concatenate(b), np.concatenate([one.scales for one, _ in given]))

@@ -7,6 +7,7 @@ PROGRAMS = {
     "inspect": "what a collection holds, from headers alone",
     "analyze": "what a collection's weights share, layer by layer, and why: the report",
     "fit": "a subspace for every layer and its models as coefficients: a bundle",
+    "update": "models added to a bundle, or removed from it",
     "project": "any models as coefficients of a bundle, what that loses, and their reconstructions",
     "verify": "checks every byte of a bundle",
     "zoo": "makes a collection of small models of known truth",

@@ -116,8 +116,8 @@ def _fit(opened, config, path, stream):
     empty = bundle.Bundle(
         model_ids=tuple(r.id for r in opened.refs),
         layers=(),
-        passthrough=_passthrough(opened, groups),
-        originals={r.id: _file_bytes(r.path) for r in opened.refs},
+        passthrough=passthrough(opened, groups),
+        originals={r.id: file_bytes(r.path) for r in opened.refs},
         provenance=_provenance(opened, config),
     )
     with progress.Progress(passes * sum(g.num_bytes for g in groups), passes * len(groups), stream=stream) as bar:
@@ -198,7 +198,7 @@ def _ranks(least, budget):
     return allocation.allocate(choices, budget - fixed)
 
 
-def _passthrough(opened, groups):
+def passthrough(opened, groups):
     """Model id -> {tensor name: array} of all that no group covers."""
     covered = [set() for _ in opened.models]
     for group in groups:
@@ -214,7 +214,7 @@ def _passthrough(opened, groups):
     return found
 
 
-def _file_bytes(path):
+def file_bytes(path):
     """Bytes of a model's file, or of all files in its folder."""
     if not os.path.isdir(path):
         return os.path.getsize(path)

@@ -1,0 +1,258 @@
+"""A fitted layer with models added or removed, from its coefficients and the new models alone.
+
+    old models      mean + c @ B                       as the bundle knows them
+    frame           orthonormal directions of B and of what it misses of the new models
+    cores           all models in the frame: as many numbers as it has directions, not weights
+    decomposition   of the cores, by the plug-in that made the layer; turned back by the frame
+
+Exact, up to rounding of the stored dtype, where the bundle holds all of its models. Else the part of the old models
+outside the basis stays lost: certificate and figures are then bounds.
+
+Source: sequential Karhunen-Loeve, Levy and Lindenbaum 2000; with a mean that moves, Ross et al. 2008, section 3.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsub import bundle, descriptors, errors, plugins, precision, stacks, subspace
+from jaxsub.bundle import corrections, storage
+from jaxsub.linalg import unfold
+
+PLUGINS = {"gram": "gram", "randomized": "gram", "hosvd": "hosvd", "sthosvd": "sthosvd", "hooi": "hooi"}
+LOSSLESS = 2e-6  # relative error of the worst model under which a bundle holds all of its models
+ROUNDINGS = 32  # of the largest new model: what a frame does not hold of it
+
+
+def captured(layer, x):
+    """(n,) shares of the energy of new models, about the mean, that the basis holds; 1 for a model that is the mean.
+
+    Args:
+        layer: bundle.Layer.
+        x: (n, *shape) models or, for low-rank updates, (a, b, scales).
+    """
+    space = layer.subspace
+    energies, left = subspace.missed(space, x, layer.project(x))
+    if not isinstance(x, tuple):
+        mean = np.broadcast_to(np.asarray(space.mean, np.float64).reshape(_mean_shape(space)), layer.shape)
+        energies = np.array([np.square(np.asarray(row, np.float64) - mean).sum() for row in x])
+    return 1.0 - left / np.where(energies > 0, energies, 1.0)
+
+
+def is_lossless(layer):
+    """Whether the layer's coefficients hold all of its models, so that a refit equals a fit of the models."""
+    return layer.storage == (storage.AS_COMPUTED,) * 2 and layer.figures["error_max"] <= LOSSLESS
+
+
+def appended(layer, x, ids, dtypes, *, max_error=-1.0):
+    """The layer with new models as coefficients in the basis as it is; a bound `max_error` >= 0 is kept for them too.
+
+    Raises:
+        ConfigError: 8-bit coefficients of members would change, whose errors are bound.
+    """
+    count, space = len(layer.values), layer.subspace
+    values = storage.rounded(np.concatenate([layer.values, layer.project(x)]), layer.storage[1], component=-1)
+    energies, left = subspace.missed(space, x, values[count:])
+    norms = np.where(energies > 0, energies, 1.0)
+    kept = None
+    if max_error >= 0:
+        if not np.array_equal(values[:count], layer.values):
+            raise errors.ConfigError(
+                f"{errors.quote(layer.name)}: larger 8-bit coefficients; use --exact, or fit again"
+            )
+        dtype = descriptors.numpy_dtype(precision.widest(dtypes))
+        if isinstance(x, tuple):
+            kept = corrections.factors(*x, np.sqrt(left / norms), max_error, dtype=dtype)
+            left[[] if kept is None else kept.positions] = 0.0
+        else:
+            again = np.array(space.reconstruct(values[count:]))
+            kept = corrections.entries(x, lambda n: again[n], max_error, dtype=dtype)
+            if kept is not None:
+                off = np.asarray(x, np.float64) - kept.apply(again)
+                left = np.square(off).reshape(len(off), -1).sum(1)
+    return dataclasses.replace(
+        layer,
+        model_ids=layer.model_ids + tuple(ids),
+        values=values,
+        dtypes=layer.dtypes + tuple(dtypes),
+        figures=_figures(layer, np.zeros(count), np.sqrt(left / norms), layer.figures["energy_kept"]),
+        corrections=corrections.joined(layer.corrections, kept, (count, len(ids))),
+    )
+
+
+def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
+    """The layer of the models at positions `keep` and of new ones, with mean and basis fitted to both.
+
+    Args:
+        layer: bundle.Layer.
+        keep: positions of the models that stay.
+        x: new models as in `captured`, or None.
+        ids, dtypes: of the new models.
+        rank: components; 0 for as many as the layer has.
+        key: typed PRNG key for the decomposition.
+
+    Raises:
+        ConfigError: a procedure whose basis is not one of all models alike, or too few models.
+    """
+    space, name = layer.subspace, layer.subspace.procedure.name
+    if name not in PLUGINS:
+        raise errors.ConfigError(f"{errors.quote(layer.name)}: a basis of {name} cannot be updated; fit again")
+    with jax.enable_x64(True):
+        frame = _frame(space, x)
+        cores = _turned(space, frame, layer.values[list(keep)])
+        if x is not None:
+            cores = np.concatenate([cores, _project(frame, x)])
+        small = _fit(layer, cores, plugins.load("decompositions", PLUGINS[name]), rank, key)
+        found, values = _composed(space, frame, small), np.asarray(small.project(cores))
+        found = bundle.rounded(_with_losses(layer, found, small), layer.storage[0])
+        values = storage.rounded(values, layer.storage[1], component=-1)
+        moved = np.asarray(small.reconstruct(values), np.float64) - cores
+        old = len(keep)
+        change = np.sqrt(np.square(moved[:old]).reshape(old, -1).sum(1))
+        norms = _norms(frame, cores[:old])
+        relative = np.zeros(0)
+        if x is not None:
+            energies, left = subspace.missed(found, x, values[old:])
+            relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
+    kept = 1.0 - found.certificate.relative_error**2
+    figures = _figures(layer, change / np.where(norms > 0, norms, 1.0), relative, kept)
+    return dataclasses.replace(
+        layer,
+        subspace=found,
+        model_ids=tuple(layer.model_ids[p] for p in keep) + tuple(ids),
+        values=values,
+        dtypes=tuple(layer.dtypes[p] for p in keep) + tuple(dtypes),
+        figures=figures,
+    )
+
+
+def _mean_shape(space):
+    return space.shape if math.prod(space.mean.shape) == math.prod(space.shape) else space.mean.shape
+
+
+def _frame(space, x):
+    """The subspace with orthonormal directions that hold those of `space` and all of the new models, same mean."""
+    if isinstance(space, subspace.LinearSubspace):
+        rows = np.asarray(space.basis)
+        new = np.zeros((0, rows.shape[1]), rows.dtype)
+        if x is not None:
+            new = np.asarray(x, rows.dtype).reshape(len(x), -1) - np.asarray(space.mean)
+        return dataclasses.replace(space, basis=jnp.asarray(_rows_of(rows, new)))
+    factors = {}
+    for axis, factor in space.factors.items():
+        rows = np.asarray(factor)
+        new = np.zeros((0, rows.shape[1]), rows.dtype)
+        if isinstance(x, tuple):
+            a, b, _ = (np.asarray(part, rows.dtype) for part in x)
+            new = a.reshape(-1, a.shape[-1]) if axis else b.transpose(0, 2, 1).reshape(-1, b.shape[1])
+        elif x is not None:
+            y = np.asarray(x, rows.dtype) - np.asarray(space.mean)
+            new = np.moveaxis(y, axis + 1, -1).reshape(-1, rows.shape[1])
+        factors[axis] = jnp.asarray(_rows_of(rows, new))
+    return dataclasses.replace(space, factors=factors)
+
+
+def _rows_of(rows, new):
+    """Orthonormal rows that span `rows`, and `new` up to rounding; as few as that takes."""
+    own = np.linalg.qr(rows.T)[0].T
+    noise = ROUNDINGS * np.finfo(rows.dtype).eps * np.sqrt(np.square(new).sum(1).max(initial=0.0))
+    for _ in range(2):  # twice is enough: what is left is orthogonal to rounding
+        new = new - (new @ own.T) @ own
+    if not new.size:
+        return own
+    _, values, right = np.linalg.svd(
+        np.linalg.qr(new, mode="r") if len(new) > new.shape[1] else new, full_matrices=False
+    )
+    right = right[values > noise][: own.shape[1] - len(own)]
+    return np.concatenate([own, np.linalg.qr((right - (right @ own.T) @ own).T)[0].T])
+
+
+def _turned(space, frame, values):
+    """Coefficients (n, k...) in `space` as coordinates in the frame."""
+    if isinstance(space, subspace.LinearSubspace):
+        return values @ np.asarray(space.basis @ frame.basis.T)
+    for axis, factor in space.factors.items():
+        values = np.asarray(unfold.mode_product(jnp.asarray(values), frame.factors[axis] @ factor.T, axis + 1))
+    return values
+
+
+def _project(frame, x):
+    return np.asarray(frame.project_factors(*x) if isinstance(x, tuple) else frame.project(x))
+
+
+def _norms(frame, cores):
+    """(n,) lower bounds of the norms of the models: of their parts inside the frame, mean included."""
+    if isinstance(frame, subspace.LinearSubspace) or frame.procedure.centring == "models":
+        doubled = 2 * np.asarray(frame.mean).reshape(_mean_shape(frame))  # project subtracts the mean once
+        cores = cores + np.asarray(frame.project(np.broadcast_to(doubled, frame.shape)[None]))
+    return np.sqrt(np.square(cores).reshape(len(cores), -1).sum(1))
+
+
+def _fit(layer, cores, plugin, rank, key):
+    """The decomposition of the cores at `rank`, or at the layer's own."""
+    count, sizes = len(cores), cores.shape[1:]
+    if layer.is_linear:
+        most = min(count - 1, sizes[0])
+        if most < 1:
+            raise errors.ConfigError(f"{errors.quote(layer.name)}: {count} models are left; fit again")
+        return plugin.fit(
+            stacks.DenseStack.create(cores), plugin.Options(rank=min(rank or layer.subspace.rank, most)), key
+        )
+    ranks = tuple(min(rank or k, size) for k, size in zip(layer.subspace.rank.values(), sizes, strict=True))
+    if layer.parametrisation == "lora":  # uncentred: the core is its own right factor
+        eye = np.broadcast_to(np.eye(sizes[0], dtype=cores.dtype), (count, sizes[0], sizes[0]))
+        return plugin.fit(stacks.LoraStack(cores, eye, np.ones(count)), plugin.Options(ranks=ranks), key)
+    if len(sizes) != len(layer.subspace.factors):
+        raise errors.ConfigError(f"{errors.quote(layer.name)}: axes that are not reduced; fit again")
+    return plugin.fit(stacks.DenseStack.create(cores), plugin.Options(ranks=ranks), key)
+
+
+def _composed(space, frame, small):
+    """The subspace of weights that a subspace of cores in the frame is."""
+    if isinstance(space, subspace.LinearSubspace):
+        mean = space.mean + jnp.asarray(small.mean, frame.basis.dtype) @ frame.basis
+        return dataclasses.replace(space, mean=mean, basis=small.basis @ frame.basis)
+    factors = {axis: small.factors[axis] @ factor for axis, factor in frame.factors.items()}
+    mean = space.mean
+    if space.procedure.centring == "models":
+        shift = jnp.broadcast_to(small.mean, small.shape)[None]
+        for axis, factor in frame.factors.items():
+            shift = unfold.mode_product(shift, factor.T, axis + 1)
+        mean = space.mean + shift[0]
+    return dataclasses.replace(space, mean=mean, factors=factors)
+
+
+def _with_losses(layer, found, small):
+    """`found` with the spectra of the cores, and a certificate that counts what the old basis had lost before."""
+    space, exact = layer.subspace, is_lossless(layer)
+    olds = [space.spectrum] if isinstance(space, subspace.LinearSubspace) else list(space.spectra.values())
+    before = 0.0 if exact else space.certificate.bound**2 * max(s.total_energy for s in olds)
+    news = [small.spectrum] if isinstance(small, subspace.LinearSubspace) else list(small.spectra.values())
+    inside = max(s.total_energy for s in news)
+    now = small.certificate.bound**2 * inside
+    total = inside + before
+    bound = (math.sqrt(before) + math.sqrt(now)) / math.sqrt(total) if total > 0 else 0.0
+    error = small.certificate.relative_error if exact else min(bound, 1.0)
+    certificate = subspace.Certificate(error, bound, exact=exact, passes=1)
+    if isinstance(small, subspace.LinearSubspace):
+        spectrum = dataclasses.replace(small.spectrum, total_energy=total)
+        return dataclasses.replace(found, spectrum=spectrum, certificate=certificate)
+    spectra = {a: dataclasses.replace(s, total_energy=s.total_energy + before) for a, s in small.spectra.items()}
+    return dataclasses.replace(found, spectra=spectra, certificate=certificate)
+
+
+def _figures(layer, change, relative, kept):
+    """Figures of the manifest: errors of new models as measured, of old ones at most what they were and the change."""
+    old = layer.figures["error_mean"] + change
+    worst = layer.figures["error_max"] + change
+    together = np.concatenate([old, relative])
+    return {
+        "energy_kept": kept,
+        "error_mean": float(together.mean()),
+        "error_max": float(max(worst.max(initial=0.0), relative.max(initial=0.0))),
+        "held_out": None,
+        "bounds": True,
+    }

@@ -1,0 +1,283 @@
+"""`jaxsub update`: equal to a recompute where the bundle holds its models, bounds where it does not, and said so."""
+
+import importlib
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import jaxsub
+from jaxsub import errors
+from jaxsub.bundle import files, refit
+from jaxsub.cli import flags
+from jaxsub.formats import safetensors
+from jaxsub.pipelines import update
+from tests.bundle import test_lora_bundle
+
+COUNT, NEW = 12, 3
+
+
+def models(folder, numbers, *, dtype=np.float32, novel=1.0, bias=True):
+    """Models by number: three common directions of falling strength, noise, late ones a direction of their own."""
+    os.makedirs(folder)
+    mean, basis, own = (np.random.default_rng(5).standard_normal(s) for s in ((9, 7), (3, 9, 7), (9, 7)))
+    for n in numbers:
+        rng = np.random.default_rng(100 + n)
+        weight = mean + np.tensordot(rng.standard_normal(3) * (3, 2, 1), basis, 1) + 0.05 * rng.standard_normal((9, 7))
+        weight = weight + novel * (n >= COUNT) * own
+        tensors = {"w": weight.astype(dtype)}
+        if bias:
+            tensors["bias"] = np.full(4, n % 2, dtype)
+        safetensors.write(os.path.join(folder, f"m{n:02d}.safetensors"), tensors)
+    return str(folder)
+
+
+def matrices(folder, numbers):
+    """Models whose rows and columns lie in three directions, and in a fourth for late ones."""
+    os.makedirs(folder)
+    left, right = (np.random.default_rng(8).standard_normal((d, 4)) for d in (9, 7))
+    for n in numbers:
+        k = 4 if n >= COUNT else 3
+        core = np.random.default_rng(200 + n).standard_normal((k, k)) * 0.6 ** np.arange(k)
+        weight = left[:, :k] @ core @ right[:, :k].T
+        safetensors.write(os.path.join(folder, f"m{n:02d}.safetensors"), {"w": weight.astype(np.float32)})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    top = tmp_path_factory.mktemp("update")
+    every = range(COUNT + NEW)
+    return {
+        "old": models(top / "old", every[:COUNT]),
+        "new": models(top / "new", every[COUNT:]),
+        "all": models(top / "all", every),
+        "known": models(top / "known", every[COUNT:], novel=0.0),
+        "old of rank 3": matrices(top / "old3", every[:COUNT]),
+        "new of rank 4": matrices(top / "new4", every[COUNT:]),
+        "all of rank 4": matrices(top / "all4", every),
+    }
+
+
+def stack(folder):
+    names = sorted(os.listdir(folder))
+    return np.stack([safetensors.read(os.path.join(folder, n))["w"] for n in names]).astype(np.float64)
+
+
+def same_subspace(a, b, tolerance=1e-5):
+    if hasattr(a, "basis"):
+        pairs = [(a.basis, b.basis)]
+    else:
+        pairs = [(a.factors[axis], b.factors[axis]) for axis in a.factors]
+    for x, y in pairs:
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape
+        np.testing.assert_allclose(np.linalg.norm(x @ y.T, 2), 1.0, atol=1e-5)
+        assert np.linalg.svd(x @ y.T, compute_uv=False).min() > 1 - tolerance
+
+
+def call(*arguments):
+    program = importlib.import_module("jaxsub.cli.update")
+    program.main(flags.Flags("update", program.config_class(), ["update", *arguments]))
+
+
+TUCKER = [pytest.param(n, marks=pytest.mark.slow) for n in ("hosvd", "sthosvd", "hooi")]
+
+
+def test_adding_to_a_whole_bundle_is_a_fit_of_all(places, tmp_path):
+    """The bundle holds all of its models, the new ones bring a direction it lacks."""
+    jaxsub.fit(places["old"], tmp_path / "b", energy=1.0, layers=["w"])
+    rank = COUNT + NEW - 1
+    made = update.run(
+        update.Config(str(tmp_path / "b"), (places["new"],), captured=1.0, rank=rank), str(tmp_path / "made")
+    )
+    assert made.provenance["updates"][-1]["layers"]["w"] == {"how": "refitted", "exact": True}
+    again, whole = jaxsub.load(tmp_path / "made"), jaxsub.fit(places["all"], layers=["w"], rank=rank)
+    x, rebuilt = stack(places["all"]), again.reconstruct(again.coefficients())["w"]
+    np.testing.assert_allclose(rebuilt, x, atol=1e-5 * np.abs(x).max())
+    np.testing.assert_allclose(np.asarray(again.layers[0].subspace.mean).reshape(9, 7), x.mean(0), atol=1e-5)
+    same_subspace(again.layers[0].subspace, whole.layers[0].subspace)
+    found, wanted = (s.layers[0].subspace.spectrum.values for s in (again, whole))
+    np.testing.assert_allclose(found[:rank], wanted[:rank], rtol=1e-5, atol=1e-5 * wanted[0])
+    assert files.verify(tmp_path / "made") == []
+
+
+@pytest.mark.parametrize("name", TUCKER)
+def test_adding_to_whole_factors_is_a_fit_of_all(places, tmp_path, name):
+    jaxsub.fit(places["old of rank 3"], tmp_path / "b", rank=3, decomposition=name)
+    for rank, tolerance in ((4, 1e-5), (2, 1e-4)):
+        made = update.run(update.Config(str(tmp_path / "b"), (places["new of rank 4"],), captured=1.0, rank=rank))
+        assert made.provenance["updates"][-1]["layers"]["w"] == {"how": "refitted", "exact": True}
+        whole = jaxsub.fit(places["all of rank 4"], rank=rank, decomposition=name)
+        same_subspace(made.layers[0].subspace, whole.layers[0].subspace, tolerance)
+        found, wanted = (b.reconstruct(b.coefficients())["w"] for b in (made, whole))
+        np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
+        np.testing.assert_allclose(made.layers[0].subspace.mean, whole.layers[0].subspace.mean, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_truncated_refit_of_a_whole_bundle_is_the_truncated_fit(places, tmp_path):
+    jaxsub.fit(places["old"], tmp_path / "b", energy=1.0, layers=["w"])
+    made = update.run(update.Config(str(tmp_path / "b"), (places["new"],), captured=1.0, rank=3))
+    whole = jaxsub.fit(places["all"], layers=["w"], rank=3)
+    same_subspace(made.layers[0].subspace, whole.layers[0].subspace)
+    assert made.provenance["updates"][-1]["layers"]["w"]["exact"]
+    found, wanted = (b.reconstruct(b.coefficients())["w"] for b in (made, whole))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_removing_from_a_whole_bundle_is_a_fit_of_the_rest(places, tmp_path):
+    jaxsub.fit(places["all"], tmp_path / "b", energy=1.0)
+    gone = tuple(f"m{n:02d}" for n in range(COUNT, COUNT + NEW))
+    made = update.run(update.Config(str(tmp_path / "b"), remove=gone, rank=4))
+    whole = jaxsub.fit(places["old"], rank=4)
+    assert made.model_ids == whole.model_ids and set(made.passthrough) == set(whole.passthrough)
+    assert made.originals == whole.originals
+    for a, b in zip(made.layers, whole.layers, strict=True):
+        if a.name == "w":
+            same_subspace(a.subspace, b.subspace, 1e-4)
+            np.testing.assert_allclose(a.subspace.mean, b.subspace.mean, atol=1e-5)
+
+
+def test_models_that_the_basis_holds_are_only_projected(places, tmp_path):
+    old = jaxsub.fit(places["old"], tmp_path / "b", rank=3, layers=["w"])
+    made = update.run(update.Config(str(tmp_path / "b"), (places["known"],)))
+    (layer,), (before,) = made.layers, old.layers
+    assert made.provenance["updates"][-1]["layers"]["w"] == {"how": "projected", "exact": False}
+    np.testing.assert_array_equal(layer.subspace.basis, before.subspace.basis)
+    np.testing.assert_array_equal(layer.values[:COUNT], before.values)
+    assert layer.model_ids == tuple(f"m{n:02d}" for n in range(COUNT + NEW))
+    x, rebuilt = stack(places["known"]), made.reconstruct(made.coefficients())["w"][COUNT:]
+    error = np.linalg.norm((rebuilt - x).reshape(NEW, -1), axis=1) / np.linalg.norm(x.reshape(NEW, -1), axis=1)
+    assert layer.figures["error_max"] == pytest.approx(max(error.max(), before.figures["error_max"]), rel=1e-4)
+    assert made.accounting()["originals"] > old.accounting()["originals"]
+
+
+@pytest.mark.parametrize("decomposition", ["gram", pytest.param("hosvd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["", "int8"])
+def test_stated_errors_bound_the_true_ones(places, tmp_path, decomposition, dtype):
+    """Two of three directions are kept: the rest of the old models is lost, the new ones have one of their own."""
+    narrow = {"basis_dtype": dtype, "coefficient_dtype": dtype}
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2, layers=["w"], decomposition=decomposition, **narrow)
+    config = update.Config(str(tmp_path / "b"), (places["new"],), captured=1.0, rank=3)
+    made = update.run(config, str(tmp_path / "made"))
+    (layer,) = made.layers
+    assert made.provenance["updates"][-1]["layers"]["w"] == {"how": "refitted", "exact": False}
+    assert layer.figures["bounds"] and layer.storage == (dtype, dtype)
+    x, rebuilt = stack(places["all"]), jaxsub.load(tmp_path / "made").reconstruct(made.coefficients())["w"]
+    error = np.linalg.norm((rebuilt - x).reshape(len(x), -1), axis=1) / np.linalg.norm(x.reshape(len(x), -1), axis=1)
+    assert error.max() <= layer.figures["error_max"] < 4 * error.max()
+    assert error.mean() <= layer.figures["error_mean"] < 4 * error.mean()
+    kept = jaxsub.load(tmp_path / "b").project(jaxsub.open_collection(places["new"]))
+    stale = jaxsub.load(tmp_path / "b").reconstruct(kept)["w"]
+    if decomposition == "gram":  # it learnt: the old basis misses the new direction
+        assert np.linalg.norm(rebuilt[COUNT:] - x[COUNT:]) < 0.9 * np.linalg.norm(stale - x[COUNT:])
+
+
+@pytest.mark.slow
+def test_low_rank_updates_are_added_by_their_factors(tmp_path):
+    folder, updates = test_lora_bundle.adapters(tmp_path / "m", count=10)
+    (tmp_path / "new").mkdir()
+    for n in (8, 9):
+        shutil.move(tmp_path / "m" / f"a{n}", tmp_path / "new" / f"a{n}")
+    jaxsub.fit(folder, tmp_path / "b", rank=2)  # of three common directions: the new ones do not fit in
+    made = update.run(update.Config(str(tmp_path / "b"), (str(tmp_path / "new"),), rank=5), str(tmp_path / "made"))
+    (layer,) = jaxsub.load(tmp_path / "made").layers
+    assert layer.parametrisation == "lora" and layer.values.shape[0] == 10
+    rebuilt = made.reconstruct(made.coefficients())["layer.q"]
+    error = np.sqrt(np.square(rebuilt - updates).sum((1, 2)) / np.square(updates).sum((1, 2)))
+    assert error[8:].max() < 1e-4 and error.max() <= layer.figures["error_max"] + 1e-6
+    # Exact where the bundle holds its models.
+    jaxsub.fit(folder, tmp_path / "whole", rank=3)
+    made = update.run(update.Config(str(tmp_path / "whole"), (str(tmp_path / "new"),), captured=1.0))
+    assert made.provenance["updates"][-1]["layers"]["layer.q"]["exact"]
+    np.testing.assert_allclose(made.reconstruct(made.coefficients())["layer.q"], updates, atol=2e-4)
+
+
+def test_adding_reads_the_new_models_alone(places, tmp_path):
+    shutil.copytree(places["old"], tmp_path / "gone")
+    jaxsub.fit(str(tmp_path / "gone"), tmp_path / "b", rank=2)
+    shutil.rmtree(tmp_path / "gone")
+    made = update.run(update.Config(str(tmp_path / "b"), (places["new"],)))
+    assert len(made.model_ids) == COUNT + NEW
+    with pytest.raises((errors.InputError, errors.ConfigError)):
+        update.run(update.Config(str(tmp_path / "b"), (places["new"],), exact=True))
+
+
+@pytest.mark.slow
+def test_exact_is_a_fit_from_the_start(places, tmp_path):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2)
+    made = update.run(update.Config(str(tmp_path / "b"), (places["new"],), remove=("m03",), exact=True))
+    left = shutil.copytree(places["all"], tmp_path / "left")
+    os.remove(left / "m03.safetensors")
+    whole = jaxsub.fit(str(left), rank=2)
+    for a, b in zip(made.layers, whole.layers, strict=True):
+        if a.name == "w":
+            same_subspace(a.subspace, b.subspace, 1e-6)
+        np.testing.assert_allclose(np.abs(a.values), np.abs(b.values), atol=1e-4)
+    assert all(one == {"how": "fitted", "exact": True} for one in made.provenance["updates"][-1]["layers"].values())
+
+
+@pytest.mark.slow
+def test_a_bound_on_errors_holds_for_new_members(places, tmp_path):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2, layers=["w"], max_error=0.2)
+    made = update.run(update.Config(str(tmp_path / "b"), (places["new"],), captured=0.0), str(tmp_path / "made"))
+    again = jaxsub.load(tmp_path / "made")
+    x, rebuilt = stack(places["all"]), again.reconstruct(again.coefficients())["w"]
+    error = np.linalg.norm((rebuilt - x).reshape(len(x), -1), axis=1) / np.linalg.norm(x.reshape(len(x), -1), axis=1)
+    assert error.max() <= 0.2 and made.layers[0].corrections.counts[COUNT:].any()
+    for config in (
+        update.Config(str(tmp_path / "b"), (places["new"],), captured=1.0),
+        update.Config(str(tmp_path / "b"), remove=("m01",)),
+    ):
+        with pytest.raises(errors.ConfigError, match="max_error=0.2 cannot be promised"):
+            update.run(config)
+
+
+def test_update_from_the_command_line(places, tmp_path, capsys):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2)
+    wanted = (f"--bundle={tmp_path / 'b'}", f"--collection={places['new']}", "--remove=m00")
+    call(*wanted, f"--workdir={tmp_path / 'out'}")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 added, 1 removed, 14 members" and max(map(len, lines[:-1])) <= 100
+    assert any("mean and basis fitted again" in line for line in lines)
+    made = jaxsub.load(tmp_path / "out" / "bundle")
+    assert "m00" not in made.model_ids and files.verify(tmp_path / "out" / "bundle") == []
+    with pytest.raises(errors.WorkdirError, match="exists already"):
+        call(*wanted, f"--workdir={tmp_path / 'out'}")
+    with pytest.raises(errors.ConfigError, match="--workdir"):
+        call(*wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--collection=FOLDER to add"),
+        ({"remove": ("m99",)}, "no member m99"),
+        ({"collection": "old"}, "is a member already"),
+        ({"remove": tuple(f"m{n:02d}" for n in range(COUNT - 2))}, "3 are needed"),
+        ({"remove": ("m01",), "captured": 1.5}, "captured"),
+    ],
+)
+def test_what_cannot_be_is_refused(places, tmp_path, options, message):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=1)
+    given = {k: (places[v],) if k == "collection" else v for k, v in options.items()}
+    with pytest.raises(errors.ConfigError, match=message):
+        update.run(update.Config(str(tmp_path / "b"), **given))
+
+
+def test_a_basis_with_another_centring_is_not_updated(places, tmp_path):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2, layers=["w"], decomposition="row_pca")
+    with pytest.raises(errors.ConfigError, match="row-pca cannot be updated"):
+        update.run(update.Config(str(tmp_path / "b"), remove=("m01",)))
+
+
+def test_the_share_that_a_basis_captures(places):
+    bundle = jaxsub.fit(places["old"], rank=2, layers=["w"])
+    (layer,), x = bundle.layers, stack(places["new"])
+    basis, mean = (np.asarray(v, np.float64) for v in (layer.subspace.basis, layer.subspace.mean))
+    y = x.reshape(NEW, -1) - mean
+    wanted = np.square(y @ basis.T).sum(1) / np.square(y).sum(1)
+    np.testing.assert_allclose(refit.captured(layer, x.astype(np.float32)), wanted, rtol=1e-5)
