@@ -85,3 +85,27 @@ def test_what_cannot_be_is_said_and_nothing_is_bought_for_nothing():
     assert allocate([choice], 0) == [(0,)]
     with pytest.raises(errors.ConfigError, match="the least ranks take"):
         allocate([Choice((np.ones(3), np.ones(3)), (10, 10), 1, least=1)], 5)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "analysed", "times", "full"),
+    [
+        (1_423_872, 93.95, 16.53, 25.61),
+        (2_823_936, 88.01, 8.34, 23.98),
+        (5_417_472, 76.99, 4.35, 20.98),
+        (8_800_512, 62.62, 2.68, 17.07),
+        (9_124_608, 61.24, 2.58, 16.69),
+    ],
+)
+def test_bytes_give_the_published_storage_table(parameters, analysed, times, full):
+    """470 ViTs, 40 matrices of 768 x 768, principal components of rows: basis and coefficients, the mean not charged.
+
+    Charged, as it must be kept, the mean takes another share of 1 / 470."""
+    count, size, side, excluded = 470, 40 * 768**2, 768, 62_974_696
+    ranks, rest = divmod(parameters // side, 40)
+    layer = Choice((np.ones(side),), (4 * side,), count * side)
+    stored = sum(layer.num_bytes([ranks + (n < rest)]) for n in range(40)) / 4
+    assert 100 * (1 - stored / (count * size)) == pytest.approx(analysed, abs=0.006)
+    assert count * size / stored == pytest.approx(times, abs=0.006)
+    assert 100 * (1 - (stored + count * excluded) / (count * (size + excluded))) == pytest.approx(full, abs=0.006)
+    assert 100 * (1 - (stored + size) / (count * size)) == pytest.approx(analysed - 100 / count, abs=0.006)

@@ -220,3 +220,22 @@ def test_the_program_prints_a_table(tmp_path, capsys):
     program.main(flags.Flags("project", program.config_class(), arguments))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines[0]) <= 100 and len(lines[1]) <= 100 and lines[-1].endswith("keeps them")
+
+
+def test_names_that_end_alike_do_not_collide(tmp_path):
+    """Two owners, the same names of models: the released scripts kept one of the two."""
+    for owner in ("ann", "bob"):
+        weights(tmp_path / "m" / owner)
+    path = tmp_path / "m" / "bob" / "m0.safetensors"
+    changed = safetensors.read(path)
+    changed["w"] = -changed["w"]
+    safetensors.write(path, changed)
+    bundle = jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", rank=3, layers=["w"])
+    assert {"ann/m0", "bob/m0"} < set(bundle.model_ids)
+    config = project.Config(
+        bundle=str(tmp_path / "b"), collection=(str(tmp_path / "m"),), write_models=str(tmp_path / "new")
+    )
+    project.run(config)
+    for owner in ("ann", "bob"):
+        old, new = (safetensors.read(tmp_path / f / owner / "m0.safetensors")["w"] for f in ("m", "new"))
+        assert np.linalg.norm(new - old) < 0.2 * np.linalg.norm(old)
