@@ -40,6 +40,11 @@ def form_of(entry):
 # Choosing layers --------------------------------------------------------------------------------------------------
 
 
+def flat_shape(shape):
+    """(o, i) of a weight as a matrix, all axes but the first flattened."""
+    return shape[0], math.prod(shape[1:])
+
+
 def layer_filter(layers, exclude):
     """Whether a layer's name is chosen, as a function of the name.
 

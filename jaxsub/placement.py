@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import descriptors, errors, formats, precision
+from jaxsub import descriptors, errors, formats, lineup, precision
 from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import MIXTURES
 
@@ -227,11 +227,11 @@ def read_stack(group, models):
 
 
 def read_factors(group, models):
-    """The factors of a group of low-rank updates of matrices, on the host.
+    """The factors of a group of low-rank updates, on the host.
 
     Args:
         group: LayerGroup with `entries`, one LoraPair a member; layers of weights stored transposed have their factors
-            turned, so that b_n a_n has the group's shape.
+            turned, so that b_n a_n has the group's shape, all axes but the first flattened.
         models: the Model of each member, same order.
 
     Returns:
@@ -242,13 +242,13 @@ def read_factors(group, models):
     """
     pairs = group.entries
     wide = "float64" if precision.widest(t.dtype for e in pairs for t in (e.a, e.b)) == "float64" else "float32"
-    rank, (size_out, size_in) = max(e.rank for e in pairs), group.shape
+    rank, (size_out, size_in) = max(e.rank for e in pairs), lineup.flat_shape(group.shape)
     a, b = np.zeros((len(pairs), rank, size_in), wide), np.zeros((len(pairs), size_out, rank), wide)
     for n, (model, pair) in enumerate(zip(models, pairs, strict=True)):
         right, left = (require_finite(formats.read(model, t), n, model, t) for t in (pair.a, pair.b))
         if pair.transposed:
             right, left = left.T, right.T
-        a[n, : pair.rank], b[n, :, : pair.rank] = right, left
+        a[n, : pair.rank], b[n, :, : pair.rank] = (x.reshape(x.shape[0], -1) for x in (right, left))
     return a, b, np.array([e.scale for e in pairs])
 
 

@@ -36,6 +36,7 @@ class Layer:
         storage: dtypes of the basis and of the coefficients in the file, see `storage`; the arrays here are what
             comes back from there.
         corrections: corrections.Entries or Factors of these models, or None.
+        weight_shape: of one weight, where the subspace is of it flattened: low-rank updates of convolutions.
     """
 
     name: str
@@ -47,11 +48,12 @@ class Layer:
     parametrisation: str = "dense"
     storage: tuple[str, str] = (storage.AS_COMPUTED, storage.AS_COMPUTED)
     corrections: "corrections.Entries | corrections.Factors | None" = None
+    weight_shape: tuple[int, ...] = ()
 
     @property
     def shape(self):
         """Shape of one model's weight."""
-        return tuple(self.subspace.shape)
+        return tuple(self.weight_shape or self.subspace.shape)
 
     @property
     def is_linear(self):
@@ -169,13 +171,18 @@ class Bundle:
         Raises:
             ConfigError: coefficients of a layer that the bundle lacks, or of another rank.
         """
-        found = {key: np.array(layer.subspace.reconstruct(c)) for key, layer, c in self._checked(coefficients)}
-        for key in coefficients.corrections.keys() & found.keys():
-            coefficients.corrections[key].apply(found[key])
+        found = {}
+        for key, layer, c in self._checked(coefficients):
+            rebuilt = np.array(layer.subspace.reconstruct(c))
+            if key in coefficients.corrections:
+                rebuilt = coefficients.corrections[key].apply(rebuilt)
+            found[key] = rebuilt.reshape(len(rebuilt), *layer.shape)
         return found
 
     def reconstruct_factors(self, coefficients):
         """Layer -> (a (n, k, i), b (n, o, k)) of the low-rank updates b_n a_n; dense layers are left out.
+
+        Of convolutions (o, c, h, w), i is c h w.
 
         Raises:
             ConfigError: as `reconstruct`.

@@ -21,7 +21,7 @@ import shutil
 import jax
 import numpy as np
 
-from jaxsub import errors, subspace
+from jaxsub import errors, lineup, subspace
 from jaxsub.bundle import corrections, storage
 from jaxsub.formats import _files, _json, safetensors
 
@@ -129,7 +129,10 @@ def _bundle(path, manifest):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
         figures, kind, stored = record["figures"], record["parametrisation"], tuple(record["storage"])
         kept = _corrections(corrected, number, len(ids), space.shape)
-        layers.append(Layer(record["name"], space, tuple(ids), values, tuple(dtypes), figures, kind, stored, kept))
+        whole = tuple(record["shape"])
+        layers.append(
+            Layer(record["name"], space, tuple(ids), values, tuple(dtypes), figures, kind, stored, kept, whole)
+        )
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
     passthrough = {m: {n: stored[key] for n, key in found.items()} for m, found in manifest["passthrough"].items()}
     return Bundle(tuple(manifest["models"]), tuple(layers), passthrough, manifest["originals"], manifest["provenance"])
@@ -214,7 +217,7 @@ def _known(value):
 
 
 def _subspace(record, tensors):
-    shape = tuple(record["shape"])
+    shape = lineup.flat_shape(record["shape"]) if record["parametrisation"] == lineup.LORA else tuple(record["shape"])
     lists = {key: tuple(v) if isinstance(v, list) else v for key, v in record["procedure"].items()}
     procedure, certificate = subspace.Procedure(**lists), subspace.Certificate(**record["certificate"])
 

@@ -129,6 +129,7 @@ def rewrite(model, path, layers):
             a, b = b.T, a.T
         ranks[name], alphas[name] = len(a), float(len(a))
         for tensor, array in ((pair.a, a), (pair.b, b)):
+            array = np.reshape(array, _shape_like(tensor.shape, array))
             tensors[tensor.name] = _rewrite.cast(array, descriptors.numpy_dtype(tensor.dtype), model, name)
     os.makedirs(path)
     original = os.path.join(model.path, CONFIG)
@@ -140,6 +141,11 @@ def rewrite(model, path, layers):
     safetensors.write(os.path.join(path, _sniff.ADAPTER_FILES[0]), tensors, metadata)
     text = json.dumps(config, indent=2, allow_nan=False)
     _files.write_atomic(os.path.join(path, CONFIG), [text.encode("utf-8") + b"\n"])
+
+
+def _shape_like(shape, array):
+    """The shape of a factor of another rank: (k, c, h, w) or (o, k, 1, 1) for convolutions."""
+    return array.shape if len(shape) == 2 else (*array.shape[:1], -1, *shape[2:])
 
 
 def _alpha(pair):

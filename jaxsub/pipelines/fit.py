@@ -161,11 +161,6 @@ def _groups(opened, config):
                 f"decomposition={config.decomposition} takes no low-rank updates such as {errors.quote(group.name)}: "
                 "hooi and hosvd do, --view=lora_factors gives it A and B, --exclude_layers leaves such layers whole"
             )
-        if group.parametrisation == lineup.LORA and len(group.shape) != 2:
-            raise errors.ConfigError(
-                f"layer {errors.quote(group.name)} is a low-rank update of a convolution: not fitted yet; "
-                "leave it whole with --exclude_layers"
-            )
     if not groups:
         raise errors.ConfigError("no layer to fit: none that at least 3 models have matches --layers, --exclude_layers")
     return groups
@@ -180,10 +175,10 @@ def _ranks(least, budget):
     choices = []
     for layer in least.layers:
         space, count = layer.subspace, len(layer.model_ids)
-        if not layer.is_linear and len(space.factors) != len(layer.shape):
+        if not layer.is_linear and len(space.factors) != len(space.shape):
             raise errors.ConfigError(f"budget_bytes: {space.procedure.name} reduces one axis only; give --rank")
         spectra = [space.spectrum] if layer.is_linear else [space.spectra[axis] for axis in sorted(space.spectra)]
-        sizes = [math.prod(layer.shape)] if layer.is_linear else layer.shape
+        sizes = [math.prod(space.shape)] if layer.is_linear else space.shape
         computed = layer.values.dtype.itemsize
         (each, scale), (number, other) = (storage.component_bytes(computed, dtype) for dtype in layer.storage)
         kept = [np.square(np.where(s.values > s.floor, s.values, 0.0))[: space.procedure.cap] for s in spectra]
@@ -225,7 +220,8 @@ def _peak(group):
     """Host bytes that a layer needs at most, from its header."""
     if group.parametrisation == lineup.LORA:
         rank = max(e.rank for e in group.entries)
-        return 4 * WORKING_COPIES * len(group.members) * rank * sum(group.shape) + 24 * max(group.shape) ** 2
+        sides = lineup.flat_shape(group.shape)
+        return 4 * WORKING_COPIES * len(group.members) * rank * sum(sides) + 24 * max(sides) ** 2
     size = len(group.members) * math.prod(group.shape)
     stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
     return size * (stored + WORKING_COPIES * max(stored, 4))

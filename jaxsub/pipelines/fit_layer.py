@@ -105,7 +105,10 @@ def _lora_layer(group, models, ids, config, rank):
         found = corrections.factors(*factors, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
         left[[] if found is None else found.positions] = 0.0
     figures = {**_errors(left, energies, energies.sum()), "held_out": None, **unrounded}
-    return bundle.Layer(group.name, space, ids, values, dtypes, figures, lineup.LORA, _storage(config), found)
+    storage_dtypes = _storage(config)
+    return bundle.Layer(
+        group.name, space, ids, values, dtypes, figures, lineup.LORA, storage_dtypes, found, tuple(group.shape)
+    )
 
 
 def _exponent(x):

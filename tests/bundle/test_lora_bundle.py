@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 import jaxsub
+from jaxsub import bundle as bundles
 from jaxsub.bundle import files
 from jaxsub.formats import peft
+from jaxsub.pipelines import project
 
 SHARED = np.random.default_rng(1)
 U, V = (np.linalg.qr(SHARED.standard_normal((d, 3)))[0] for d in (11, 9))
@@ -108,3 +110,40 @@ def test_a_turned_layer_has_the_orientation_of_its_weight(tmp_path):
     (layer,) = bundle.layers
     assert layer.shape == (9, 11)
     np.testing.assert_allclose(bundle.reconstruct(bundle.coefficients())["layer.q"], updates, atol=1e-4)
+
+
+def convolutions(folder, count=8, noise=0.0):
+    """Adapters of a convolution (6, 4, 3, 3) whose flattened updates lie in two directions on the left."""
+    rng, left = np.random.default_rng(4), np.random.default_rng(6).standard_normal((6, 2))
+    right, updates = np.random.default_rng(7).standard_normal((2, 36)), []
+    for n in range(count):
+        a = (rng.standard_normal((2, 2)) @ right + noise * rng.standard_normal((2, 36))).astype(np.float32)
+        b = (left @ rng.standard_normal((2, 2))).astype(np.float32)
+        peft.write(folder / f"c{n}", {"conv": (a.reshape(2, 4, 3, 3), b.reshape(6, 2, 1, 1), 4.0, 2)})
+        updates.append(2.0 * b.astype(np.float64) @ a)
+    return str(folder), np.stack(updates).reshape(count, 6, 4, 3, 3)
+
+
+def test_updates_of_convolutions_come_back_in_their_shape(tmp_path):
+    folder, updates = convolutions(tmp_path / "m")
+    jaxsub.fit(folder, tmp_path / "b", rank=2)
+    bundle = jaxsub.load(tmp_path / "b")
+    (layer,) = bundle.layers
+    assert layer.shape == (6, 4, 3, 3) and layer.subspace.shape == (6, 36) and layer.figures["error_max"] < 1e-5
+    np.testing.assert_allclose(bundle.reconstruct(bundle.coefficients())["conv"], updates, atol=1e-4)
+    config = project.Config(bundle=str(tmp_path / "b"), collection=(folder,), write_models=str(tmp_path / "new"))
+    assert max(project.run(config)["layers"][0]["error"]) < 1e-5
+    again = jaxsub.open_collection(str(tmp_path / "new"))
+    assert again.groups[0].shape == (6, 4, 3, 3)
+    a, b, scales = bundles.read(again.groups[0], again)
+    np.testing.assert_allclose((scales[:, None, None] * b @ a).reshape(updates.shape), updates, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_bound_and_a_budget_hold_for_convolutions(tmp_path):
+    folder, updates = convolutions(tmp_path / "m", noise=0.5)
+    bundle = jaxsub.fit(folder, rank=2, max_error=0.3)
+    error = np.linalg.norm((bundle.reconstruct(bundle.coefficients())["conv"] - updates).reshape(8, -1), axis=1)
+    assert (error <= 0.3 * np.linalg.norm(updates.reshape(8, -1), axis=1)).all()
+    assert bundle.layers[0].corrections is not None
+    assert jaxsub.fit(folder, budget_bytes=5600).accounting()["total"] <= 5600
