@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 
 from jaxsub import descriptors, errors
@@ -256,6 +257,27 @@ def write_atomic(path, chunks):
             os.unlink(temporary)
         raise
     sync_folder(folder)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Gives a temporary folder beside `path` that becomes `path` when the block ends, and is gone if it fails.
+
+    A folder with some of its weight files can pass for a whole model; under this name it is none.
+    """
+    path = os.path.abspath(os.fspath(path))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    temporary = os.path.join(os.path.dirname(path), f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(os.path.dirname(path))
 
 
 def sync_folder(folder):
