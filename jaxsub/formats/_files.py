@@ -237,18 +237,26 @@ def list_folder(path):
 
 
 def write_atomic(path, chunks):
-    """Writes `chunks` (bytes-like) to `path`: temporary name in the same folder, fsync, rename, fsync of the folder.
+    """Writes `chunks` (bytes-like) to `path`; see `new_file`."""
+    with new_file(path) as stream:
+        for chunk in chunks:
+            stream.write(chunk)
 
-    The mode follows the umask. On any error the old file stays and the temporary one is removed.
+
+@contextlib.contextmanager
+def new_file(path):
+    """Gives a stream whose content is at `path` when the block ends.
+
+    Temporary name in the same folder, fsync, rename, fsync of the folder. The mode follows the umask. On any error
+    the old file stays and the temporary one is removed.
     """
     path = os.path.abspath(os.fspath(path))
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    temporary = _temporary(folder)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         with os.fdopen(fd, "wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -257,6 +265,10 @@ def write_atomic(path, chunks):
             os.unlink(temporary)
         raise
     sync_folder(folder)
+
+
+def _temporary(folder):
+    return os.path.join(folder, f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
 
 
 @contextlib.contextmanager
@@ -269,7 +281,7 @@ def new_folder(path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-    temporary = os.path.join(os.path.dirname(path), f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    temporary = _temporary(os.path.dirname(path))
     os.mkdir(temporary)
     try:
         yield temporary
