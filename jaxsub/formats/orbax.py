@@ -95,12 +95,24 @@ def _leaves(path):
         leaves = None
     if not leaves or not all(x.keys and all(isinstance(k, str) for k in (*x.keys, x.kind)) for x in leaves):
         raise errors.InputError(os.path.join(path, TREE), "holds no tree", hint="it is damaged", rule="H7")
+    _require_tree(leaves, path)
     for attribute in ("name", "place"):
         named = [getattr(leaf, attribute) for leaf in leaves]
         if len({*named}) < len(named):
             twice = next(name for name in named if named.count(name) > 1)
             raise errors.InputError(path, "is the name of two arrays", key=twice, rule="H3")
     return leaves
+
+
+def _require_tree(leaves, path):
+    """Refuses leaves under leaves, and nodes that are lists and dicts at once."""
+    ends, lists = {leaf.keys for leaf in leaves}, {}
+    for leaf in leaves:
+        for depth, (key, in_list) in enumerate(zip(leaf.keys, leaf.in_list, strict=True)):
+            is_odd = lists.setdefault(leaf.keys[:depth], in_list) != in_list or (in_list and not key.isdecimal())
+            if is_odd or (depth and leaf.keys[:depth] in ends):
+                reason = "is a leaf under a leaf, or in a list that is a dict as well"
+                raise errors.InputError(path, reason, key=leaf.name, hint="the tree is damaged", rule="H7")
 
 
 def _parsed(path, name):

@@ -24,7 +24,7 @@ def tree():
     params = {"dense": dense, "blocks": [np.ones((2, 2)), (np.full((2, 2), np.nan),)], "a.b": np.array(2, np.float32)}
     params["table"] = np.random.default_rng(0).standard_normal((64, 32))  # too large to lie in the database itself
     rest = {"opt_state": {"mu": BASE}, "step": 3, "rate": 0.5, "ids": np.arange(3), "none": None, "empty": {}}
-    return {"params": params | {"ten": {str(i): np.full(1, float(i)) for i in range(11)}}} | rest
+    return {"params": params | {"eleven": [np.full(1, float(i)) for i in range(11)]}} | rest
 
 
 def save(path, content, **options):
@@ -113,6 +113,15 @@ def test_arrays_in_several_pieces_and_zarr_3(tmp_path):
         (lambda f: edit(f, lambda text: text.replace('"kernel"', '"..\\/..\\/x"')), "cannot be opened"),
         (lambda f: edit(f, lambda text: text.replace('"key": "kernel"', '"key": "bias"')), "name of two arrays"),
         (lambda f: edit(f, lambda text: text.replace('"key": "kernel"', '"key": "k\\u202e"')), "control character"),
+        (
+            lambda f: edit(f, lambda text: text.replace('"key": "0", "key_type": 1', '"key": "x", "key_type": 1')),
+            "in a list",
+        ),
+        (
+            lambda f: edit(f, lambda text: text.replace('"key": "0", "key_type": 1', '"key": "0", "key_type": 2')),
+            "in a list",
+        ),
+        (lambda f: edit(f, lambda text: text.replace('"key": "ids"', '"key": "params"')), "a leaf under a leaf"),
     ],
 )
 def test_what_is_no_whole_checkpoint_is_refused(folder, harm, words):
@@ -215,6 +224,19 @@ def test_rewritten_trees_are_restored_by_orbax(saved, tmp_path):
         again = formats.open_model(tmp_path / name)
         assert (dict(again.tensors), again.metadata) == (dict(model.tensors), model.metadata)
     assert json.loads((tmp_path / "new" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["n"] == 3
+
+
+def test_a_training_state_is_its_weights(tmp_path):
+    optax, train_state = pytest.importorskip("optax"), pytest.importorskip("flax.training.train_state")
+    made = train_state.TrainState.create(apply_fn=None, params={"w": jax.numpy.ones((3, 2))}, tx=optax.adam(1e-3))
+    save(tmp_path / "m", made)
+    model = formats.open_model(tmp_path / "m")
+    assert list(model.tensors) == ["params/w"] and {n.split("/")[0] for n in model.skipped} <= {"opt_state", "step"}
+    formats.rewrite(model, tmp_path / "new", {"params/w": np.full((3, 2), 4.0)})
+    with checkpoint.StandardCheckpointer() as reader:
+        restored = reader.restore(tmp_path / "new", made)
+    np.testing.assert_array_equal(restored.params["w"], np.full((3, 2), 4.0))
+    assert jax.tree_util.tree_structure(restored) == jax.tree_util.tree_structure(made)
 
 
 def test_arrays_of_devices_and_overflow(tmp_path):
