@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxsub
-from jaxsub import errors, finding, hubcache
+from jaxsub import errors, finding, formats, hubcache
 from jaxsub.formats import safetensors
 
 COMMIT, OLDER = "a" * 40, "0123456789" * 4
@@ -93,6 +93,17 @@ def test_links_out_of_a_snapshot_go_to_its_blobs_only(cache, tmp_path):
     os.symlink(tmp_path / ("f" * 64), link)
     with pytest.raises(errors.InputError, match="leaves the collection"):
         jaxsub.open_collection("org/m0", smallest=1, max_quarantined=0)
+
+
+def test_a_model_of_the_cache_is_written_again_as_plain_files(cache, tmp_path):
+    entry = put(cache, "org", "m0", 1.0)
+    (entry / "blobs" / ("b" * 40)).write_text("{}")
+    os.symlink(f"../../blobs/{'b' * 40}", entry / "snapshots" / COMMIT / "config.json")
+    (model,) = jaxsub.open_collection("org/m0", smallest=1).models
+    formats.rewrite(model, tmp_path / "new", {"w": np.zeros((4, 3))})
+    assert sorted(os.listdir(tmp_path / "new")) == ["config.json", "model.safetensors"]
+    assert not any(os.path.islink(tmp_path / "new" / name) for name in os.listdir(tmp_path / "new"))
+    assert not safetensors.read(tmp_path / "new" / "model.safetensors")["w"].any()
 
 
 def test_where_the_cache_is(cache, tmp_path, monkeypatch):
