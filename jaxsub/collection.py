@@ -133,7 +133,7 @@ def open_collection(
 
     Args:
         paths: a folder (one model a file or a sub-folder, searched recursively), a glob, a .txt file of paths (one
-            a line, relative to the file), or a list of these.
+            a line, relative to the file), org/name[@revision] in the local cache of downloads, or a list of these.
         layers: regular expressions, one or several; layers whose name none of them finds a place in are left out.
         exclude_layers: the same, for layers to leave out.
         match: "exact" names, or "order" for names that differ in run numbers only (Keras).

@@ -1,5 +1,7 @@
 """Where the models of a collection lie: folders, globs and lists of paths become (id, path, root). Opens no model.
 
+A text like org/name or org/name@revision that is no path is looked for in the cache of downloads (`hubcache`).
+
 Hidden names, `__pycache__` and `.tmp-*` are passed over; files that are no models are listed as ignored; a
 sub-folder without a model beside sub-folders with models is a model that is missing, and is set aside.
 """
@@ -9,7 +11,7 @@ import dataclasses
 import glob
 import os
 
-from jaxsub import errors, formats
+from jaxsub import errors, formats, hubcache
 
 _WORKDIR_LOCK = ".jaxsub.lock"
 MAX_DEPTH = 32  # folders under folders; deeper is a loop or an accident
@@ -47,13 +49,18 @@ def find(paths, allow_roots=()):
     found = Found()
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     for path in paths:
-        for item, base in _expand(os.fspath(path)):
+        for item, base, name in _expand(os.fspath(path)):
             found.folders += [] if base in found.folders else [base]
+            first = len(found.candidates)
             if os.path.isdir(item) and not formats.is_model(item):
-                _Walk(base, allow_roots, found).folder(item)
+                _Walk(base if name is None else item, allow_roots, found).folder(item)
             else:
-                root = item if os.path.isdir(item) and item == path else base
+                root = item if os.path.isdir(item) and (item == path or name) else base
                 found.candidates.append(Candidate(_identifier(item, base), item, root))
+            if name is not None:  # a snapshot's own name is its commit
+                new = found.candidates[first:]
+                ids = [name if c.path == item else f"{name}/{c.id}" for c in new]
+                found.candidates[first:] = [dataclasses.replace(c, id=i) for c, i in zip(new, ids, strict=True)]
     unique = {os.path.abspath(c.path): c for c in reversed(found.candidates)}
     found.candidates = sorted(_distinct_ids(list(unique.values())), key=lambda c: os.fsencode(c.id))
     found.refused.sort(key=lambda pair: os.fsencode(pair[0].id))
@@ -61,25 +68,41 @@ def find(paths, allow_roots=()):
 
 
 def _expand(path):
-    """[(path, base)], ids being relative to the base: one a folder or file, one a line of a list or match of a glob."""
+    """[(path, base, name)], ids being relative to the base: one a folder or file, one a line of a list or match of a
+    glob; the name is that of a model in the cache of downloads, else None.
+    """
     if path.endswith(_LIST) and os.path.isfile(path):
         base = os.path.dirname(os.path.abspath(path))
-        return [pair for line in _lines(path) for pair in _plain(os.path.normpath(os.path.join(base, line)), base)]
-    return _plain(path)
+        places = [(os.path.normpath(os.path.join(base, line)), line) for line in _lines(path)]
+        return [found for place, line in places for found in _plain(place, line, base)]
+    return _plain(path, path)
 
 
-def _plain(path, base=None):
+def _plain(path, said, base=None):
     path = path.rstrip("/") or "/"
     if os.path.lexists(path):
         is_collection = os.path.isdir(path) and not formats.is_model(path)
-        return [(path, base or (path if is_collection else os.path.dirname(os.path.abspath(path))))]
+        return [(path, base or (path if is_collection else os.path.dirname(os.path.abspath(path))), None)]
     if not glob.has_magic(path):
-        raise errors.InputError(path, "no such file or folder", hint="check --collection", rule="H12")
+        return [_cached(path, said)]
     matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
     if not matches:
         raise errors.InputError(path, "no file or folder matches", hint="check --collection", rule="H12")
     fixed = os.path.dirname(path[: min(path.find(c) for c in "*?[" if c in path)]) or "."
-    return [(match, base or fixed) for match in matches]
+    return [(match, base or fixed, None) for match in matches]
+
+
+def _cached(path, said):
+    """What `_expand` gives for the name of a model in the cache of downloads."""
+    reason, hint = "no such file or folder", "check --collection"
+    if hubcache.is_name(said):
+        snapshot, looked = hubcache.locate(said)
+        if snapshot:
+            return snapshot, os.path.dirname(os.path.dirname(snapshot)), said
+        shown = ", ".join(errors.quote(place) for place in looked)
+        reason += f", and no model of this name is in the cache of downloads (looked for {shown})"
+        hint += ", or fetch the model first: nothing is fetched here"
+    raise errors.InputError(path, reason, hint=hint, rule="H12")
 
 
 def _lines(path):

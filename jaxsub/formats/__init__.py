@@ -62,7 +62,7 @@ def is_model(path):
         stem + end for stem in stems for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
     ]
     layouts += [os.path.join(path, name) for name in ("adapter_config.json", *_sniff.ADAPTER_FILES)]
-    return any(os.path.lexists(name) for name in layouts)
+    return any(os.path.lexists(name) for name in layouts) or _sniff.is_orbax(path)
 
 
 def read(model, tensor):

@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 
 from jaxsub import descriptors, errors
@@ -21,6 +22,7 @@ from jaxsub.formats import _hints
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git or sha256 digest: the names in a hub cache
+MAX_TREE_FILES = 100_000  # of one model that is a folder of many files
 _MAX_PREAD = 1 << 30  # Linux moves at most 2^31 - 4096 bytes a call
 _LARGE = 1 << 18  # bytes from which a read is a block of its own: see `_advise`
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
@@ -39,6 +41,31 @@ def identify(path, *, root=None, allow_roots=()):
     _check_links(path, root, allow_roots)
     with _opened(path) as fd:
         return _file_id(path, os.fstat(fd))
+
+
+def identify_tree(folder, *, root=None, allow_roots=()):
+    """FileIds of all files in and under a folder, each checked as by `identify`; linked folders are refused."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        for name in folders:
+            if os.path.islink(os.path.join(where, name)):
+                reason, hint = "is a link to a folder, inside of a model", "put the folder itself there"
+                raise errors.InputError(os.path.join(where, name), reason, hint=hint, rule="H10")
+        if len(found) + len(names) > MAX_TREE_FILES:
+            raise errors.InputError(folder, f"holds more than {MAX_TREE_FILES} files", rule="H19")
+        root = folder if root is None else root
+        found += [identify(os.path.join(where, name), root=root, allow_roots=allow_roots) for name in sorted(names)]
+    return found
+
+
+def require_unchanged(files):
+    """Refuses when any of the FileIds is not what its path leads to now."""
+    for file in files:
+        try:
+            status = os.stat(file.path)
+        except OSError as error:
+            raise errors.InputChangedError(file.path, "is gone since it was read", hint=_CHANGED_HINT) from error
+        _require_unchanged(file, status)
 
 
 def read_bytes(file, offset, num_bytes):
@@ -236,18 +263,26 @@ def list_folder(path):
 
 
 def write_atomic(path, chunks):
-    """Writes `chunks` (bytes-like) to `path`: temporary name in the same folder, fsync, rename, fsync of the folder.
+    """Writes `chunks` (bytes-like) to `path`; see `new_file`."""
+    with new_file(path) as stream:
+        for chunk in chunks:
+            stream.write(chunk)
 
-    The mode follows the umask. On any error the old file stays and the temporary one is removed.
+
+@contextlib.contextmanager
+def new_file(path):
+    """Gives a stream whose content is at `path` when the block ends.
+
+    Temporary name in the same folder, fsync, rename, fsync of the folder. The mode follows the umask. On any error
+    the old file stays and the temporary one is removed.
     """
     path = os.path.abspath(os.fspath(path))
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    temporary = _temporary(folder)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         with os.fdopen(fd, "wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -256,6 +291,31 @@ def write_atomic(path, chunks):
             os.unlink(temporary)
         raise
     sync_folder(folder)
+
+
+def _temporary(folder):
+    return os.path.join(folder, f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Gives a temporary folder beside `path` that becomes `path` when the block ends, and is gone if it fails.
+
+    A folder with some of its weight files can pass for a whole model; under this name it is none.
+    """
+    path = os.path.abspath(os.fspath(path))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    temporary = _temporary(os.path.dirname(path))
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(os.path.dirname(path))
 
 
 def sync_folder(folder):

@@ -25,7 +25,7 @@ def content(path, read_shard, *, root=None, allow_roots=()):
     Raises:
         InputError: a name that leaves the folder, a shard or key that is missing, misplaced or not listed (H10, H11).
     """
-    index = _read(path, root, allow_roots)
+    index = read(path, root=root, allow_roots=allow_roots)
     where, ending = index["weight_map"], os.path.splitext(path.removesuffix(".index.json"))[1]
     for key, name in where.items():
         _check_shard_name(name, ending, key, path)
@@ -39,7 +39,8 @@ def content(path, read_shard, *, root=None, allow_roots=()):
     return contents, _size_warning(index, contents, path)
 
 
-def _read(path, root, allow_roots):
+def read(path, *, root=None, allow_roots=()):
+    """The JSON of an index file, a dict with a `weight_map` that is not empty; its names are not checked yet."""
     file = _files.identify(path, root=root, allow_roots=allow_roots)
     if file.size > MAX_INDEX:
         raise errors.InputError(

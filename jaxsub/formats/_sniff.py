@@ -14,11 +14,14 @@ EXTENSIONS = {
 }  # fmt: skip
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 SIDECARS = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "rng_state.pth"}
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that orbax is writing
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def only_file(path):
     """The one weight file of a folder whose names follow no layout, or None."""
+    if is_orbax(path):
+        return None
     names = set(_files.list_folder(path))
     stems = [stem + end for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
     if names & {"adapter_config.json", *ADAPTER_FILES, *stems, *(stem + ".index.json" for stem in stems)}:
@@ -39,7 +42,15 @@ def kind(path):
     return EXTENSIONS.get(extension(path)) or _content_kind(path)
 
 
+def is_orbax(path):
+    """Whether a folder is laid out as an orbax checkpoint, or as the beginning of one."""
+    names = ("_METADATA", "manifest.ocdbt")
+    return UNFINISHED in os.path.basename(path) or any(os.path.lexists(os.path.join(path, name)) for name in names)
+
+
 def _folder_kind(path):
+    if is_orbax(path):
+        return "orbax"
     adapter = ("adapter_config.json", *ADAPTER_FILES)
     return "peft" if any(os.path.lexists(os.path.join(path, name)) for name in adapter) else "huggingface"
 

@@ -13,6 +13,7 @@ from jaxsub.formats import _files, _hints, _model, _names, _pickle, _zip
 
 MAX_PICKLE = 1 << 26  # bytes of data.pkl; 300 bytes a tensor are usual
 MAX_DEPTH = 32  # nested dicts
+TWIN = "the same stored numbers as "  # of a tensor left out for another one, whose name follows
 MAX_ALIASING = 8  # bytes of all views over bytes of their storage
 
 
@@ -130,7 +131,7 @@ def _content(file, views, placed):
         extent = descriptors.Extent(file, offset) if _is_row_major(view) else None
         tensors.append(descriptors.Tensor(name, view.shape, view.dtype, extent))
         same = first.setdefault((view.storage.key, view.dtype, view.offset, view.shape, view.stride), name)
-        reason = _names.not_a_weight(name) or (f"the same stored numbers as {same}" if same != name else None)
+        reason = _names.not_a_weight(name) or (TWIN + same if same != name else None)
         if reason:
             skipped[name] = reason
     return _model.Content(file, tensors, skipped, {}, lambda name: _load(file, views[name], placed[name].offset))

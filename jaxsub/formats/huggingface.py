@@ -1,13 +1,18 @@
 """Hugging Face model folders: one weight file, or an index and its shards; safetensors before torch files.
 
-Nothing else in the folder is opened.
+Nothing else in the folder is opened by the reader. Models are written again file by file, torch files as
+safetensors: no pickle is ever written.
 """
 
+import json
 import os
+import re
 
 from jaxsub import errors
-from jaxsub.formats import _files, _header, _index, _model, _sniff, _torch
+from jaxsub.formats import _files, _header, _index, _model, _rewrite, _sniff, _torch, safetensors
 
+ENDING = ""  # of a rewritten model: a folder
+_METADATA = {"format": "pt"}  # without it transformers refuses the file
 _READERS = {".safetensors": _header.content, ".bin": _torch.content}
 
 
@@ -53,3 +58,57 @@ def _choose(path, names):
 
 def _refuse(path, reason, name):
     return errors.InputError(os.path.join(path, name), reason, hint="remove the one that is not wanted", rule="H11")
+
+
+def rewrite(model, path, layers):
+    """Writes a folder again, its shards, index and sidecars as they are; see `formats.rewrite`."""
+    stem, ending = _choose(model.path, _files.list_folder(model.path))
+    file, index = os.path.join(model.path, stem + ending), None
+    where = {"root": model.path, "allow_roots": _rewrite.ANYWHERE}
+    if os.path.lexists(file):
+        contents = [_READERS[ending](file, **where)]
+    else:
+        index = _index.read(file + ".index.json", **where)
+        contents, _ = _index.content(file + ".index.json", _READERS[ending], **where)
+    names = {name: _safetensors_name(name) for c in contents for name in [os.path.basename(c.file.path)]}
+    if len({*names.values()}) < len(names):
+        reason = "lists shards that would be called alike as safetensors"
+        raise errors.InputError(file + ".index.json", reason, hint="rename them", rule="H11")
+    safetensors.require_known([t for content in contents for t in content.tensors], model.path)
+    with _files.new_folder(path) as folder:
+        _rewrite.copy_sidecars(model.path, folder, without=())
+        for content in contents:
+            name = names[os.path.basename(content.file.path)]
+            _write(content, os.path.join(folder, name), layers, model, ending)
+        if index is not None:
+            total = sum(t.num_bytes for content in contents for t in content.tensors)
+            metadata = index.get("metadata")
+            index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
+            index["weight_map"] = {key: names[name] for key, name in index["weight_map"].items()}
+            text = json.dumps(index, indent=2, allow_nan=False)
+            name = _safetensors_name(stem + ending) + ".index.json"
+            _files.write_atomic(os.path.join(folder, name), [text.encode("utf-8") + b"\n"])
+
+
+def _safetensors_name(name):
+    """What a weight file is called as safetensors: transformers looks for model, not for pytorch_model."""
+    if name.endswith(".safetensors"):
+        return name
+    return re.sub("^pytorch_model", "model", name.removesuffix(".bin")) + ".safetensors"
+
+
+def _write(content, path, layers, model, ending):
+    """Writes one weight file again."""
+    if ending == ".safetensors":
+        safetensors.patch(content, path, layers, model, _METADATA)
+        return
+    _rewrite.require_unchanged(model, [content.file])
+
+    def load(tensor):
+        name = content.skipped.get(tensor.name, "").removeprefix(_torch.TWIN)
+        source = name if name in layers else tensor.name  # names of one storage stay equal
+        if source in layers:
+            return _rewrite.stored(layers[source], tensor, model)
+        return _model.whole(tensor) if tensor.extent else content.load(tensor.name)
+
+    safetensors.stream(path, content.tensors, load, _METADATA)

@@ -2,9 +2,14 @@
 
 import functools
 import os
+import zipfile
+
+import numpy as np
 
 from jaxsub import descriptors, errors
-from jaxsub.formats import _files, _model, _names, _npy, _sniff, _zip
+from jaxsub.formats import _files, _model, _names, _npy, _rewrite, _sniff, _zip
+
+ENDING = ".npz"  # of a rewritten model; a .npy becomes an archive of one
 
 
 def claims(path):
@@ -21,19 +26,12 @@ def open(path, *, root=None, allow_roots=()):
     file = _files.identify(path, root=root, allow_roots=allow_roots)
     skipped, tensors, loads = {}, [], {}
     with _files.reader(file) as reader:
-        head = reader.read(0, min(file.size, 512))
-        if head.startswith(b"\x93NUMPY"):
-            name = os.path.splitext(os.path.basename(os.fspath(path)))[0]
-            found = {name: _zip.Member(name, _zip.STORED, 0, file.size, file.size, 0)}
-        elif head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            members = _zip.walk(reader)
-            found = {n.removesuffix(".npy"): m for n, m in members.items() if n.endswith(".npy")}
-            skipped = {n: "no .npy member" for n in members if not n.endswith(".npy") and members[n].size}
-            for member in found.values():
-                if member.method == _zip.STORED:
-                    _zip.verify(reader, member)
-        else:
-            raise _files.damaged(file, "is neither .npy nor .npz", rule="H8", hint="is it cut short?")
+        members, is_archive = _members(reader)
+        found = {n.removesuffix(".npy"): m for n, m in members.items() if n.endswith(".npy")}
+        skipped = {n: "no .npy member" for n in members if not n.endswith(".npy") and members[n].size}
+        for member in found.values():
+            if is_archive and member.method == _zip.STORED:
+                _zip.verify(reader, member)
         _model.check_all(found, file.path)
         for name, member in found.items():
             tensor, load = _tensor(reader, name, member)
@@ -42,6 +40,37 @@ def open(path, *, root=None, allow_roots=()):
     skipped |= {name: reason for name in found if (reason := _names.not_a_weight(name))}
     content = _model.Content(file, tensors, skipped, {}, lambda name: loads[name]())
     return _model.from_content(path, "npz", content)
+
+
+def _members(reader):
+    """(name -> Member, whether they are of an archive); a .npy is one member that no checksum covers."""
+    file = reader.file
+    head = reader.read(0, min(file.size, 512))
+    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return _zip.walk(reader), True
+    if not head.startswith(b"\x93NUMPY"):
+        raise _files.damaged(file, "is neither .npy nor .npz", rule="H8", hint="is it cut short?")
+    name = os.path.splitext(os.path.basename(file.path))[0] + ".npy"
+    return {name: _zip.Member(name, _zip.STORED, 0, file.size, file.size, 0)}, False
+
+
+def rewrite(model, path, layers):
+    """Writes an archive again, member by member, with other values in some layers; see `formats.rewrite`."""
+    file = _files.identify(model.path, allow_roots=_rewrite.ANYWHERE)
+    _rewrite.require_unchanged(model, [file])
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with _files.reader(file) as reader, _files.new_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
+        members, is_archive = _members(reader)
+        for name, member in members.items():
+            info = zipfile.ZipInfo(name)  # its date is fixed: the same bytes for the same content
+            info.compress_type, info.file_size = member.method, member.size
+            layer = name.removesuffix(".npy")
+            with archive.open(info, "w") as target:
+                if layer in layers and layer != name:
+                    values = _rewrite.stored(layers[layer], model.tensors[layer], model)
+                    np.lib.format.write_array(target, values, allow_pickle=False)
+                else:
+                    target.write(_zip.content(reader, member) if is_archive else reader.read(0, file.size))
 
 
 def _tensor(reader, name, member):

@@ -131,16 +131,16 @@ def rewrite(model, path, layers):
         for tensor, array in ((pair.a, a), (pair.b, b)):
             array = np.reshape(array, _shape_like(tensor.shape, array))
             tensors[tensor.name] = _rewrite.cast(array, descriptors.numpy_dtype(tensor.dtype), model, name)
-    os.makedirs(path)
     original = os.path.join(model.path, CONFIG)
     config = _json.parse(_rewrite.read(original), original)
     config |= config_of(ranks, alphas)
     if "init_lora_weights" in config:
         config["init_lora_weights"] = True  # PiSSA and its like would change the base on loading
-    _rewrite.copy_sidecars(model.path, path, without=(CONFIG, *_sniff.ADAPTER_FILES))
-    safetensors.write(os.path.join(path, _sniff.ADAPTER_FILES[0]), tensors, metadata)
     text = json.dumps(config, indent=2, allow_nan=False)
-    _files.write_atomic(os.path.join(path, CONFIG), [text.encode("utf-8") + b"\n"])
+    with _files.new_folder(path) as folder:
+        _rewrite.copy_sidecars(model.path, folder, without=(CONFIG, *_sniff.ADAPTER_FILES))
+        safetensors.write(os.path.join(folder, _sniff.ADAPTER_FILES[0]), tensors, metadata)
+        _files.write_atomic(os.path.join(folder, CONFIG), [text.encode("utf-8") + b"\n"])
 
 
 def _shape_like(shape, array):

@@ -1,5 +1,7 @@
 """Raw .safetensors files: one file, one model. Reads headers only; writes for every reader of the format."""
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import struct
 
 import numpy as np
 
+from jaxsub import descriptors, errors
 from jaxsub.formats import _files, _header, _model, _rewrite, _sniff
 
 ALIGNMENT = 64  # bytes; the data starts on a cache line, so readers can use it in place
@@ -41,7 +44,7 @@ def read(path):
 def header_bytes(tensors, metadata=None):
     """Bytes of the file that `write` would make, less those of the arrays."""
     arrays = {name: _plain(name, array) for name, array in tensors.items()}
-    return len(next(_chunks(arrays, _order(arrays), metadata or {})))
+    return len(next(_of_arrays(arrays, metadata)))
 
 
 def open_metadata(path):
@@ -61,22 +64,69 @@ def write(path, tensors, metadata=None):
         TypeError: a dtype the format lacks, or metadata that is not text.
     """
     arrays = {name: _plain(name, array) for name, array in tensors.items()}
-    _files.write_atomic(path, _chunks(arrays, _order(arrays), metadata or {}))
+    _files.write_atomic(path, _of_arrays(arrays, metadata))
+
+
+def stream(path, tensors, load, metadata=None):
+    """Writes tensors to one file as `write` does, with one of them in memory at a time.
+
+    Args:
+        path: the file.
+        tensors: Tensors; only names, shapes and dtypes are used.
+        load: function Tensor -> row-major array of its shape and dtype.
+        metadata: strings by name.
+    """
+    by_name = {t.name: t for t in tensors}
+    specs = {t.name: (t.shape, t.dtype) for t in tensors}
+    _files.write_atomic(path, _chunks(specs, metadata or {}, lambda name: load(by_name[name])))
+
+
+def require_known(tensors, path):
+    """Refuses Tensors of dtypes that the format lacks."""
+    for t in tensors:
+        if t.dtype not in _CODES and t.dtype not in _header.PACKED:
+            raise errors.InputError(path, f"{t.dtype} has no place in safetensors", key=t.name, rule="H6")
 
 
 def rewrite(model, path, layers):
     """Writes a file again at `path` with other values in some layers; see `formats.rewrite`."""
-    tensors = read(model.path)
-    for name, array in layers.items():
-        stored = tensors[name]
-        tensors[name] = _rewrite.cast(np.reshape(array, stored.shape), stored.dtype, model, name)
+    content = _header.content(model.path, allow_roots=_rewrite.ANYWHERE)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    write(path, tensors, dict(model.metadata))
+    patch(content, path, layers, model)
 
 
-def _order(arrays):
-    """Names, widest dtype first: each dtype stays aligned."""
-    return sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+def patch(content, path, layers, model, metadata=None):
+    """Writes a file again: its own bytes, with other values in the layers that it holds.
+
+    Args:
+        content: of the original.
+        path: the new file.
+        layers: layer -> array; those of other files are passed over.
+        model: that the file belongs to.
+        metadata: strings that its header lacks.
+    """
+    _rewrite.require_unchanged(model, [content.file])
+    changed = [t for t in content.tensors if t.name in layers and t.name not in content.skipped]
+    patches = [
+        (t.extent.offset, t.num_bytes, functools.partial(_rewrite.stored, layers[t.name], t, model)) for t in changed
+    ]
+    head = _files.read_bytes(content.file, 0, 8)
+    start = 8 + struct.unpack("<Q", head)[0]
+    lacking = {key: value for key, value in (metadata or {}).items() if key not in content.metadata}
+    if not lacking:
+        _files.write_atomic(path, _rewrite.patched(content.file, patches))
+        return
+    header = json.loads(_files.read_bytes(content.file, 8, start - 8))
+    header = {"__metadata__": {**content.metadata, **lacking}} | {
+        k: v for k, v in header.items() if k != "__metadata__"
+    }
+    rest = _rewrite.patched(content.file, patches, start)
+    _files.write_atomic(path, itertools.chain([_header_bytes(header)], rest))
+
+
+def _of_arrays(arrays, metadata):
+    specs = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
+    return _chunks(specs, metadata or {}, arrays.__getitem__)
 
 
 def _plain(name, array):
@@ -87,21 +137,28 @@ def _plain(name, array):
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def _chunks(arrays, order, metadata):
+def _chunks(specs, metadata, load):
+    """The file in pieces; `specs` is name -> (shape, dtype name), `load` the array of a name."""
     if not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()):
         raise TypeError("metadata must map names to strings")
     header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    widths = {name: descriptors.numpy_dtype(dtype).itemsize for name, (_, dtype) in specs.items()}
+    order = sorted(specs, key=lambda name: (-widths[name], name))  # widest first: each dtype stays aligned
     position = 0
     for name in order:
-        array = arrays[name]
-        end = position + math.prod(array.shape) * array.dtype.itemsize
-        header[name] = {"dtype": _CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [position, end]}
+        shape, dtype = specs[name]
+        end = position + math.prod(shape) * widths[name]
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
+    yield _header_bytes(header)
+    for name in order:
+        if math.prod(specs[name][0]):
+            yield memoryview(load(name).reshape(-1).view(np.uint8))
+
+
+def _header_bytes(header):
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > _header.MAX_HEADER:
         raise TypeError(f"the header would have {len(text)} bytes, more than the format allows")
-    yield struct.pack("<Q", len(text)) + text
-    for name in order:
-        if arrays[name].size:
-            yield memoryview(arrays[name].reshape(-1).view(np.uint8))
+    return struct.pack("<Q", len(text)) + text

@@ -23,7 +23,7 @@ log = logging.getLogger("jaxsub")
 class Config:
     """Options of an analysis; each can be set as --config.<field>=."""
 
-    collection: tuple[str, ...] = ()  # folders, globs, or text files of paths
+    collection: tuple[str, ...] = ()  # folders, globs, text files of paths, or org/name of the hub cache
     layers: tuple[str, ...] = ()  # regular expressions; only layers that match one
     exclude_layers: tuple[str, ...] = ()
     base: str = ""  # a model to subtract from dense layers

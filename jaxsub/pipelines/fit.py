@@ -32,7 +32,7 @@ WORKING_COPIES = 4  # of a stack in the dtype of its products: itself, centred, 
 class Config:
     """Options of a fit; each can be set as --config.<field>=."""
 
-    collection: tuple[str, ...] = ()  # folders, globs, or text files of paths
+    collection: tuple[str, ...] = ()  # folders, globs, text files of paths, or org/name of the hub cache
     layers: tuple[str, ...] = ()  # regular expressions; only layers that match one; the others are kept whole
     exclude_layers: tuple[str, ...] = ()  # layers to keep whole
     view: str = "weights"  # weights, or lora_factors (A and B apart)

@@ -22,7 +22,7 @@ MOST_ROWS = 20
 class Config:
     """Options of an inspection."""
 
-    collection: tuple[str, ...] = ()  # folders, globs, or text files of paths
+    collection: tuple[str, ...] = ()  # folders, globs, text files of paths, or org/name of the hub cache
     layers: tuple[str, ...] = ()  # regular expressions; only layers that match one
     exclude_layers: tuple[str, ...] = ()  # regular expressions; no layers that match one
     match: str = "exact"  # exact names, or order (run-numbered names)

@@ -20,7 +20,7 @@ class Config:
     """Options of a projection; each can be set as --config.<field>=."""
 
     bundle: str = ""  # folder that fit wrote
-    collection: tuple[str, ...] = ()  # the models: folders, globs, or text files of paths
+    collection: tuple[str, ...] = ()  # the models: folders, globs, text files of paths, or org/name
     write_models: str = ""  # new folder for the reconstructions, in the models' own format
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
