@@ -7,7 +7,8 @@ import struct
 
 import numpy as np
 
-from jaxsub.formats import _files, _header, _model, _rewrite, _sniff
+from jaxsub import plugins
+from jaxsub.formats import _factors, _files, _header, _model, _rewrite, _sniff
 
 ALIGNMENT = 64  # bytes; the data starts on a cache line, so readers can use it in place
 ENDING = ".safetensors"  # of a rewritten model
@@ -20,12 +21,15 @@ def claims(path):
 
 
 def open(path, *, root=None, allow_roots=()):
-    """The Model in one safetensors file, from its header.
+    """The Model in one safetensors file, from its header; files of LoRA factors go to the reader of their family.
 
     Raises:
         InputError: the file breaks the format, or holds what is no weight by itself (see `_names`).
     """
     content = _header.content(path, root=root, allow_roots=allow_roots)
+    family = _factors.family(content)
+    if family:
+        return plugins.load("formats", family).assemble(path, content)
     return _model.from_content(path, "safetensors", content)
 
 
@@ -40,8 +44,7 @@ def read(path):
 
 def header_bytes(tensors, metadata=None):
     """Bytes of the file that `write` would make, less those of the arrays."""
-    arrays = {name: _plain(name, array) for name, array in tensors.items()}
-    return len(next(_chunks(arrays, _order(arrays), metadata or {})))
+    return len(next(chunks(tensors, metadata)))
 
 
 def open_metadata(path):
@@ -60,8 +63,13 @@ def write(path, tensors, metadata=None):
     Raises:
         TypeError: a dtype the format lacks, or metadata that is not text.
     """
+    _files.write_atomic(path, chunks(tensors, metadata))
+
+
+def chunks(tensors, metadata=None):
+    """The bytes of the file that `write` would make: first the header, then array by array."""
     arrays = {name: _plain(name, array) for name, array in tensors.items()}
-    _files.write_atomic(path, _chunks(arrays, _order(arrays), metadata or {}))
+    return _chunks(arrays, _order(arrays), metadata or {})
 
 
 def rewrite(model, path, layers):
