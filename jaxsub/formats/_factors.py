@@ -112,10 +112,11 @@ def read_alphas(file, tensors):
     found = []
     if not tensors:
         return found
+    dtypes = {name: descriptors.numpy_dtype(name) for name in {t.dtype for t in tensors}}
     with _files.reader(file) as opened:
         for tensor in tensors:
-            raw = opened.read(tensor.extent.offset, tensor.num_bytes)
-            value = float(np.frombuffer(raw, descriptors.numpy_dtype(tensor.dtype))[0])
+            dtype = dtypes[tensor.dtype]
+            value = float(np.frombuffer(opened.read(tensor.extent.offset, dtype.itemsize), dtype)[0])
             if not math.isfinite(value) or value < 0:
                 raise _bad_alpha(file.path, tensor.name, f"is {value}, a finite number from 0 on was expected")
             found.append(value)

@@ -1,5 +1,6 @@
 """Raw .safetensors files: one file, one model. Reads headers only; writes for every reader of the format."""
 
+import functools
 import json
 import math
 import os
@@ -29,8 +30,11 @@ def open(path, *, root=None, allow_roots=()):
     content = _header.content(path, root=root, allow_roots=allow_roots)
     family = _factors.family(content)
     if family:
-        return plugins.load("formats", family).assemble(path, content)
+        return _reader(family).assemble(path, content)
     return _model.from_content(path, "safetensors", content)
+
+
+_reader = functools.cache(functools.partial(plugins.load, "formats"))
 
 
 def read(path):
