@@ -143,13 +143,13 @@ def _tucker(a, b, core, name):
     return (a[1], b[1], *core[2:])
 
 
-def delta(made, read, alpha_scale):
+def delta(made, read, scale):
     """Delta-W of a Recipe, in its shape and dtype.
 
     Args:
         made: the Recipe.
         read: reads the tensor at a position of the file.
-        alpha_scale: alpha / r.
+        scale: what its factors are multiplied by.
     """
     dtype = descriptors.numpy_dtype(made.dtype)
     parts = {name: read(position).astype(dtype) for name, position in made.parts.items()}
@@ -162,7 +162,7 @@ def delta(made, read, alpha_scale):
     else:
         first, second = _half(parts, "lokr_w1", None), _half(parts, "lokr_w2", _LOKR_CORE)
         found = np.kron(first.reshape(first.shape + (1,) * (second.ndim - first.ndim)), second)
-    found *= dtype.type(alpha_scale if made.rank is not None else 1)
+    found *= dtype.type(scale)
     return found.reshape(made.shape)
 
 

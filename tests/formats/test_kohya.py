@@ -54,6 +54,14 @@ def test_files_of_one_header_keep_their_own_alphas(tmp_path):
     assert second.adapters[STEM].a.extent.file.path.endswith("6.safetensors")
 
 
+def test_what_follows_from_a_header_is_worked_out_once(tmp_path, monkeypatch):
+    calls, make = [], kohya._make_plan
+    monkeypatch.setattr(kohya, "_make_plan", lambda content: calls.append(1) or make(content))
+    arrays = pair("worked_out_once", alpha=1)
+    models = [opened(tmp_path, arrays, name=f"{n}.safetensors") for n in range(3)]
+    assert len(calls) == 1 and len({m.adapters["worked_out_once"].a.extent.file for m in models}) == 3
+
+
 @pytest.mark.parametrize(
     "ends",
     [("lora.down.weight", "lora.up.weight"), ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"), None],
