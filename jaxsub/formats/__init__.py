@@ -2,6 +2,7 @@
 
 A reader is a module of this folder with `claims(path)` and `open(path, *, root, allow_roots)`; the file name is
 its registration. A path has one reader, chosen by layout and ending; a file it refuses is not tried by another.
+LoRA files end as raw safetensors do: their readers claim no path, `safetensors` hands over to their `assemble`.
 A reader that can also write its models again has `ENDING` and `rewrite(model, path, layers)`.
 """
 

@@ -89,7 +89,8 @@ def check_no_factor(name, file):
             file,
             "is a factor of an adapter, and its scale is not given in a way that is read",
             key=name,
-            hint="give a PEFT folder (adapter_config.json, adapter_model.safetensors), or merge the adapter",
+            hint="give a PEFT folder (adapter_config.json, adapter_model.safetensors), a .safetensors of kohya-ss or "
+            "diffusers, or merge the adapter",
             rule="H13",
         )
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 from jaxsub import descriptors, errors
-from jaxsub.formats import _json, _model, _names, _patterns
+from jaxsub.formats import _factors, _json, _names, _patterns
 
 PREFIX = "base_model.model."
 _SWITCHES = {  # field -> what to do when it is set
@@ -24,6 +24,7 @@ _SWITCHES = {  # field -> what to do when it is set
     for name in ("use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config", "arrow_config")
     + ("velora_config", "monteclora_config")
 }
+_SAVE_AGAIN = "save the adapter again with PEFT"
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _KNOWN = frozenset(
     """peft_type r lora_alpha use_rslora rank_pattern alpha_pattern fan_in_fan_out target_modules bias task_type
@@ -88,6 +89,11 @@ def parse(data, path):
     fields = _json.parse(data, path, rule="H13")
     if not isinstance(fields, dict):
         raise _refuse(path, None, "is no JSON object")
+    return configure(fields, path)
+
+
+def configure(fields, path):
+    """The Config of fields as PEFT names them; raises as `parse`."""
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise _refuse(
@@ -168,38 +174,58 @@ def plan(config, content, path):
         InputError: factors without partner, ranks that differ from the configuration, variants that are no LoRA.
     """
     file = content.file.path
-    factors, plain = _sort(content.tensors, file)
+    factors, plain = sort(enumerate(content.tensors), file, PREFIX)
     if not factors:
         raise errors.InputError(file, "holds no LoRA factors", hint="is this the adapter's file?", rule="H13")
-    ranks = _patterns.table(config.rank_pattern, factors, path, "rank_pattern")
-    alphas = _patterns.table(config.alpha_pattern, factors, path, "alpha_pattern")
+    pairs, warnings = place(config, partners(factors, content.tensors, file), path, "adapter_config.json")
+    skipped = {name: reason for _, name in plain if (reason := _names.not_a_weight(name))}
+    return Plan(pairs, tuple(plain), skipped, warnings, config.metadata)
+
+
+def place(config, found, path, where):
+    """(entries of `Plan.pairs`, warnings) of the factors `found` under a Config.
+
+    Args:
+        config: a Config.
+        found: what `partners` gives, by the name that patterns and targets are about.
+        path: of the configuration, for messages.
+        where: what a user calls the configuration.
+
+    Raises:
+        InputError: ranks that differ from the configuration, targets without factors.
+    """
+    ranks = _patterns.table(config.rank_pattern, found, path, "rank_pattern")
+    alphas = _patterns.table(config.alpha_pattern, found, path, "alpha_pattern")
     pairs = []
-    for layer, sides in factors.items():
+    for layer, factors in found.items():
         r, alpha = ranks.get(layer, config.r), float(alphas.get(layer, config.alpha))
-        a, b, embedding = _partners(layer, sides, content.tensors, file)
-        if a.shape[0] != r:
-            reason = f"says rank {r} for {errors.quote(layer)}, the tensors have {a.shape[0]}"
+        if factors.rank != r:
+            reason = f"says rank {r} for {errors.quote(layer)}, the tensors have {factors.rank}"
             raise _refuse(path, "rank_pattern" if layer in ranks else "r", reason)
         scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        transposed = embedding or (config.transposed and len(a.shape) == 2)
-        shape = (b.shape[0], *a.shape[1:])
-        pairs.append((layer, *sides["positions"], scale, shape[::-1] if transposed else shape, transposed))
-    warnings = [*_target_faults(config, factors, path)]
+        transposed = factors.embedding or (config.transposed and len(factors.shape) == 2)
+        pairs.append(entry(layer, factors, scale, transposed))
+    warnings = [*_target_faults(config, found, path)]
     if config.unknown:
         shown = ", ".join(errors.quote(n, 40) for n in config.unknown[:5])
-        warnings.append(f"adapter_config.json sets {shown}, unknown here and not applied")
-    skipped = {name: reason for _, name in plain if (reason := _names.not_a_weight(name))}
-    return Plan(tuple(pairs), tuple(plain), skipped, tuple(warnings), config.metadata)
+        warnings.append(f"{where} sets {shown}, unknown here and not applied")
+    return tuple(pairs), tuple(warnings)
 
 
-def _sort(tensors, file):
-    """({layer: {'A': position, 'B': position, ...}}, [(position, name) of the other tensors])."""
+def entry(layer, factors, scale, transposed=False):
+    """One entry of `Plan.pairs`."""
+    shape = factors.shape[::-1] if transposed else factors.shape
+    return (layer, factors.a, factors.b, scale, shape, transposed)
+
+
+def sort(numbered, file, prefix=""):
+    """({layer: {'A': position, 'B': position, ...}}, [(position, name) of the other tensors]), without the prefix."""
     factors, plain = {}, []
-    for position, tensor in enumerate(tensors):
-        if not tensor.name.startswith(PREFIX):
+    for position, tensor in numbered:
+        if not tensor.name.startswith(prefix):
             hint = "save the adapter again with PEFT"
-            raise errors.InputError(file, f"does not start with {PREFIX}", key=tensor.name, hint=hint, rule="H13")
-        name = tensor.name[len(PREFIX) :]
+            raise errors.InputError(file, f"does not start with {prefix}", key=tensor.name, hint=hint, rule="H13")
+        name = tensor.name[len(prefix) :]
         layer, side, embedding = _split(name)
         if layer is None:
             if any(f".{mark}" in f".{name}" for mark in _FOREIGN):
@@ -210,6 +236,7 @@ def _sort(tensors, file):
             plain.append((position, name))
             continue
         sides = factors.setdefault(layer, {})
+        side = f"lora_{side}"
         if side in sides or sides.setdefault("embedding", embedding) != embedding:
             raise errors.InputError(file, "has a factor twice", key=layer, hint="save one adapter a file", rule="H13")
         sides[side] = position
@@ -231,26 +258,17 @@ def _split(name):
     return None, "", False
 
 
-def _partners(layer, sides, tensors, file):
-    """(A, B, embedding?) with shapes that fit each other; adds 'positions' to `sides`."""
+def partners(factors, tensors, file):
+    """layer -> Factors, for factors as `sort` gives them.
 
-    def fail(reason, hint="save the adapter again with PEFT"):
-        raise errors.InputError(file, reason, key=layer, hint=hint, rule="H13")
-
-    for side, other in ("AB", "BA"):
-        if side not in sides:
-            fail(f"has lora_{other} and no lora_{side}")
-    sides["positions"] = (sides["A"], sides["B"])
-    a, b = (tensors[p] for p in sides["positions"])
-    for factor in (a, b):
-        _model.require_float(factor, file)
-    if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in a.shape + b.shape:
-        fail(f"has factors of shapes {a.shape} and {b.shape}, which make no matrix")
-    if a.shape[0] != b.shape[1]:
-        fail(f"has lora_A {a.shape} and lora_B {b.shape}: the inner sizes {a.shape[0]} and {b.shape[1]} differ")
-    if any(size != 1 for size in b.shape[2:]):
-        fail(f"has lora_B {b.shape}, a convolution wider than one", "merge the adapter and give the merged model")
-    return a, b, sides["embedding"]
+    Raises:
+        InputError: a factor without its partner, shapes that do not fit each other.
+    """
+    found = {}
+    for layer, sides in factors.items():
+        embedding = sides.pop("embedding")
+        found[layer] = _factors.partners(layer, sides, tensors, file, ("lora_A", "lora_B"), _SAVE_AGAIN, embedding)
+    return found
 
 
 def _target_faults(config, layers, path):

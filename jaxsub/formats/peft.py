@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from jaxsub import descriptors, errors
-from jaxsub.formats import _files, _header, _json, _model, _peft, _rewrite, _sniff, _torch, safetensors
+from jaxsub.formats import _factors, _files, _header, _json, _model, _peft, _rewrite, _sniff, _torch, safetensors
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG = 1 << 22  # bytes
@@ -57,17 +57,12 @@ def _assemble(path, content, plan):
     named = {name: content.tensors[position] for position, name in plan.plain}
     kept = {name: tensor for name, tensor in named.items() if name not in plan.skipped}
     warnings = list(plan.warnings)
-    if not any(_has_effect(pair, content) for pair in adapters.values()):
+    if not _factors.have_effect(adapters.values(), content.load):
         warnings.append("every lora_B is zero: the adapter has no effect")
     metadata = {**content.metadata, **plan.metadata}
     return _model.build(
         path, "peft", kept, plan.skipped, adapters=adapters, warnings=warnings, metadata=metadata, load=content.load
     )
-
-
-def _has_effect(pair, content):
-    """Whether B has an entry that is not zero; reads 4 KiB as a rule, all of it if it is zero."""
-    return pair.scale != 0 and any(block.any() for block in _model.blocks(pair.b, content.load))
 
 
 def write(folder, adapters, *, base_model=None, labels=None):

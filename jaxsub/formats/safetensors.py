@@ -9,8 +9,8 @@ import struct
 
 import numpy as np
 
-from jaxsub import descriptors, errors
-from jaxsub.formats import _files, _header, _model, _rewrite, _sniff
+from jaxsub import descriptors, errors, plugins
+from jaxsub.formats import _factors, _files, _header, _model, _rewrite, _sniff
 
 ALIGNMENT = 64  # bytes; the data starts on a cache line, so readers can use it in place
 ENDING = ".safetensors"  # of a rewritten model
@@ -23,13 +23,19 @@ def claims(path):
 
 
 def open(path, *, root=None, allow_roots=()):
-    """The Model in one safetensors file, from its header.
+    """The Model in one safetensors file, from its header; files of LoRA factors go to the reader of their family.
 
     Raises:
         InputError: the file breaks the format, or holds what is no weight by itself (see `_names`).
     """
     content = _header.content(path, root=root, allow_roots=allow_roots)
+    family = _factors.family(content)
+    if family:
+        return _reader(family).assemble(path, content)
     return _model.from_content(path, "safetensors", content)
+
+
+_reader = functools.cache(functools.partial(plugins.load, "formats"))
 
 
 def read(path):
@@ -43,8 +49,7 @@ def read(path):
 
 def header_bytes(tensors, metadata=None):
     """Bytes of the file that `write` would make, less those of the arrays."""
-    arrays = {name: _plain(name, array) for name, array in tensors.items()}
-    return len(next(_of_arrays(arrays, metadata)))
+    return len(next(chunks(tensors, metadata)))
 
 
 def open_metadata(path):
@@ -63,8 +68,14 @@ def write(path, tensors, metadata=None):
     Raises:
         TypeError: a dtype the format lacks, or metadata that is not text.
     """
+    _files.write_atomic(path, chunks(tensors, metadata))
+
+
+def chunks(tensors, metadata=None):
+    """The bytes of the file that `write` would make: first the header, then array by array."""
     arrays = {name: _plain(name, array) for name, array in tensors.items()}
-    _files.write_atomic(path, _of_arrays(arrays, metadata))
+    specs = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
+    return _chunks(specs, metadata or {}, arrays.__getitem__)
 
 
 def stream(path, tensors, load, metadata=None):
@@ -122,11 +133,6 @@ def patch(content, path, layers, model, metadata=None):
     }
     rest = _rewrite.patched(content.file, patches, start)
     _files.write_atomic(path, itertools.chain([_header_bytes(header)], rest))
-
-
-def _of_arrays(arrays, metadata):
-    specs = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
-    return _chunks(specs, metadata or {}, arrays.__getitem__)
 
 
 def _plain(name, array):

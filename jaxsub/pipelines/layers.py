@@ -16,7 +16,7 @@ from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes, lora
 from jaxsub.statistics import Statistics
 
-HELD_BLOCKS = 3  # resident beyond what was before a pass: more is freed memory, which is handed back
+HELD_BLOCKS = 2.5  # resident beyond what was before a pass: more is freed memory, which is handed back
 
 
 @dataclasses.dataclass(frozen=True)
