@@ -31,6 +31,8 @@ class Layer:
         dtypes: stored dtype of each of these models' weights.
         figures: numbers for the manifest: energy kept, held-out error, ...
         parametrisation: "dense", or "lora": low-rank updates, projected and rebuilt by their factors.
+        orientation: of low-rank updates, how PEFT stores their factors: "linear", "fan_in_fan_out" or "embedding"; ""
+            where that is not known, or not the same in all models.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Layer:
     dtypes: tuple[str, ...]
     figures: dict = dataclasses.field(default_factory=dict)
     parametrisation: str = "dense"
+    orientation: str = ""
 
     @property
     def shape(self):
@@ -102,8 +105,8 @@ class Bundle:
         found = [(g, self.layer(g.name, g.shape)) for g in collection.groups]
         return [(g, one) for g, one in found if one is not None and one.parametrisation == g.parametrisation]
 
-    def coefficients(self, model_ids=None):
-        """Coefficients of members (all by default) on the layers that all of them have.
+    def known(self, model_ids=None):
+        """The ids as a tuple, all members by default.
 
         Raises:
             ConfigError: a model that is no member; names the nearest.
@@ -112,7 +115,15 @@ class Bundle:
         for stranger in (i for i in ids if i not in self.model_ids):
             near = errors.nearest(stranger, self.model_ids)
             raise errors.ConfigError(f"no member {errors.quote(stranger)}{near}")
-        values = {}
+        return ids
+
+    def coefficients(self, model_ids=None):
+        """Coefficients of members (all by default) on the layers that all of them have.
+
+        Raises:
+            ConfigError: a model that is no member; names the nearest.
+        """
+        ids, values = self.known(model_ids), {}
         for layer in self.layers:
             at = {m: i for i, m in enumerate(layer.model_ids)}
             if all(i in at for i in ids):
@@ -175,6 +186,25 @@ class Bundle:
                 raise errors.ConfigError(f"{errors.quote(key)}: coefficients of shape {np.shape(c)[1:]}, not {wanted}")
             found.append((key, keyed[key], c))
         return found
+
+    def export(self, path, model_ids=None, *, layout="portable"):
+        """Writes members of a bundle of PEFT adapters as folders in the new folder `path`; see `bundle.export`.
+
+        Args:
+            path: one folder a member is made in it.
+            model_ids: members; all by default.
+            layout: "portable", what PEFT and servers load.
+
+        Returns:
+            [dict] a member: "model", "folder", "r", "other_tensors".
+
+        Raises:
+            ConfigError: a stranger, layers that are no low-rank updates, or what the layout cannot hold.
+            WorkdirError: the folder exists.
+        """
+        from jaxsub.bundle import export
+
+        return export.write(self, path, model_ids, layout)
 
     def save(self, path):
         """Writes the bundle to a new folder, whole or not at all.

@@ -116,7 +116,14 @@ def _bundle(path, manifest):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
         layers.append(
             Layer(
-                record["name"], space, tuple(ids), values, tuple(dtypes), record["figures"], record["parametrisation"]
+                record["name"],
+                space,
+                tuple(ids),
+                values,
+                tuple(dtypes),
+                record["figures"],
+                record["parametrisation"],
+                record.get("orientation", ""),
             )
         )
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
@@ -171,6 +178,7 @@ def _record(layer, bundle):
         "shape": list(layer.shape),
         "kind": "linear" if layer.is_linear else "tucker",
         "parametrisation": layer.parametrisation,
+        "orientation": layer.orientation,
         "rank": space.rank if layer.is_linear else {str(axis): k for axis, k in space.rank.items()},
         "models": None if layer.model_ids == bundle.model_ids else list(layer.model_ids),  # None: all of them
         "dtypes": layer.dtypes[0] if is_one else list(layer.dtypes),

@@ -28,6 +28,7 @@ from jaxsub import (
     subspace,
 )
 from jaxsub.bundle import allocation
+from jaxsub.formats import peft
 from jaxsub.linalg import gram
 from jaxsub.pipelines import aside, layers, plan, progress
 
@@ -233,7 +234,9 @@ def _lora_layer(group, models, ids, config, rank):
         energies, left = subspace.missed(space, (stack.a, stack.b, stack.scales), values)
     dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
     figures = _errors(left, energies, energies.sum())
-    return bundle.Layer(group.name, space, ids, values, dtypes, {**figures, "held_out": None}, lineup.LORA)
+    turned = {peft.orientation(e) for e in group.entries}
+    turned = turned.pop() if len(turned) == 1 else ""
+    return bundle.Layer(group.name, space, ids, values, dtypes, {**figures, "held_out": None}, lineup.LORA, turned)
 
 
 def _exponent(x):
@@ -359,5 +362,8 @@ def _provenance(opened, config):
         "collection_fingerprint": opened.fingerprint,
         "jaxsub_version": __version__,
         "quarantined": [dict(q) for q in opened.quarantined],
-        "models": [{"id": r.id, "path": r.path, "format": r.format} for r in opened.refs],
+        "models": [
+            {"id": r.id, "path": r.path, "format": r.format, **peft.fields_of(m)}
+            for r, m in zip(opened.refs, opened.models, strict=True)
+        ],
     }
