@@ -187,16 +187,19 @@ class Bundle:
             found.append((key, keyed[key], c))
         return found
 
-    def export(self, path, model_ids=None, *, layout="portable"):
-        """Writes members of a bundle of PEFT adapters as folders in the new folder `path`; see `bundle.export`.
+    def export(self, path, model_ids=None, *, layout="portable", modules=None):
+        """Writes members of a bundle of PEFT adapters in the new folder `path`, as adapters that PEFT loads.
 
         Args:
             path: one folder a member is made in it.
             model_ids: members; all by default.
-            layout: "portable", what PEFT and servers load.
+            layout: "portable", LoRA that servers load too; "tinylora", the subspace and a trainable vector of
+                coefficients; "tinylora_shared", that with the subspace written once.
+            modules: for "tinylora": names of the base's modules in the order of `named_modules()`, for a vector a
+                layer; None for one a model.
 
         Returns:
-            [dict] a member: "model", "folder", "r", "other_tensors".
+            [dict] a member: "model", "folder", "r", "other_tensors" (path of its full values, or None).
 
         Raises:
             ConfigError: a stranger, layers that are no low-rank updates, or what the layout cannot hold.
@@ -204,7 +207,7 @@ class Bundle:
         """
         from jaxsub.bundle import export
 
-        return export.write(self, path, model_ids, layout)
+        return export.write(self, path, model_ids, layout, modules)
 
     def save(self, path):
         """Writes the bundle to a new folder, whole or not at all.

@@ -23,7 +23,7 @@ class Config:
     collection: tuple[str, ...] = ()  # the models: folders, globs, or text files of paths
     members: bool = False  # the bundle's own models, from their coefficients: --write_models without a collection
     write_models: str = ""  # new folder for the reconstructions, in the models' own format
-    peft_layout: str = ""  # of PEFT folders: exact (default; each rank and scale), portable (of --members; for servers)
+    peft_layout: str = ""  # exact (default), portable (for servers; default of --members), tinylora, tinylora_shared
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)

@@ -8,7 +8,7 @@ import numpy as np
 def linear_base(torch):
     """Two blocks of two Linear layers, one square."""
     block = lambda: torch.nn.ModuleDict(  # noqa: E731
-        {"q": torch.nn.Linear(12, 12, bias=False), "v": torch.nn.Linear(12, 7, bias=False)}
+        {"v": torch.nn.Linear(12, 7, bias=False), "q": torch.nn.Linear(12, 12, bias=False)}
     )
     return torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({n: block() for n in "01"})})
 
@@ -40,11 +40,12 @@ def collection(folder, family, torch, library):
     found = {}
     for number, (name, rule) in enumerate(RULES.items()):
         patterns = {k: {FIRST[family]: v} for k, v in rule.items() if k.endswith("pattern")}
+        base = make(torch)
         torch.manual_seed(number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Conv1D and Linear in one model: PEFT says that it sets fan_in_fan_out
             config = library.LoraConfig(**{**rule, **patterns}, target_modules=targets, init_lora_weights=False)
-            model = library.get_peft_model(make(torch), config)
+            model = library.get_peft_model(base, config)
             model.save_pretrained(folder / name, save_embedding_layers=False)
         found[name] = deltas(model)
     return found

@@ -14,36 +14,40 @@ from jaxsub.formats import peft, safetensors
 from jaxsub.pipelines import project
 from tests.programs import adapters
 
+WEIGHTS = "adapter_model.safetensors"
+
 LINEAR = pytest.param("linear", marks=pytest.mark.slow)
 GPT2 = pytest.param("gpt2", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Function family -> collection, bundle folder and rebuilt updates, made once each."""
+    """Function (family, rank) -> collection, bundle folder and rebuilt updates, made once each; rank 0 keeps all."""
     torch, library = pytest.importorskip("torch"), pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    known = {}
+    known, collections = {}, {}
 
-    def make(family):
-        if family not in known:
+    def make(family, rank=0):
+        if (family, rank) not in known:
             folder = tmp_path_factory.mktemp(family)
-            originals = adapters.collection(folder / "m", family, torch, library)
-            jaxsub.fit(str(folder / "m"), folder / "b", energy=1.0)
+            if family not in collections:
+                collections[family] = folder, adapters.collection(folder / "m", family, torch, library)
+            source, originals = collections[family]
+            jaxsub.fit(str(source / "m"), folder / "b", rank=rank, energy=1.0)
             bundle = jaxsub.load(folder / "b")
             rebuilt = bundle.reconstruct(bundle.coefficients())
             rebuilt = {m: {k: w[n] for k, w in rebuilt.items()} for n, m in enumerate(bundle.model_ids)}
-            known[family] = types.SimpleNamespace(
-                models=str(folder / "m"), bundle=str(folder / "b"), originals=originals, rebuilt=rebuilt
+            known[family, rank] = types.SimpleNamespace(
+                models=str(source / "m"), bundle=str(folder / "b"), originals=originals, rebuilt=rebuilt
             )
-        return known[family]
+        return known[family, rank]
 
     return types.SimpleNamespace(of=make, torch=torch, library=library)
 
 
-def agree(folder, family, made, how):
-    """Checks every member's folder against what jaxsub rebuilds, and that against the originals in PEFT."""
-    one = made.of(family)
+def agree(folder, family, made, rank=0):
+    """Checks every member's folder against what jaxsub rebuilds, and where that is all, against the originals."""
+    one = made.of(family, rank)
     assert one.rebuilt.keys() == one.originals.keys() == adapters.RULES.keys()
     for name, rebuilt in one.rebuilt.items():
         model = adapters.load(os.path.join(folder, name), family, made.torch, made.library)
@@ -51,14 +55,12 @@ def agree(folder, family, made, how):
         assert found.keys() == rebuilt.keys() == one.originals[name].keys()
         for layer, delta in found.items():
             assert adapters.relative(delta, rebuilt[layer]) < 1e-5, (name, layer)
-            assert adapters.relative(delta, one.originals[name][layer]) < 1e-5, (name, layer)
-        if how == "merged":
-            with made.torch.no_grad():
-                before = {k: model.base_model.model.get_submodule(k).base_layer.weight.clone() for k in found}
-                merged = model.merge_and_unload()
-            for layer in found:
-                change = (merged.get_submodule(layer).weight.detach() - before[layer]).numpy()
-                assert adapters.relative(change, rebuilt[layer]) < 1e-5, (name, layer)
+            assert rank or adapters.relative(delta, one.originals[name][layer]) < 1e-5, (name, layer)
+        before = {k: model.base_model.model.get_submodule(k).base_layer.weight.detach().clone() for k in found}
+        merged = model.merge_and_unload()
+        for layer in found:
+            change = (merged.get_submodule(layer).weight.detach() - before[layer]).numpy()
+            assert adapters.relative(change, rebuilt[layer]) < 1e-5, (name, layer)
 
 
 @pytest.mark.parametrize("family", [LINEAR, GPT2])
@@ -69,7 +71,7 @@ def test_peft_loads_what_project_writes(made, tmp_path, family, layout):
         bundle=one.bundle, collection=(one.models,), write_models=str(tmp_path / "new"), peft_layout=layout
     )
     found = project.run(config)
-    agree(tmp_path / "new", family, made, "merged")
+    agree(tmp_path / "new", family, made)
     for name in one.rebuilt:
         problems = peft.served_problems(tmp_path / "new" / name)
         assert bool(problems) == (layout == "exact"), problems
@@ -82,10 +84,43 @@ def test_members_need_no_originals(made, tmp_path, family):
     one = made.of(family)
     config = project.Config(bundle=one.bundle, members=True, write_models=str(tmp_path / "new"))
     found = project.run(config)
-    agree(tmp_path / "new", family, made, "merged")
+    agree(tmp_path / "new", family, made)
     assert [w["model"] for w in found["written"]] == found["models"] == list(one.rebuilt)
     for written in found["written"]:
         assert peft.served_problems(written["folder"]) == []
+
+
+@pytest.mark.parametrize("family", [LINEAR, GPT2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_peft_loads_subspaces_as_tinylora(made, tmp_path, family, tied):
+    modules = None if tied else [n for n, _ in adapters.BASES[family][0](made.torch).named_modules()]
+    bundle = jaxsub.load(made.of(family, 4).bundle)
+    found = bundle.export(tmp_path / "new", layout="tinylora", modules=modules)
+    agree(tmp_path / "new", family, made, 4)
+    count = len(bundle.layers)
+    for one in found:
+        names = [n for n in safetensors.read(os.path.join(one["folder"], WEIGHTS)) if "tinylora_v" in n]
+        assert (one["r"], one["u"], len(names)) == (4, 5, 1 if tied else count)
+
+
+@pytest.mark.parametrize("family", [LINEAR])
+def test_members_share_a_subspace_and_peft_switches_between_them(made, tmp_path, family):
+    one = made.of(family, 4)
+    config = {"members": True, "write_models": str(tmp_path / "new"), "peft_layout": "tinylora_shared"}
+    project.run(project.Config(bundle=one.bundle, **config))
+    assert sorted(os.listdir(tmp_path / "new")) == ["members", "shared"]
+    model = adapters.load(tmp_path / "new" / "shared", family, made.torch, made.library)
+    assert not any(delta.any() for delta in adapters.deltas(model).values())
+    for name, rebuilt in one.rebuilt.items():
+        vector = safetensors.read(tmp_path / "new" / "members" / f"{name}.safetensors")
+        assert [a.size for a in vector.values()] == [5]
+        vector = {key: made.torch.from_numpy(array) for key, array in vector.items()}
+        with pytest.warns(UserWarning, match="tinylora_P"):  # PEFT says that it would make P again, and keeps it
+            made.library.set_peft_model_state_dict(model, vector)
+        for layer, delta in adapters.deltas(model).items():
+            assert adapters.relative(delta, rebuilt[layer]) < 1e-5
+        export.join(tmp_path / "new", name, tmp_path / "joined" / name)
+    agree(tmp_path / "joined", family, made, 4)
 
 
 # Without PEFT
@@ -121,7 +156,7 @@ def deltas(folder):
     return found
 
 
-@pytest.mark.parametrize("rank", [2, 7])
+@pytest.mark.parametrize("rank", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_members_are_what_reconstruct_gives(tmp_path, rank):
     bundle = jaxsub.fit(collection(tmp_path / "m"), rank=rank)
     written = bundle.export(tmp_path / "new", ["sub/a3", "sub/a1"])
@@ -157,7 +192,7 @@ def test_saved_modules_are_named_and_kept_beside(tmp_path, capsys):
 
 def test_updates_that_were_not_fitted_keep_their_own_scale(tmp_path):
     folder = collection(tmp_path / "m")
-    jaxsub.fit(folder, tmp_path / "b", rank=2, layers=["m.0.q"])
+    jaxsub.fit(folder, tmp_path / "b", rank=3, layers=["m.0.q"])
     config = {"bundle": str(tmp_path / "b"), "peft_layout": "portable"}
     project.run(project.Config(**config, collection=(folder,), write_models=str(tmp_path / "new")))
     old, new = (deltas(tmp_path / f / "sub" / "a2")["m.1.q"] for f in ("m", "new"))
@@ -198,6 +233,7 @@ def test_members_that_were_no_adapters_are_refused(tmp_path):
     assert not os.path.exists(tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_layers_that_export_cannot_orient_are_refused(tmp_path):
     rng = np.random.default_rng(0)
     for n in range(4):  # square, so that both orientations are one layer
@@ -217,7 +253,7 @@ def test_layers_that_export_cannot_orient_are_refused(tmp_path):
 
 
 def test_a_folder_that_exists_is_left_alone_and_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
-    bundle = jaxsub.fit(collection(tmp_path / "m"), rank=2)
+    bundle = jaxsub.fit(collection(tmp_path / "m"), rank=3)
     os.makedirs(tmp_path / "new")
     with pytest.raises(errors.WorkdirError, match="exists already"):
         bundle.export(tmp_path / "new")
@@ -234,3 +270,25 @@ def test_a_folder_that_exists_is_left_alone_and_a_failed_export_leaves_nothing(t
     with pytest.raises(errors.ConfigError, match="third"):
         bundle.export(tmp_path / "other")
     assert sorted(os.listdir(tmp_path)) == ["m", "new"]
+
+
+def test_what_members_share_is_written_once(tmp_path):
+    bundle = jaxsub.fit(collection(tmp_path / "m", head=True), rank=3, exclude_layers=["head"])
+    whole = bundle.export(tmp_path / "whole", layout="tinylora")
+    written = bundle.export(tmp_path / "new", layout="tinylora_shared")
+    for one in whole:
+        export.join(tmp_path / "new", one["model"], tmp_path / "joined" / one["model"])
+        for name in (WEIGHTS, peft.CONFIG):
+            joined = tmp_path / "joined" / one["model"] / name
+            assert joined.read_bytes() == (tmp_path / "whole" / one["model"] / name).read_bytes()
+    assert written[2]["other_tensors"] == str(tmp_path / "new" / "other_tensors" / "sub" / "a2.safetensors")
+    assert os.path.exists(written[2]["other_tensors"])
+    export.join(tmp_path / "new", "sub/a2", tmp_path / "one")
+    with pytest.raises(errors.WorkdirError, match="exists already"):
+        export.join(tmp_path / "new", "sub/a2", tmp_path / "one")
+    with pytest.raises(errors.InputError, match="a9"):
+        export.join(tmp_path / "new", "sub/a9", tmp_path / "two")
+    path = tmp_path / "new" / "members" / "sub" / "a2.safetensors"
+    safetensors.write(path, {"base_model.tinylora_v.0": np.zeros(3, np.float32)})
+    with pytest.raises(errors.InputError, match="does not fit what is shared"):
+        export.join(tmp_path / "new", "sub/a2", tmp_path / "two")
