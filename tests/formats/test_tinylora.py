@@ -108,4 +108,5 @@ def test_only_whole_names_are_targets():
 def test_more_directions_than_a_layer_is_wide_are_refused():
     with pytest.raises(errors.ConfigError, match="q: 5 directions on one side, TINYLORA holds 3 in a layer"):
         _tinylora.build({"q": space(3, 20, (2, 5), 6)})
-    check({"q": space(3, 20, (2, 3), 6)})
+    config, tensors, _ = check({"q": space(3, 20, (2, 3), 6), "w": space(9, 9, (5, 4), 6)})
+    assert config["r"] == 5 and tensors[f"{PREFIX}q.tinylora_P"].shape == (6, 3, 3)
