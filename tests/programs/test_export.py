@@ -74,7 +74,8 @@ def test_peft_loads_what_project_writes(made, tmp_path, family, layout):
     agree(tmp_path / "new", family, made)
     for name in one.rebuilt:
         problems = peft.served_problems(tmp_path / "new" / name)
-        assert bool(problems) == (layout == "exact"), problems
+        # All layers of the GPT-2 come back at one rank, 8: then the exact layout has no patterns either.
+        assert bool(problems) == (layout == "exact" and family == "linear"), problems
     if layout == "portable":
         assert [w["model"] for w in found["written"]] == list(one.rebuilt) and {w["r"] for w in found["written"]} == {8}
 
