@@ -37,6 +37,8 @@ class Layer:
             comes back from there.
         corrections: corrections.Entries or Factors of these models, or None.
         weight_shape: of one weight, where the subspace is of it flattened: low-rank updates of convolutions.
+        orientation: of low-rank updates, how PEFT stores their factors: "linear", "fan_in_fan_out" or "embedding"; ""
+            where that is not known, or not the same in all models.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Layer:
     storage: tuple[str, str] = (storage.AS_COMPUTED, storage.AS_COMPUTED)
     corrections: "corrections.Entries | corrections.Factors | None" = None
     weight_shape: tuple[int, ...] = ()
+    orientation: str = ""
 
     @property
     def shape(self):
@@ -120,17 +123,25 @@ class Bundle:
         found = [(g, self.layer(g.name, g.shape)) for g in collection.groups]
         return [(g, one) for g, one in found if one is not None and one.parametrisation == g.parametrisation]
 
+    def known(self, model_ids=None):
+        """The ids as a tuple, all members by default.
+
+        Raises:
+            ConfigError: a model that is no member; names the nearest.
+        """
+        ids = self.model_ids if model_ids is None else tuple(model_ids)
+        for stranger in (i for i in ids if i not in self.model_ids):
+            near = errors.nearest(stranger, self.model_ids)
+            raise errors.ConfigError(f"no member {errors.quote(stranger)}{near}")
+        return ids
+
     def coefficients(self, model_ids=None):
         """Coefficients of members (all by default) on the layers that all of them have.
 
         Raises:
             ConfigError: a model that is no member; names the nearest.
         """
-        ids, kept = self.model_ids if model_ids is None else tuple(model_ids), {}
-        for stranger in (i for i in ids if i not in self.model_ids):
-            near = errors.nearest(stranger, self.model_ids)
-            raise errors.ConfigError(f"no member {errors.quote(stranger)}{near}")
-        values = {}
+        ids, values, kept = self.known(model_ids), {}, {}
         for layer in self.layers:
             at = {m: i for i, m in enumerate(layer.model_ids)}
             if all(i in at for i in ids):
@@ -206,6 +217,28 @@ class Bundle:
                 raise errors.ConfigError(f"{errors.quote(key)}: coefficients of shape {np.shape(c)[1:]}, not {wanted}")
             found.append((key, keyed[key], c))
         return found
+
+    def export(self, path, model_ids=None, *, layout="portable", modules=None):
+        """Writes members of a bundle of PEFT adapters in the new folder `path`, as adapters that PEFT loads.
+
+        Args:
+            path: one folder a member is made in it.
+            model_ids: members; all by default.
+            layout: "portable", LoRA that servers load too; "tinylora", the subspace and a trainable vector of
+                coefficients; "tinylora_shared", that with the subspace written once.
+            modules: for "tinylora": names of the base's modules in the order of `named_modules()`, for a vector a
+                layer; None for one a model.
+
+        Returns:
+            [dict] a member: "model", "folder", "r", "other_tensors" (path of its full values, or None).
+
+        Raises:
+            ConfigError: a stranger, layers that are no low-rank updates, or what the layout cannot hold.
+            WorkdirError: the folder exists.
+        """
+        from jaxsub.bundle import export
+
+        return export.write(self, path, model_ids, layout, modules)
 
     def save(self, path):
         """Writes the bundle to a new folder, whole or not at all.

@@ -127,11 +127,20 @@ def _bundle(path, manifest):
         values = _decoded(coefficients, f"{number:05d}", -1)
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
-        figures, kind, stored = record["figures"], record["parametrisation"], tuple(record["storage"])
-        kept = _corrections(corrected, number, len(ids), space.shape)
-        whole = tuple(record["shape"])
         layers.append(
-            Layer(record["name"], space, tuple(ids), values, tuple(dtypes), figures, kind, stored, kept, whole)
+            Layer(
+                record["name"],
+                space,
+                tuple(ids),
+                values,
+                tuple(dtypes),
+                record["figures"],
+                record["parametrisation"],
+                tuple(record["storage"]),
+                _corrections(corrected, number, len(ids), space.shape),
+                tuple(record["shape"]),
+                record["orientation"],
+            )
         )
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
     passthrough = {m: {n: stored[key] for n, key in found.items()} for m, found in manifest["passthrough"].items()}
@@ -185,6 +194,7 @@ def _record(layer, bundle):
         "shape": list(layer.shape),
         "kind": "linear" if layer.is_linear else "tucker",
         "parametrisation": layer.parametrisation,
+        "orientation": layer.orientation,
         "rank": space.rank if layer.is_linear else {str(axis): k for axis, k in space.rank.items()},
         "models": None if layer.model_ids == bundle.model_ids else list(layer.model_ids),  # None: all of them
         "dtypes": layer.dtypes[0] if is_one else list(layer.dtypes),

@@ -1,4 +1,4 @@
-"""`jaxsub project`: any models as coefficients of a bundle, what that loses, and their reconstructions as files."""
+"""`jaxsub project`: any models as coefficients of a bundle, what that loses, and models as files again."""
 
 import sys
 
@@ -15,8 +15,10 @@ def main(parsed):
     config = parsed.freeze()
     found = project.run(config, parsed.workdir, stream=sys.stderr)
     sys.stdout.write(aside.listed(found["quarantined"]))
-    sys.stdout.write(project.table(found) + "\n")
+    if not config.members:
+        sys.stdout.write(project.table(found) + "\n")
+    sys.stdout.write(project.written(found))
     if config.write_models:
         sys.stdout.write(f"reconstructions: {config.write_models}\n")
-    if not parsed.workdir:
+    if not parsed.workdir and not config.members:
         sys.stdout.write("coefficients were not saved; --workdir=FOLDER keeps them\n")

@@ -7,6 +7,7 @@ follows from names, shapes and the configuration, so it is worked out once for a
 """
 
 import dataclasses
+import json
 import math
 
 from jaxsub import descriptors, errors
@@ -164,6 +165,10 @@ def _metadata(fields, path):
             raise _refuse(path, name, f"is {errors.quote(value, 40)}, a text was expected")
         if value:
             found[name] = value
+    is_plain = not any(fields.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    targets = fields.get("target_modules")
+    # Always set: what the weights' own header says under this name is not meant.
+    found["target_modules"] = json.dumps(targets if is_plain and isinstance(targets, list) else [])
     return found
 
 
@@ -226,7 +231,7 @@ def sort(numbered, file, prefix=""):
             hint = "save the adapter again with PEFT"
             raise errors.InputError(file, f"does not start with {prefix}", key=tensor.name, hint=hint, rule="H13")
         name = tensor.name[len(prefix) :]
-        layer, side, embedding = _split(name)
+        layer, side, embedding = split(name)
         if layer is None:
             if any(f".{mark}" in f".{name}" for mark in _FOREIGN):
                 cure = "only plain LoRA is read: merge the adapter and give the merged model"
@@ -243,7 +248,7 @@ def sort(numbered, file, prefix=""):
     return factors, plain
 
 
-def _split(name):
+def split(name):
     """(layer, 'A' or 'B', embedding?) of a factor's key, or (None, '', False).
 
     The adapter's own name may have been left in the key: `.lora_A.default.weight`.

@@ -64,13 +64,27 @@ def stored(array, tensor, model):
     return np.asarray(cast(np.reshape(array, tensor.shape), dtype, model, tensor.name), order="C")
 
 
+def place(folder, identifier):
+    """Where a model of this id goes inside `folder`; ids that lead out of it are refused."""
+    folder = os.path.abspath(folder)
+    found = os.path.normpath(os.path.join(folder, identifier))
+    if os.path.commonpath([folder, found]) != folder or found == folder:
+        raise errors.InputError(identifier, "is no place inside the folder of reconstructions", rule="H10")
+    return found
+
+
 def cast(array, dtype, model, name):
     """The array in the stored dtype, rounded once; what does not fit is refused."""
+    return rounded(array, dtype, model.path, name)
+
+
+def rounded(array, dtype, path, name):
+    """`cast` for a file that has no Model yet."""
     with np.errstate(over="ignore"):
         found = np.asarray(array).astype(dtype)
     wide = found if dtype.itemsize >= 4 else found.astype(np.float32)
     if not np.isfinite(wide).all():
         largest = float(np.abs(np.asarray(array)).max())
         what = f"rebuilt entries reach {largest:.3g}" if math.isfinite(largest) else "rebuilt entries are not finite"
-        raise errors.InputError(model.path, f"{what}: more than {dtype.name} holds", key=name, rule="N1")
+        raise errors.InputError(path, f"{what}: more than {dtype.name} holds", key=name, rule="N1")
     return found

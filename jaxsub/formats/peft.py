@@ -1,4 +1,7 @@
-"""PEFT LoRA folders: adapter_config.json and adapter_model.safetensors (or .bin). The factors are kept apart."""
+"""PEFT LoRA folders: adapter_config.json and adapter_model.safetensors (or .bin). The factors are kept apart.
+
+Written in two layouts: exact, each update with the rank and scale of its own, and portable, which servers read too.
+"""
 
 import collections
 import hashlib
@@ -9,9 +12,23 @@ import re
 import numpy as np
 
 from jaxsub import descriptors, errors
-from jaxsub.formats import _factors, _files, _header, _json, _model, _peft, _rewrite, _sniff, _torch, safetensors
+from jaxsub.formats import (
+    _factors,
+    _files,
+    _header,
+    _json,
+    _model,
+    _peft,
+    _portable,
+    _rewrite,
+    _sniff,
+    _torch,
+    safetensors,
+)
+from jaxsub.formats._portable import Update as Update, orientation as orientation, write as write_portable
 
-CONFIG = "adapter_config.json"
+CONFIG = _portable.CONFIG
+FIELDS = ("base_model_name_or_path", "task_type", "target_modules")  # what an adapter is for
 MAX_CONFIG = 1 << 22  # bytes
 ENDING = ""  # of a rewritten model: a folder
 
@@ -141,6 +158,70 @@ def rewrite(model, path, layers):
 def _shape_like(shape, array):
     """The shape of a factor of another rank: (k, c, h, w) or (o, k, 1, 1) for convolutions."""
     return array.shape if len(shape) == 2 else (*array.shape[:1], -1, *shape[2:])
+
+
+def rewrite_portable(model, path, layers):
+    """Writes an adapter again in the portable layout, with other values in some layers as `formats.rewrite` takes them.
+
+    Updates that are not in `layers` are kept, as are sidecars; full values (saved modules, biases) go beside them.
+
+    Returns:
+        dict, as `write_portable`.
+
+    Raises:
+        ConfigError, InputError: see `write_portable`.
+    """
+    other, names = {}, {pair.a.name for pair in model.adapters.values()} | {p.b.name for p in model.adapters.values()}
+    source = os.path.join(model.path, _sniff.ADAPTER_FILES[0])
+    if os.path.lexists(source):
+        other = {name: array for name, array in safetensors.read(source).items() if name not in names}
+    else:
+        other = {tensor.name: _read(model, tensor) for tensor in model.tensors.values()}
+    for layer, value in layers.items():
+        if layer in model.tensors:
+            tensor = model.tensors[layer]
+            dtype = descriptors.numpy_dtype(tensor.dtype)
+            other[tensor.name] = _rewrite.cast(np.reshape(value, tensor.shape), dtype, model, layer)
+    updates = {}
+    for layer, pair in model.adapters.items():
+        dtype = max((pair.a.dtype, pair.b.dtype), key=lambda name: descriptors.numpy_dtype(name).itemsize)
+        a, b = layers[layer] if layer in layers else (_read(model, pair.a), _read(model, pair.b))
+        if layer not in layers and pair.transposed:
+            a, b = b.T, a.T
+        scale = 1.0 if layer in layers else pair.scale
+        updates[layer] = Update(a, b, scale, orientation(pair), dtype)
+    done = write_portable(path, updates, fields=fields_of(model), other=other)
+    without = (CONFIG, *_sniff.ADAPTER_FILES, _portable.OTHER)
+    _rewrite.copy_sidecars(model.path, path, without=without)
+    return done
+
+
+def _read(model, tensor):
+    return model.load(tensor.name) if tensor.extent is None else _model.whole(tensor)
+
+
+def fields_of(model):
+    """The fields of a PEFT model's configuration that say what it is for; nothing for models of other formats."""
+    if model.format != "peft":
+        return {}
+    found = {k: model.metadata[k] for k in FIELDS if k in model.metadata}
+    return {k: json.loads(v) if k == "target_modules" else v for k, v in found.items()}
+
+
+def is_factor(key):
+    """Whether a tensor's key is that of a LoRA factor."""
+    return _peft.split(key)[0] is not None
+
+
+def served_problems(folder, max_rank=_portable.RANKS[-1]):
+    """What vLLM refuses in an adapter folder, or would read with another scale; see `_portable.problems`."""
+    config_path = os.path.join(folder, CONFIG)
+    config = _json.parse(_rewrite.read(config_path), config_path)
+    weights = os.path.join(folder, _portable.WEIGHTS)
+    if not os.path.lexists(weights):
+        return [f"{_portable.WEIGHTS} is missing"]
+    shapes = {tensor.name: tensor.shape for tensor in _header.content(weights).tensors}
+    return _portable.problems(config, shapes, max_rank)
 
 
 def _alpha(pair):

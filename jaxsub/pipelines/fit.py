@@ -22,6 +22,7 @@ from jaxsub import (
     precision,
 )
 from jaxsub.bundle import allocation, storage
+from jaxsub.formats import peft
 from jaxsub.pipelines import aside, fit_layer, plan, progress
 
 log = logging.getLogger("jaxsub")
@@ -276,5 +277,10 @@ def _provenance(opened, config):
         "collection_fingerprint": opened.fingerprint,
         "jaxsub_version": __version__,
         "quarantined": [dict(q) for q in opened.quarantined],
-        "models": [{"id": r.id, "path": r.path, "format": r.format} for r in opened.refs],
+        "models": [named(r, m) for r, m in zip(opened.refs, opened.models, strict=True)],
     }
+
+
+def named(ref, model):
+    """What the manifest says of a member: where it was, and what an adapter is for."""
+    return {"id": ref.id, "path": ref.path, "format": ref.format, **peft.fields_of(model)}

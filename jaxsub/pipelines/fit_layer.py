@@ -20,6 +20,7 @@ from jaxsub import (
     subspace,
 )
 from jaxsub.bundle import corrections, storage
+from jaxsub.formats import peft
 from jaxsub.linalg import gram
 from jaxsub.pipelines import layers
 
@@ -105,10 +106,25 @@ def _lora_layer(group, models, ids, config, rank):
         found = corrections.factors(*factors, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
         left[[] if found is None else found.positions] = 0.0
     figures = {**_errors(left, energies, energies.sum()), "held_out": None, **unrounded}
-    storage_dtypes = _storage(config)
     return bundle.Layer(
-        group.name, space, ids, values, dtypes, figures, lineup.LORA, storage_dtypes, found, tuple(group.shape)
+        group.name,
+        space,
+        ids,
+        values,
+        dtypes,
+        figures,
+        lineup.LORA,
+        _storage(config),
+        found,
+        tuple(group.shape),
+        orientation(group),
     )
+
+
+def orientation(group):
+    """How PEFT stores the factors of a group; "" where its models differ."""
+    found = {peft.orientation(e) for e in group.entries}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _exponent(x):

@@ -7,8 +7,8 @@ import os
 import numpy as np
 
 from jaxsub import bundle as bundles, collection as collections, errors, formats, subspace
-from jaxsub.bundle import files
-from jaxsub.formats import safetensors
+from jaxsub.bundle import export, files
+from jaxsub.formats import _rewrite, peft, safetensors
 from jaxsub.pipelines import aside, progress
 from jaxsub.report import _write
 
@@ -21,7 +21,9 @@ class Config:
 
     bundle: str = ""  # folder that fit wrote
     collection: tuple[str, ...] = ()  # the models: folders, globs, text files of paths, or org/name
+    members: bool = False  # the bundle's own models, from their coefficients: --write_models without a collection
     write_models: str = ""  # new folder for the reconstructions, in the models' own format
+    peft_layout: str = ""  # exact (default), portable (for servers; default of --members), tinylora, tinylora_shared
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
@@ -37,8 +39,9 @@ def run(config, workdir=None, *, stream=None):
     Raises:
         ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
     """
-    if not config.bundle or not config.collection:
-        raise errors.ConfigError("give --bundle=FOLDER and --collection=FOLDER")
+    layout = _layout(config)
+    if config.members:
+        return _members(config, layout)
     bundle = files.load(config.bundle)
     opened = collections.open_collection(
         list(config.collection),
@@ -50,12 +53,45 @@ def run(config, workdir=None, *, stream=None):
     if config.write_models:
         if os.path.lexists(config.write_models):
             raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
-        for model in opened.models:
-            formats.ending(model)  # before anything is read
-    return aside.going_on(lambda left: _project(left, bundle, config, workdir, stream), opened, config, least=1)
+        for model in opened.models:  # before anything is read
+            if layout == "exact":
+                formats.ending(model)
+            elif model.format != "peft":
+                raise errors.ConfigError(
+                    f"{errors.quote(model.path)}: peft_layout={layout} is one of PEFT folders, not of {model.format}"
+                )
+    return aside.going_on(lambda left: _project(left, bundle, config, layout, workdir, stream), opened, config, least=1)
 
 
-def _project(opened, bundle, config, workdir, stream):
+def _layout(config):
+    """The layout to write adapters in.
+
+    Raises:
+        ConfigError: options that do not go together.
+    """
+    if not config.bundle or bool(config.collection) == config.members:
+        raise errors.ConfigError("give --bundle=FOLDER and --collection=FOLDER, or --bundle=FOLDER and --members")
+    known = export.LAYOUTS if config.members else ("exact", "portable")
+    layout = errors.require_known("peft_layout", config.peft_layout or known[0], known)
+    if not config.write_models and (config.members or config.peft_layout):
+        raise errors.ConfigError("give --write_models=FOLDER: nothing else is made of --members and --peft_layout")
+    return layout
+
+
+def _members(config, layout):
+    """`run` for the models that a bundle holds: no collection is opened, and nothing is measured."""
+    written = files.load(config.bundle).export(config.write_models, layout=layout)
+    return {
+        "schema": "jaxsub.project/1",
+        "bundle": config.bundle,
+        "models": [one["model"] for one in written],
+        "layers": [],
+        "quarantined": [],
+        "written": written,
+    }
+
+
+def _project(opened, bundle, config, layout, workdir, stream):
     pairs = bundle.pairs(opened)
     if not pairs:
         raise errors.ConfigError(bundles.NOTHING_SHARED)
@@ -76,8 +112,14 @@ def _project(opened, bundle, config, workdir, stream):
         safetensors.write(os.path.join(workdir, COEFFICIENTS), values)
         _write.write_json(os.path.join(workdir, RECORD), found)
     if config.write_models:
+        found["written"] = []
         for ref, model, layers in zip(opened.refs, opened.models, rebuilt, strict=True):
-            formats.rewrite(model, _place(config.write_models, ref.id) + formats.ending(model), layers)
+            place = _rewrite.place(config.write_models, ref.id)
+            if layout == "exact":
+                formats.rewrite(model, place + formats.ending(model), layers)
+            else:
+                done = peft.rewrite_portable(model, place, layers)
+                found["written"].append({"model": ref.id, "folder": place, **done})
     return found
 
 
@@ -114,13 +156,20 @@ def _layer(group, layer, opened):
     return record, values, again
 
 
-def _place(folder, identifier):
-    """Where a model of this id goes inside `folder`; ids that lead out of it are refused."""
-    folder = os.path.abspath(folder)
-    place = os.path.normpath(os.path.join(folder, identifier))
-    if os.path.commonpath([folder, place]) != folder or place == folder:
-        raise errors.InputError(identifier, "is no place inside the folder of reconstructions", rule="H10")
-    return place
+def written(found):
+    """What was written of adapters whose layout is not the input's own, as text; nothing otherwise."""
+    made = found.get("written", ())
+    lines = [f"{len(made)} adapters of rank {_span(one['r'] for one in made)}"] if made else []
+    beside = [one["other_tensors"] for one in made if one["other_tensors"]]
+    if beside:
+        lines.append(f"tensors that are no updates (saved modules, biases) are in {len(beside)} files beside them,")
+        lines.append(f"which programs do not load: {errors.quote(beside[0])}{', ...' if len(beside) > 1 else ''}")
+    return "".join(line + "\n" for line in lines)
+
+
+def _span(numbers):
+    least, most = min(numbers := [*numbers]), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def table(found):

@@ -5,7 +5,7 @@ import os
 
 from jaxsub import bundle as bundles, collection as collections, config as configs, errors, precision
 from jaxsub.bundle import files, refit
-from jaxsub.pipelines import aside, fit, layers, progress
+from jaxsub.pipelines import aside, fit, fit_layer, layers, progress
 
 SMALLEST = 3  # models of a layer that is fitted
 
@@ -134,6 +134,8 @@ def _layer(layer, group, opened, config, fitted):
         ids = tuple(opened.refs[m].id for m in group.members)
         pairs = [(e.a.dtype, e.b.dtype) if layer.parametrisation == "lora" else (e.dtype,) for e in group.entries]
         dtypes = tuple(precision.widest(p) for p in pairs)
+    if group is not None and layer.orientation and fit_layer.orientation(group) != layer.orientation:
+        layer = dataclasses.replace(layer, orientation="")
     if len(keep) == len(layer.model_ids) and is_held:
         made = refit.appended(layer, x, ids, dtypes, max_error=bound)
         return made, ("projected", False)
@@ -159,7 +161,7 @@ def _recorded(result, bundle, config, opened, how):
     known += (
         []
         if opened is None
-        else [{"id": r.id, "path": r.path, "format": r.format} for r in opened.refs if r.id not in have]
+        else [fit.named(r, m) for r, m in zip(opened.refs, opened.models, strict=True) if r.id not in have]
     )
     earlier = bundle.provenance.get("updates", [])
     provenance = {**bundle.provenance, "models": known, "updates": [*earlier, update]}

@@ -9,7 +9,7 @@ import pytest
 
 import jaxsub
 from jaxsub import errors, formats
-from jaxsub.formats import peft, safetensors
+from jaxsub.formats import _rewrite, peft, safetensors
 from jaxsub.pipelines import project
 
 
@@ -208,8 +208,8 @@ def test_models_that_cannot_be_written_are_named_before_any_is_read(tmp_path, mo
 def test_ids_do_not_lead_out_of_the_folder(tmp_path):
     for name in ("../x", "/etc/x", "..", "a/../../x"):
         with pytest.raises(errors.InputError, match="no place inside"):
-            project._place(tmp_path / "new", name)
-    assert project._place(tmp_path, "owner/name") == str(tmp_path / "owner" / "name")
+            _rewrite.place(tmp_path / "new", name)
+    assert _rewrite.place(tmp_path, "owner/name") == str(tmp_path / "owner" / "name")
 
 
 def test_the_program_prints_a_table(tmp_path, capsys):

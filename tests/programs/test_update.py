@@ -281,3 +281,20 @@ def test_the_share_that_a_basis_captures(places):
     y = x.reshape(NEW, -1) - mean
     wanted = np.square(y @ basis.T).sum(1) / np.square(y).sum(1)
     np.testing.assert_allclose(refit.captured(layer, x.astype(np.float32)), wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_bound_on_low_rank_updates_holds_for_new_members(tmp_path):
+    folder, updates = test_lora_bundle.adapters(tmp_path / "m", count=10, noise=0.4)
+    (tmp_path / "new").mkdir()
+    for n in (7, 8, 9):
+        shutil.move(tmp_path / "m" / f"a{n}", tmp_path / "new" / f"a{n}")
+    jaxsub.fit(folder, tmp_path / "b", rank=3, max_error=0.3)
+    new = (str(tmp_path / "new"),)
+    made = update.run(update.Config(str(tmp_path / "b"), new, captured=0.0), str(tmp_path / "made"))
+    again = jaxsub.load(tmp_path / "made")
+    rebuilt = again.reconstruct(again.coefficients())["layer.q"]
+    error = np.sqrt(np.square(rebuilt - updates).sum((1, 2)) / np.square(updates).sum((1, 2)))
+    own = again.layers[0].corrections.positions
+    assert error.max() <= 0.3 and (own >= 7).any() and (own < 7).any()
+    assert made.layers[0].orientation == "linear" and made.provenance["models"][-1]["target_modules"] == ["layer.q"]
