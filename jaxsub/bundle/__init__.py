@@ -16,6 +16,7 @@ import numpy as np
 from jaxsub import errors, placement, subspace
 from jaxsub.bundle import files
 
+HALVES = (".left", ".right")  # of the coefficients of low-rank updates
 NOTHING_SHARED = "the models have no layer of the bundle (by name, shape and kind)"
 
 
@@ -31,6 +32,8 @@ class Layer:
         dtypes: stored dtype of each of these models' weights.
         figures: numbers for the manifest: energy kept, held-out error, ...
         parametrisation: "dense", or "lora": low-rank updates, projected and rebuilt by their factors.
+        halves: of low-rank updates: `values` as the product of two smaller arrays (see `cores`), which are stored
+            instead; () where they would not be smaller.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Layer:
     dtypes: tuple[str, ...]
     figures: dict = dataclasses.field(default_factory=dict)
     parametrisation: str = "dense"
+    halves: tuple[np.ndarray, ...] = ()
 
     @property
     def shape(self):
@@ -55,8 +59,12 @@ class Layer:
         """Coefficients (n, k...) of a stack (n, *shape), or of low-rank updates (a, b, scales)."""
         return np.asarray(self.subspace.project_factors(*x) if isinstance(x, tuple) else self.subspace.project(x))
 
+    def coefficients(self):
+        """{ending of its name: array} of what is stored for the models."""
+        return dict(zip(HALVES, self.halves, strict=True)) if self.halves else {"": self.values}
+
     def tensors(self):
-        """Arrays of the layer's file, by name."""
+        """Arrays of the layer's file, by name; unit factors, which say nothing, are left out."""
         space = self.subspace
         if self.is_linear:
             mean, basis = (np.asarray(x) for x in (space.mean, space.basis))
@@ -64,7 +72,8 @@ class Layer:
             return {**found, "singular_values": np.asarray(space.spectrum.values)}
         found = {"mean": np.asarray(space.mean)}
         for axis, factor in space.factors.items():
-            found[f"factor_{axis}"] = np.asarray(factor)
+            if not np.array_equal(factor, np.eye(space.shape[axis])):
+                found[f"factor_{axis}"] = np.asarray(factor)
             found[f"singular_values_{axis}"] = np.asarray(space.spectra[axis].values)
         return found
 
@@ -161,7 +170,8 @@ class Bundle:
         found = {}
         for key, layer, c in self._checked(coefficients):
             if layer.parametrisation == "lora":
-                found[key] = tuple(np.asarray(x) for x in layer.subspace.reconstruct_factors(c))
+                rank = max(int(np.linalg.matrix_rank(c).max()), 1)  # beyond it there is rounding only
+                found[key] = tuple(np.asarray(x) for x in layer.subspace.reconstruct_factors(c, rank))
         return found
 
     def _checked(self, coefficients):
@@ -215,7 +225,7 @@ class Bundle:
         for layer in self.layers:
             for name, array in layer.tensors().items():
                 parts["mean" if name == "mean" else "basis"] += array.nbytes
-            parts["coefficients"] += layer.values.nbytes
+            parts["coefficients"] += sum(array.nbytes for array in layer.coefficients().values())
         stored, where = self.distinct()
         uses = collections.Counter(key for tensors in where.values() for key in tensors.values())
         own = sum(a.nbytes for key, a in stored.items() if uses[key] == 1)

@@ -2,7 +2,7 @@
 
     manifest.json             what it is, who made it, every file with its size and sha256; written last
     layers/00000.safetensors  mean, basis (k, *shape) or factor_<axis> (k, d), singular_values
-    coefficients.safetensors  number of the layer -> (n, k...)
+    coefficients.safetensors  number of the layer -> (n, k...); of low-rank updates also number.left, number.right
     passthrough.safetensors   tensors that no subspace covers, each distinct one once
 
 Names of layers and models are data: files are numbered, names stand in the manifest alone.
@@ -55,7 +55,7 @@ def _contents(bundle):
     """Yields (name, tensors) of each file but the manifest."""
     for number, layer in enumerate(bundle.layers):
         yield _layer_file(number), layer.tensors()
-    yield COEFFICIENTS, {f"{i:05d}": layer.values for i, layer in enumerate(bundle.layers)}
+    yield COEFFICIENTS, {f"{i:05d}{e}": a for i, one in enumerate(bundle.layers) for e, a in one.coefficients().items()}
     stored, _ = bundle.distinct()
     if stored:
         yield PASSTHROUGH, stored
@@ -104,21 +104,19 @@ def load(path):
 
 
 def _bundle(path, manifest):
-    from jaxsub.bundle import Bundle, Layer
+    from jaxsub.bundle import HALVES, Bundle, Layer, cores
 
     coefficients, layers = _tensors(path, COEFFICIENTS), []
     for number, record in enumerate(manifest["layers"]):
         space = _subspace(record, _tensors(path, record["file"]))
         ids = manifest["models"] if record["models"] is None else record["models"]
         dtypes = [record["dtypes"]] * len(ids) if isinstance(record["dtypes"], str) else record["dtypes"]
-        values = coefficients[f"{number:05d}"]
+        halves = tuple(coefficients[f"{number:05d}{e}"] for e in HALVES if f"{number:05d}{e}" in coefficients)
+        values = cores.joined(halves) if halves else coefficients[f"{number:05d}"]
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
-        layers.append(
-            Layer(
-                record["name"], space, tuple(ids), values, tuple(dtypes), record["figures"], record["parametrisation"]
-            )
-        )
+        more = (record["figures"], record["parametrisation"], halves)
+        layers.append(Layer(record["name"], space, tuple(ids), values, tuple(dtypes), *more))
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
     passthrough = {m: {n: stored[key] for n, key in found.items()} for m, found in manifest["passthrough"].items()}
     return Bundle(tuple(manifest["models"]), tuple(layers), passthrough, manifest["originals"], manifest["provenance"])
@@ -205,7 +203,11 @@ def _subspace(record, tensors):
             known = spectrum("models", "singular_values")
             return subspace.LinearSubspace(jax.numpy.asarray(mean), rows, known, shape, procedure, certificate)
         axes = sorted(int(axis) for axis in record["rank"])
-        factors = {axis: jax.numpy.asarray(tensors[f"factor_{axis}"]) for axis in axes}
+        dtype = tensors["mean"].dtype  # a factor that is not there has unit vectors
+        found = {axis: tensors.get(f"factor_{axis}") for axis in axes}
+        factors = {
+            axis: jax.numpy.asarray(np.eye(shape[axis], dtype=dtype) if f is None else f) for axis, f in found.items()
+        }
         for axis, factor in factors.items():
             if factor.shape != (record["rank"][str(axis)], shape[axis]):
                 raise ValueError(f"factor {axis} of shape {factor.shape}, layer of shape {shape}")

@@ -27,7 +27,7 @@ from jaxsub import (
     stacks,
     subspace,
 )
-from jaxsub.bundle import allocation
+from jaxsub.bundle import allocation, cores
 from jaxsub.linalg import gram
 from jaxsub.pipelines import aside, layers, plan, progress
 
@@ -188,11 +188,13 @@ def _ranks(least, budget):
             raise errors.ConfigError(f"budget_bytes: {space.procedure.name} reduces one axis only; give --rank")
         spectra = [space.spectrum] if layer.is_linear else [space.spectra[axis] for axis in sorted(space.spectra)]
         sizes = [math.prod(layer.shape)] if layer.is_linear else layer.shape
-        itemsize = layer.values.dtype.itemsize
+        itemsize, is_lora = layer.values.dtype.itemsize, layer.parametrisation == lineup.LORA
         kept = [np.square(np.where(s.values > s.floor, s.values, 0.0))[: space.procedure.cap] for s in spectra]
         base = tuple(size * itemsize for size in sizes)
-        choices.append(allocation.Choice(tuple(kept), base, count, itemsize, least=1))
-    spent = sum(c.num_bytes([1] * len(c.energies)) for c in choices)
+        inner = np.array(layer.figures["energies_of_ranks"]) if is_lora else None
+        whole = () if layer.is_linear else sizes
+        choices.append(allocation.Choice(tuple(kept), base, count, itemsize, least=1, inner=inner, whole=whole))
+    spent = sum(c.num_bytes([1] * len(c.all_energies)) for c in choices)
     fixed = least.accounting()["total"] - spent
     if fixed + spent > budget:
         raise errors.ConfigError(
@@ -215,7 +217,7 @@ def _layer(group, opened, config, rank):
     with jax.enable_x64(True):
         stack = stacks.DenseStack.create(x, group.name, ids)
         key = layers.layer_key(group.name, config.seed)
-        space = module.fit(stack, _options(module, config, stack, rank), key)
+        space = subspace.stored(module.fit(stack, _options(module, config, stack, rank), key), _dtype(group.dtypes))
         values = np.asarray(space.project(stack.x))
         figures = _figures(stack.x, values, space)
     if exponent:
@@ -224,16 +226,28 @@ def _layer(group, opened, config, rank):
 
 
 def _lora_layer(group, models, ids, config, rank):
-    """The fitted bundle.Layer of low-rank updates, from their factors."""
+    """The fitted bundle.Layer of low-rank updates, from their factors; `rank` may be (k_o, k_i, rank of the cores)."""
     module = _module(group, config)
+    rank, inner = (rank[:2], rank[2]) if isinstance(rank, tuple) else (rank, None)
+    dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
     stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
     with jax.enable_x64(True):
         space = module.fit(stack, _options(module, config, stack, rank), layers.layer_key(group.name, config.seed))
+        space = subspace.stored(space, _dtype(dtypes))
         values = np.asarray(space.project_factors(stack.a, stack.b, stack.scales))
         energies, left = subspace.missed(space, (stack.a, stack.b, stack.scales), values)
-    dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
-    figures = _errors(left, energies, energies.sum())
-    return bundle.Layer(group.name, space, ids, values, dtypes, {**figures, "held_out": None}, lineup.LORA)
+    halves = cores.halves(values, inner or stack.a.shape[1])
+    if halves:
+        whole, values = values, cores.joined(halves)
+        left = left + np.square(whole.astype(np.float64) - values).sum(axis=(1, 2))
+    inside = cores.energies(stack.a, stack.b, stack.scales).tolist()
+    figures = {**_errors(left, energies, energies.sum()), "held_out": None, "energies_of_ranks": inside}
+    return bundle.Layer(group.name, space, ids, values, dtypes, figures, lineup.LORA, halves)
+
+
+def _dtype(dtypes):
+    """What a layer's basis and coefficients are stored in."""
+    return "float64" if "float64" in dtypes else "float32"
 
 
 def _exponent(x):
@@ -333,6 +347,7 @@ def table(result):
     for layer in result.layers:
         rank = layer.subspace.rank
         rank = "x".join(map(str, rank.values())) if isinstance(rank, dict) else str(rank)
+        rank += f"/{layer.halves[0].shape[2]}" if layer.halves else ""
         held, figures = layer.figures["held_out"], layer.figures
         held = "" if held is None else f"{held:.3f}"
         lines.append(
@@ -340,6 +355,8 @@ def table(result):
             f"{rank:>9} {figures['energy_kept']:>7.3f} {held:>9} {figures['error_max']:>8.2e}"
         )
     lines.append("kept: share of the centred energy; held out: share missed on a model left out; error: of the worst")
+    if any(layer.halves for layer in result.layers):
+        lines.append("rank: of the axes, and of the models' cores where these are kept as products of two halves")
     count = result.accounting()
     sizes = {name: plan.size(value) for name, value in count.items() if name not in ("ratio", "break_even")}
     lines.append(f"bundle {sizes['total']}, files {sizes['originals']}: {count['ratio']:.2f} times the bundle")

@@ -95,7 +95,7 @@ def _layer(group, layer, opened):
     def again(position):
         c = values[position : position + 1]
         if group.parametrisation == "lora":
-            return tuple(np.asarray(part)[0] for part in space.reconstruct_factors(c))
+            return tuple(np.asarray(part)[0] for part in space.reconstruct_factors(c, x[0].shape[1]))
         return np.asarray(space.reconstruct(c))[0]
 
     share = math.prod(values.shape[1:]) / math.prod(

@@ -91,7 +91,7 @@ def test_rebuilt_adapters_keep_scale_orientation_and_sidecars(tmp_path, transpos
     for name, product in products.items():
         np.testing.assert_allclose(again[name], product, atol=1e-4)
         made = json.loads((tmp_path / "new" / name / peft.CONFIG).read_text())
-        assert (made["r"], made["lora_alpha"], made["use_rslora"]) == (3, 3.0, False)
+        assert (made["r"], made["lora_alpha"], made["use_rslora"]) == (2, 2.0, False)
         assert (made["fan_in_fan_out"], made["revision"]) == (transposed, "main")
         assert made["base_model_name_or_path"] == "some/base"
         assert (tmp_path / "new" / name / "README.md").read_text() == f"adapter {name[1:]}"
