@@ -64,13 +64,13 @@ class Layer:
         return dict(zip(HALVES, self.halves, strict=True)) if self.halves else {"": self.values}
 
     def tensors(self):
-        """Arrays of the layer's file, by name; unit factors, which say nothing, are left out."""
+        """Arrays of the layer's file, by name; unit factors, and the zeros where no mean was taken, are left out."""
         space = self.subspace
         if self.is_linear:
             mean, basis = (np.asarray(x) for x in (space.mean, space.basis))
             found = {"mean": mean.reshape(self.shape), "basis": basis.reshape(-1, *self.shape)}
             return {**found, "singular_values": np.asarray(space.spectrum.values)}
-        found = {"mean": np.asarray(space.mean)}
+        found = {} if space.procedure.centring == "none" else {"mean": np.asarray(space.mean)}
         for axis, factor in space.factors.items():
             if not np.array_equal(factor, np.eye(space.shape[axis])):
                 found[f"factor_{axis}"] = np.asarray(factor)

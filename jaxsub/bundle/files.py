@@ -108,11 +108,11 @@ def _bundle(path, manifest):
 
     coefficients, layers = _tensors(path, COEFFICIENTS), []
     for number, record in enumerate(manifest["layers"]):
-        space = _subspace(record, _tensors(path, record["file"]))
         ids = manifest["models"] if record["models"] is None else record["models"]
         dtypes = [record["dtypes"]] * len(ids) if isinstance(record["dtypes"], str) else record["dtypes"]
         halves = tuple(coefficients[f"{number:05d}{e}"] for e in HALVES if f"{number:05d}{e}" in coefficients)
         values = cores.joined(halves) if halves else coefficients[f"{number:05d}"]
+        space = _subspace(record, _tensors(path, record["file"]), values.dtype)
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
         more = (record["figures"], record["parametrisation"], halves)
@@ -184,7 +184,7 @@ def _known(value):
     return value if math.isfinite(value) else None
 
 
-def _subspace(record, tensors):
+def _subspace(record, tensors, dtype):
     shape = tuple(record["shape"])
     lists = {key: tuple(v) if isinstance(v, list) else v for key, v in record["procedure"].items()}
     procedure, certificate = subspace.Procedure(**lists), subspace.Certificate(**record["certificate"])
@@ -203,16 +203,15 @@ def _subspace(record, tensors):
             known = spectrum("models", "singular_values")
             return subspace.LinearSubspace(jax.numpy.asarray(mean), rows, known, shape, procedure, certificate)
         axes = sorted(int(axis) for axis in record["rank"])
-        dtype = tensors["mean"].dtype  # a factor that is not there has unit vectors
         found = {axis: tensors.get(f"factor_{axis}") for axis in axes}
-        factors = {
+        factors = {  # one that is not there has unit vectors
             axis: jax.numpy.asarray(np.eye(shape[axis], dtype=dtype) if f is None else f) for axis, f in found.items()
         }
         for axis, factor in factors.items():
             if factor.shape != (record["rank"][str(axis)], shape[axis]):
                 raise ValueError(f"factor {axis} of shape {factor.shape}, layer of shape {shape}")
         spectra = {axis: spectrum(str(axis), f"singular_values_{axis}") for axis in axes}
-        mean = jax.numpy.asarray(tensors["mean"])
+        mean = jax.numpy.asarray(tensors.get("mean", np.zeros((1,) * len(shape), dtype)))
         return subspace.TuckerSubspace(mean, factors, spectra, shape, procedure, certificate)
 
 

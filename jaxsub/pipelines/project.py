@@ -9,7 +9,7 @@ import numpy as np
 from jaxsub import bundle as bundles, collection as collections, errors, formats, subspace
 from jaxsub.bundle import files
 from jaxsub.formats import safetensors
-from jaxsub.pipelines import aside, progress
+from jaxsub.pipelines import aside, progress, scoring
 from jaxsub.report import _write
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
@@ -22,6 +22,8 @@ class Config:
     bundle: str = ""  # folder that fit wrote
     collection: tuple[str, ...] = ()  # the models: folders, globs, or text files of paths
     write_models: str = ""  # new folder for the reconstructions, in the models' own format
+    score: str = ""  # module:function of yours, f(weights, model_id) -> float; run on originals and rebuilt models
+    seed: int = 0  # of the random subspace that scores are set beside
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
@@ -32,13 +34,17 @@ def run(config, workdir=None, *, stream=None):
 
     Returns:
         dict: "models" and "layers", each with its name, rank and errors a model, relative to the norm of its weights:
-        of the reconstruction, of the mean alone, and expected in a random subspace of the same size about that mean.
+        of the reconstruction, of the mean alone, and expected in a random subspace of the same size about that mean;
+        with `score`, "scores": see `scoring`.
 
     Raises:
         ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
     """
     if not config.bundle or not config.collection:
         raise errors.ConfigError("give --bundle=FOLDER and --collection=FOLDER")
+    if not 0 <= config.seed < 2**63:
+        raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
+    score = scoring.load(config.score) if config.score else None  # a mistake in it shows before anything is read
     bundle = files.load(config.bundle)
     opened = collections.open_collection(
         list(config.collection),
@@ -52,10 +58,10 @@ def run(config, workdir=None, *, stream=None):
             raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
         for model in opened.models:
             formats.ending(model)  # before anything is read
-    return aside.going_on(lambda left: _project(left, bundle, config, workdir, stream), opened, config, least=1)
+    return aside.going_on(lambda left: _project(left, bundle, config, score, workdir, stream), opened, config, least=1)
 
 
-def _project(opened, bundle, config, workdir, stream):
+def _project(opened, bundle, config, score, workdir, stream):
     pairs = bundle.pairs(opened)
     if not pairs:
         raise errors.ConfigError(bundles.NOTHING_SHARED)
@@ -71,6 +77,8 @@ def _project(opened, bundle, config, workdir, stream):
             bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
     found = {"schema": "jaxsub.project/1", "bundle": config.bundle, "models": [r.id for r in opened.refs]}
     found |= {"layers": records, "quarantined": [dict(q) for q in opened.quarantined]}
+    if score:
+        found["scores"] = scoring.scores(score, config.score, opened, bundle, pairs, config.seed)
     if workdir is not None:
         os.makedirs(workdir, exist_ok=True)
         safetensors.write(os.path.join(workdir, COEFFICIENTS), values)
@@ -136,4 +144,6 @@ def table(found):
         )
     lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random: in a")
     lines.append("random subspace of the same size about it")
+    if "scores" in found:
+        lines += ["", scoring.table(found["scores"])]
     return "\n".join(lines)
