@@ -283,7 +283,7 @@ def draw(results, names, path):
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     panels[0][0].set_ylabel("relative error")
-    panels[0][-1].legend(frameon=False, fontsize=10, loc="upper right")
+    panels[0][0].legend(frameon=False, fontsize=10, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=130, transparent=True)
 
