@@ -25,6 +25,7 @@ import numpy as np
 
 FRACTIONS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 0.85, 1.0)  # of the bytes of all A and B
 ITEM = 4
+ROUNDING = 1e-6  # float32 numbers
 PEERS = ("lorashare", "EigenLoRAx", "JD-Full", "SVD")
 OURS = {"jaxsub hooi": "hooi", "jaxsub hosvd": "hosvd"}
 STYLES = {
@@ -238,10 +239,10 @@ def verdict(found):
     lines = []
     for peer in PEERS:
         pairs = [(r["errors"]["jaxsub hooi"], r["errors"][peer], r["fraction"]) for r in found["rows"]]
-        worse = [f"{f:g}" for mine, other, f in pairs if other is not None and (mine is None or mine > other + 1e-7)]
+        worse = [f"{f:g}" for mine, other, f in pairs if other is not None and (mine is None or mine > other + ROUNDING)]
         lines.append(f"jaxsub <= {peer}: " + (f"not at {', '.join(worse)}" if worse else "everywhere"))
     pairs = [(r["errors"]["jaxsub hooi"], r["errors"]["jaxsub hosvd"], r["fraction"]) for r in found["rows"]]
-    worse = [f"{f:g}" for one, other, f in pairs if one is not None and one > other + 1e-7]
+    worse = [f"{f:g}" for one, other, f in pairs if one is not None and one > other + ROUNDING]
     lines.append("hooi <= hosvd: " + (f"not at {', '.join(worse)}" if worse else "everywhere"))
     return lines
 
