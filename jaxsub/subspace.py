@@ -149,15 +149,22 @@ class TuckerSubspace:
             a, b = (jnp.asarray(x).astype(self.dtype) for x in (a, b))
             return factored.cores(a, b, scales, self.factors[0], self.factors[1])
 
-    def reconstruct_factors(self, c):
-        """(a (n, k, i), b (n, o, k)) of updates b_n a_n from coefficients (n, k_o, k_i); k is the smaller rank.
+    def reconstruct_factors(self, c, rank=0):
+        """(a (n, k, i), b (n, o, k)) of updates b_n a_n from coefficients (n, k_o, k_i); k is the smallest rank.
 
-        For subspaces of low-rank updates: two factors, no mean. Where k exceeds a model's own rank its rebuilt update
-        still has rank k in general.
+        For subspaces of low-rank updates: two factors, no mean.
+
+        Args:
+            c: (n, k_o, k_i) coefficients.
+            rank: of the models themselves, where it is known: more of their cores is rounding, and is left out.
         """
         with jax.enable_x64(True):
             c = jnp.asarray(c, self.dtype)
             u, v = self.factors[0], self.factors[1]
+            if 0 < rank < min(u.shape[0], v.shape[0]):
+                left, s, right = jnp.linalg.svd(c, full_matrices=False)
+                a = products.einsum("nkl,li->nki", right[:, :rank], v)
+                return a, products.einsum("ko,nkl->nol", u, left[:, :, :rank] * s[:, None, :rank])
             if u.shape[0] < v.shape[0]:
                 a, b = products.einsum("nkl,li->nki", c, v), jnp.broadcast_to(u.T, (len(c), *u.T.shape))
             else:
@@ -222,6 +229,29 @@ def scaled(space, exponent):
     if isinstance(space, LinearSubspace):
         return dataclasses.replace(space, mean=mean, spectrum=grown(space.spectrum))
     return dataclasses.replace(space, mean=mean, spectra={a: grown(s) for a, s in space.spectra.items()})
+
+
+STORED_ROUNDING = 4.0  # eps of the stored dtype that narrowing basis and coefficients may add to a relative error
+
+
+def stored(space, dtype):
+    """The subspace as bundles keep it: in `dtype` where it is wider, and unit factors for axes that are kept whole.
+
+    A factor (d, d) spans its axis whatever its rows are; with unit vectors it need not be stored.
+    """
+    dtype = np.dtype(dtype)
+    is_linear = isinstance(space, LinearSubspace)
+    if (space.basis if is_linear else space).dtype.itemsize > dtype.itemsize:
+        bound = space.certificate.bound + STORED_ROUNDING * float(np.finfo(dtype).eps)
+        certificate = dataclasses.replace(space.certificate, bound=bound)
+        space = dataclasses.replace(space, certificate=certificate, mean=space.mean.astype(dtype))
+        if is_linear:
+            return dataclasses.replace(space, basis=space.basis.astype(dtype))
+        space = dataclasses.replace(space, factors={axis: f.astype(dtype) for axis, f in space.factors.items()})
+    if is_linear:
+        return space
+    whole = {axis: jnp.eye(len(f), dtype=f.dtype) for axis, f in space.factors.items() if len(f) == space.shape[axis]}
+    return dataclasses.replace(space, factors=space.factors | whole)
 
 
 @dataclasses.dataclass(frozen=True)

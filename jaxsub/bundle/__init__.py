@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, placement, subspace
-from jaxsub.bundle import corrections, files, storage
+from jaxsub.bundle import cores, corrections, files, storage
 
 NOTHING_SHARED = "the models have no layer of the bundle (by name, shape and kind)"
 
@@ -39,6 +39,8 @@ class Layer:
         weight_shape: of one weight, where the subspace is of it flattened: low-rank updates of convolutions.
         orientation: of low-rank updates, how PEFT stores their factors: "linear", "fan_in_fan_out" or "embedding"; ""
             where that is not known, or not the same in all models.
+        halves: of low-rank updates: `values` as the product of two smaller arrays (see `cores`), which are stored
+            instead; () where they would not be smaller.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Layer:
     corrections: "corrections.Entries | corrections.Factors | None" = None
     weight_shape: tuple[int, ...] = ()
     orientation: str = ""
+    halves: tuple[np.ndarray, ...] = ()
 
     @property
     def shape(self):
@@ -68,22 +71,29 @@ class Layer:
         return np.asarray(self.subspace.project_factors(*x) if isinstance(x, tuple) else self.subspace.project(x))
 
     def tensors(self):
-        """Arrays of the layer's file, by name."""
+        """Arrays of the layer's file, by name; unit factors, and the zeros where no mean was taken, are left out."""
         space, dtype = self.subspace, self.storage[0]
         if self.is_linear:
             mean, basis = np.asarray(space.mean), np.asarray(space.basis)
             found = {"singular_values": np.asarray(space.spectrum.values)}
             found |= _named("basis", storage.encode(basis.reshape(-1, *self.shape), dtype, component=0))
             return found | _named("mean", storage.encode(mean.reshape(self.shape), storage.of_mean(dtype), component=0))
-        found = _named("mean", storage.encode(space.mean, storage.of_mean(dtype), component=0))
+        found = {}
+        if space.procedure.centring != "none":
+            found = _named("mean", storage.encode(space.mean, storage.of_mean(dtype), component=0))
         for axis, factor in space.factors.items():
-            found |= _named(f"factor_{axis}", storage.encode(factor, dtype, component=0))
+            if not is_unit(factor):
+                found |= _named(f"factor_{axis}", storage.encode(factor, dtype, component=0))
             found[f"singular_values_{axis}"] = np.asarray(space.spectra[axis].values)
         return found
 
     def coefficient_tensors(self):
         """Arrays of the layer's coefficients, by the ending of their name."""
-        return storage.encode(self.values, self.storage[1], component=-1)
+        parts = dict(zip(cores.HALVES, self.halves, strict=True)) if self.halves else {"": self.values}
+        found = {}
+        for name, array in parts.items():
+            found |= _named(name, storage.encode(array, self.storage[1], component=-1))
+        return found
 
 
 def _named(name, arrays):
@@ -201,7 +211,8 @@ class Bundle:
         found = {}
         for key, layer, c in self._checked(coefficients):
             if layer.parametrisation == "lora":
-                a, b = (np.asarray(x) for x in layer.subspace.reconstruct_factors(c))
+                rank = max(int(np.linalg.matrix_rank(c).max()), 1)  # beyond it there is rounding only
+                a, b = (np.asarray(x) for x in layer.subspace.reconstruct_factors(c, rank))
                 own = coefficients.corrections.get(key)
                 found[key] = (a, b) if own is None else own.apply_factors(a, b)
         return found
@@ -295,12 +306,17 @@ class Bundle:
         return {**parts, "total": total, "originals": originals, "ratio": originals / total, "break_even": break_even}
 
 
+def is_unit(factor):
+    """Whether a factor is all of its axis, by unit vectors: it is not stored."""
+    return factor.ndim == 2 and factor.shape[0] == factor.shape[1] and np.array_equal(factor, np.eye(len(factor)))
+
+
 def rounded(space, dtype):
     """The subspace as it comes back from a file that stores its basis so."""
     with jax.enable_x64(True):
 
         def kept(array, dtype):
-            return jnp.asarray(storage.rounded(np.asarray(array), dtype, component=0))
+            return array if is_unit(array) else jnp.asarray(storage.rounded(np.asarray(array), dtype, component=0))
 
         mean = kept(space.mean, storage.of_mean(dtype))
         if isinstance(space, subspace.LinearSubspace):

@@ -2,9 +2,11 @@
 
     manifest.json             what it is, who made it, every file with its size and sha256; written last
     layers/00000.safetensors  mean, basis (k, *shape) or factor_<axis> (k, d), singular_values
-    coefficients.safetensors  number of the layer -> (n, k...)       8-bit ones with <name>_scale beside them
+    coefficients.safetensors  number of the layer -> (n, k...); of low-rank updates also number.left, number.right
     corrections.safetensors   number of the layer .counts, .places, ...: what is kept of models beside coefficients
     passthrough.safetensors   tensors that no subspace covers, each distinct one once
+
+8-bit arrays have <name>_scale beside them.
 
 Names of layers and models are data: files are numbered, names stand in the manifest alone.
 """
@@ -22,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxsub import errors, lineup, subspace
-from jaxsub.bundle import corrections, storage
+from jaxsub.bundle import cores, corrections, storage
 from jaxsub.formats import _files, _json, safetensors
 
 SCHEMA = "jaxsub.bundle/1"
@@ -121,10 +123,13 @@ def _bundle(path, manifest):
     coefficients, layers = _tensors(path, COEFFICIENTS), []
     corrected = _tensors(path, CORRECTIONS) if CORRECTIONS in manifest["files"] else {}
     for number, record in enumerate(manifest["layers"]):
-        space = _subspace(record, _tensors(path, record["file"]))
         ids = manifest["models"] if record["models"] is None else record["models"]
         dtypes = [record["dtypes"]] * len(ids) if isinstance(record["dtypes"], str) else record["dtypes"]
-        values = _decoded(coefficients, f"{number:05d}", -1)
+        halves = tuple(
+            _decoded(coefficients, f"{number:05d}{e}", -1) for e in cores.HALVES if f"{number:05d}{e}" in coefficients
+        )
+        values = cores.joined(halves) if halves else _decoded(coefficients, f"{number:05d}", -1)
+        space = _subspace(record, _tensors(path, record["file"]), values.dtype)
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
         layers.append(
@@ -140,6 +145,7 @@ def _bundle(path, manifest):
                 _corrections(corrected, number, len(ids), space.shape),
                 tuple(record["shape"]),
                 record["orientation"],
+                halves,
             )
         )
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
@@ -226,7 +232,7 @@ def _known(value):
     return value if math.isfinite(value) else None
 
 
-def _subspace(record, tensors):
+def _subspace(record, tensors, dtype):
     shape = lineup.flat_shape(record["shape"]) if record["parametrisation"] == lineup.LORA else tuple(record["shape"])
     lists = {key: tuple(v) if isinstance(v, list) else v for key, v in record["procedure"].items()}
     procedure, certificate = subspace.Procedure(**lists), subspace.Certificate(**record["certificate"])
@@ -245,12 +251,17 @@ def _subspace(record, tensors):
             known = spectrum("models", "singular_values")
             return subspace.LinearSubspace(jax.numpy.asarray(mean), rows, known, shape, procedure, certificate)
         axes = sorted(int(axis) for axis in record["rank"])
-        factors = {axis: jax.numpy.asarray(_decoded(tensors, f"factor_{axis}", 0)) for axis in axes}
+        factors = {}
+        for axis in axes:  # one that is not there has unit vectors
+            is_there = f"factor_{axis}" in tensors
+            rows = _decoded(tensors, f"factor_{axis}", 0) if is_there else np.eye(shape[axis], dtype=dtype)
+            factors[axis] = jax.numpy.asarray(rows)
         for axis, factor in factors.items():
             if factor.shape != (record["rank"][str(axis)], shape[axis]):
                 raise ValueError(f"factor {axis} of shape {factor.shape}, layer of shape {shape}")
         spectra = {axis: spectrum(str(axis), f"singular_values_{axis}") for axis in axes}
-        mean = jax.numpy.asarray(_decoded(tensors, "mean", 0))
+        mean = _decoded(tensors, "mean", 0) if "mean" in tensors else np.zeros((1,) * len(shape), dtype)
+        mean = jax.numpy.asarray(mean)
         return subspace.TuckerSubspace(mean, factors, spectra, shape, procedure, certificate)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import bundle, descriptors, errors, plugins, precision, stacks, subspace
-from jaxsub.bundle import corrections, storage
+from jaxsub.bundle import cores, corrections, storage
 from jaxsub.linalg import unfold
 
 PLUGINS = {"gram": "gram", "randomized": "gram", "hosvd": "hosvd", "sthosvd": "sthosvd", "hooi": "hooi"}
@@ -54,12 +54,13 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
         ConfigError: 8-bit coefficients of members would change, whose errors are bound.
     """
     count, space = len(layer.values), layer.subspace
-    values = storage.rounded(np.concatenate([layer.values, layer.project(x)]), layer.storage[1], component=-1)
+    values, halves = _stored(layer, np.concatenate([layer.values, layer.project(x)]))
     energies, left = subspace.missed(space, x, values[count:])
     norms = np.where(energies > 0, energies, 1.0)
     kept = None
     if max_error >= 0:
-        if not np.array_equal(values[:count], layer.values):
+        same = 4 * np.finfo(values.dtype).eps * np.abs(values).max(initial=0.0)
+        if np.abs(values[:count] - layer.values).max(initial=0.0) > same:
             raise errors.ConfigError(
                 f"{errors.quote(layer.name)}: larger 8-bit coefficients; use --exact, or fit again"
             )
@@ -80,7 +81,14 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
         dtypes=layer.dtypes + tuple(dtypes),
         figures=_figures(layer, np.zeros(count), np.sqrt(left / norms), layer.figures["energy_kept"]),
         corrections=corrections.joined(layer.corrections, kept, (count, len(ids))),
+        halves=halves,
     )
+
+
+def _stored(layer, values):
+    """Coefficients of the layer's kind, and their halves, as they come back from its file."""
+    inner = int(np.linalg.matrix_rank(values).max(initial=1)) if layer.parametrisation == "lora" else 0
+    return cores.stored(values, layer.storage[1], inner)
 
 
 def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
@@ -102,17 +110,17 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
         raise errors.ConfigError(f"{errors.quote(layer.name)}: a basis of {name} cannot be updated; fit again")
     with jax.enable_x64(True):
         frame = _frame(space, x)
-        cores = _turned(space, frame, layer.values[list(keep)])
+        every = _turned(space, frame, layer.values[list(keep)])
         if x is not None:
-            cores = np.concatenate([cores, _project(frame, x)])
-        small = _fit(layer, cores, plugins.load("decompositions", PLUGINS[name]), rank, key)
-        found, values = _composed(space, frame, small), np.asarray(small.project(cores))
+            every = np.concatenate([every, _project(frame, x)])
+        small = _fit(layer, every, plugins.load("decompositions", PLUGINS[name]), rank, key)
+        found, values = _composed(space, frame, small), np.asarray(small.project(every))
         found = bundle.rounded(_with_losses(layer, found, small), layer.storage[0])
-        values = storage.rounded(values, layer.storage[1], component=-1)
-        moved = np.asarray(small.reconstruct(values), np.float64) - cores
+        values, halves = _stored(layer, values)
+        moved = np.asarray(small.reconstruct(values), np.float64) - every
         old = len(keep)
         change = np.sqrt(np.square(moved[:old]).reshape(old, -1).sum(1))
-        norms = _norms(frame, cores[:old])
+        norms = _norms(frame, every[:old])
         relative = np.zeros(0)
         if x is not None:
             energies, left = subspace.missed(found, x, values[old:])
@@ -126,6 +134,7 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
         values=values,
         dtypes=tuple(layer.dtypes[p] for p in keep) + tuple(dtypes),
         figures=figures,
+        halves=halves,
     )
 
 

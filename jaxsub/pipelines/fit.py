@@ -180,12 +180,16 @@ def _ranks(least, budget):
             raise errors.ConfigError(f"budget_bytes: {space.procedure.name} reduces one axis only; give --rank")
         spectra = [space.spectrum] if layer.is_linear else [space.spectra[axis] for axis in sorted(space.spectra)]
         sizes = [math.prod(space.shape)] if layer.is_linear else space.shape
-        computed = layer.values.dtype.itemsize
+        computed, is_lora = layer.values.dtype.itemsize, layer.parametrisation == lineup.LORA
         (each, scale), (number, other) = (storage.component_bytes(computed, dtype) for dtype in layer.storage)
         kept = [np.square(np.where(s.values > s.floor, s.values, 0.0))[: space.procedure.cap] for s in spectra]
         base = tuple(size * each + scale for size in sizes)
-        choices.append(allocation.Choice(tuple(kept), base, 1, count * number + other, least=1))
-    spent = sum(c.num_bytes([1] * len(c.energies)) for c in choices)
+        inner = np.array(layer.figures["energies_of_ranks"]) if is_lora else None
+        whole = () if layer.is_linear else tuple(sizes)
+        choices.append(
+            allocation.Choice(tuple(kept), base, 1, count * number + other, least=1, inner=inner, whole=whole)
+        )
+    spent = sum(c.num_bytes([1] * len(c.all_energies)) for c in choices)
     fixed = least.accounting()["total"] - spent
     if fixed + spent > budget:
         raise errors.ConfigError(
@@ -246,6 +250,7 @@ def table(result):
     for layer in result.layers:
         rank = layer.subspace.rank
         rank = "x".join(map(str, rank.values())) if isinstance(rank, dict) else str(rank)
+        rank += f"/{layer.halves[0].shape[2]}" if layer.halves else ""
         held, figures = layer.figures["held_out"], layer.figures
         held = "" if held is None else f"{held:.3f}"
         lines.append(
@@ -257,6 +262,8 @@ def table(result):
         means = [(layer.figures["error_unrounded"], layer.figures["error_mean"]) for layer in result.layers]
         before, after = (sum(column) / len(means) for column in zip(*means, strict=True))
         lines.append(f"narrow storage: mean error {after:.3e}, {before:.3e} before rounding")
+    if any(layer.halves for layer in result.layers):
+        lines.append("rank: of the axes, and of the models' cores where these are kept as products of two halves")
     count = result.accounting()
     sizes = {name: plan.size(value) for name, value in count.items() if name not in ("ratio", "break_even")}
     lines.append(f"bundle {sizes['total']}, files {sizes['originals']}: {count['ratio']:.2f} times the bundle")

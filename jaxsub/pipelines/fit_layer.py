@@ -19,7 +19,7 @@ from jaxsub import (
     stacks,
     subspace,
 )
-from jaxsub.bundle import corrections, storage
+from jaxsub.bundle import cores, corrections, storage
 from jaxsub.formats import peft
 from jaxsub.linalg import gram
 from jaxsub.pipelines import layers
@@ -45,8 +45,8 @@ def fit(group, opened, config, rank):
     with jax.enable_x64(True):
         stack = stacks.DenseStack.create(x, group.name, ids)
         key = layers.layer_key(group.name, config.seed)
-        space = plugin.fit(stack, _options(plugin, config, stack, rank), key)
-        space, values, unrounded = _stored(space, stack.x, config)
+        space = subspace.stored(plugin.fit(stack, _options(plugin, config, stack, rank), key), _wide(group.dtypes))
+        space, values, _, unrounded = _stored(space, stack.x, config)
         found = _entries(group, x, space, values, exponent, config)
         figures = {**_figures(stack.x, values, space, found, exponent), **unrounded}
     if exponent:
@@ -71,41 +71,51 @@ def _storage(config):
     return config.basis_dtype, config.coefficient_dtype
 
 
-def _stored(space, x, config):
-    """The subspace and the coefficients of `x` in it as they come back from the file, and what that costs.
+def _wide(dtypes):
+    """What a layer's basis and coefficients are computed in."""
+    return "float64" if "float64" in dtypes else "float32"
 
-    The last is {"error_unrounded": mean relative error before rounding}, empty where nothing is rounded.
+
+def _stored(space, x, config, inner=0):
+    """The subspace, the coefficients of `x` and their halves as they come back from the file, and what that costs.
+
+    The last is {"error_unrounded": mean relative error before rounding}, empty where nothing is rounded. `inner` is the
+    rank of the cores of low-rank updates.
     """
     basis_dtype, coefficient_dtype = _storage(config)
 
     def project(space):
         return np.asarray(space.project_factors(*x) if isinstance(x, tuple) else space.project(x))
 
-    values = project(space)
+    values, halves = cores.stored(project(space), storage.AS_COMPUTED, inner)
     if not (basis_dtype or coefficient_dtype):
-        return space, values, {}
+        return space, values, halves, {}
     energies, left = subspace.missed(space, x, values)
     space = bundle.rounded(space, basis_dtype)
-    values = storage.rounded(project(space), coefficient_dtype, component=-1)
-    return space, values, {"error_unrounded": _errors(left, energies, 0.0)["error_mean"]}
+    values, halves = cores.stored(project(space), coefficient_dtype, inner)
+    return space, values, halves, {"error_unrounded": _errors(left, energies, 0.0)["error_mean"]}
 
 
 def _lora_layer(group, models, ids, config, rank):
-    """The fitted bundle.Layer of low-rank updates, from their factors."""
-    plugin = module(group, config)
+    """The fitted bundle.Layer of low-rank updates, from their factors; `rank` may be (k_o, k_i, rank of the cores)."""
+    plugin, inner = module(group, config), None
+    if isinstance(rank, tuple):
+        rank, inner = rank[:2], rank[2]
+    dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
     stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
     with jax.enable_x64(True):
         space = plugin.fit(stack, _options(plugin, config, stack, rank), layers.layer_key(group.name, config.seed))
         factors = stack.a, stack.b, stack.scales
-        space, values, unrounded = _stored(space, factors, config)
+        space = subspace.stored(space, _wide(dtypes))
+        space, values, halves, unrounded = _stored(space, factors, config, inner or stack.a.shape[1])
         energies, left = subspace.missed(space, factors, values)
-    dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
     found = None
     if config.max_error >= 0:
         relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
         found = corrections.factors(*factors, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
         left[[] if found is None else found.positions] = 0.0
-    figures = {**_errors(left, energies, energies.sum()), "held_out": None, **unrounded}
+    inside = cores.energies(*factors).tolist()
+    figures = {**_errors(left, energies, energies.sum()), "held_out": None, "energies_of_ranks": inside, **unrounded}
     return bundle.Layer(
         group.name,
         space,
@@ -118,6 +128,7 @@ def _lora_layer(group, models, ids, config, rank):
         found,
         tuple(group.shape),
         orientation(group),
+        halves,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxsub import bundle as bundles, collection as collections, errors, formats, subspace
 from jaxsub.bundle import export, files
 from jaxsub.formats import _rewrite, peft, safetensors
-from jaxsub.pipelines import aside, progress
+from jaxsub.pipelines import aside, progress, scoring
 from jaxsub.report import _write
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
@@ -22,8 +22,11 @@ class Config:
     bundle: str = ""  # folder that fit wrote
     collection: tuple[str, ...] = ()  # the models: folders, globs, text files of paths, or org/name
     members: bool = False  # the bundle's own models, from their coefficients: --write_models without a collection
+    base: str = ""  # a model whose error as a stand-in for each is set beside: what the models were trained from
     write_models: str = ""  # new folder for the reconstructions, in the models' own format
     peft_layout: str = ""  # exact (default), portable (for servers; default of --members), tinylora, tinylora_shared
+    score: str = ""  # module:function of yours, f(weights, model_id) -> float; run on originals and rebuilt models
+    seed: int = 0  # of the random subspace that scores are set beside
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
@@ -34,12 +37,16 @@ def run(config, workdir=None, *, stream=None):
 
     Returns:
         dict: "models" and "layers", each with its name, rank and errors a model, relative to the norm of its weights:
-        of the reconstruction, of the mean alone, and expected in a random subspace of the same size about that mean.
+        of the reconstruction, of the mean alone, and expected in a random subspace of the same size about that mean;
+        with `score`, "scores": see `scoring`.
 
     Raises:
         ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
     """
     layout = _layout(config)
+    if not 0 <= config.seed < 2**63:
+        raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
+    score = scoring.load(config.score) if config.score else None  # a mistake in it shows before anything is read
     if config.members:
         return _members(config, layout)
     bundle = files.load(config.bundle)
@@ -60,7 +67,11 @@ def run(config, workdir=None, *, stream=None):
                 raise errors.ConfigError(
                     f"{errors.quote(model.path)}: peft_layout={layout} is one of PEFT folders, not of {model.format}"
                 )
-    return aside.going_on(lambda left: _project(left, bundle, config, layout, workdir, stream), opened, config, least=1)
+
+    def work(left):
+        return _project(left, bundle, config, layout, score, workdir, stream)
+
+    return aside.going_on(work, opened, config, least=1)
 
 
 def _layout(config):
@@ -91,29 +102,35 @@ def _members(config, layout):
     }
 
 
-def _project(opened, bundle, config, layout, workdir, stream):
+def _project(opened, bundle, config, layout, score, workdir, stream):
     pairs = bundle.pairs(opened)
     if not pairs:
         raise errors.ConfigError(bundles.NOTHING_SHARED)
-    records, values, rebuilt = [], {}, [{} for _ in opened.models]
+    base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
+    records, values, again = [], {}, []
     with progress.Progress(sum(g.num_bytes for g, _ in pairs), len(pairs), stream=stream) as bar:
         for group, layer in pairs:
             key = bundle.key(layer)
-            record, values[key], again = _layer(group, layer, opened)
+            record, values[key], rebuild = _layer(group, layer, opened, base)
             records.append({"key": key, **record})
-            if config.write_models:
-                for position, member in enumerate(group.members):
-                    rebuilt[member][group.name] = again(position)
+            again.append(rebuild)
             bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
     found = {"schema": "jaxsub.project/1", "bundle": config.bundle, "models": [r.id for r in opened.refs]}
     found |= {"layers": records, "quarantined": [dict(q) for q in opened.quarantined]}
+    if score:
+        found["scores"] = scoring.scores(score, config.score, opened, bundle, pairs, config.seed)
     if workdir is not None:
         os.makedirs(workdir, exist_ok=True)
         safetensors.write(os.path.join(workdir, COEFFICIENTS), values)
         _write.write_json(os.path.join(workdir, RECORD), found)
     if config.write_models:
         found["written"] = []
-        for ref, model, layers in zip(opened.refs, opened.models, rebuilt, strict=True):
+        for member, (ref, model) in enumerate(zip(opened.refs, opened.models, strict=True)):
+            layers = {  # of one model at a time
+                group.name: rebuild(group.members.index(member))
+                for (group, _), rebuild in zip(pairs, again, strict=True)
+                if member in group.members
+            }
             place = _rewrite.place(config.write_models, ref.id)
             if layout == "exact":
                 formats.rewrite(model, place + formats.ending(model), layers)
@@ -123,7 +140,7 @@ def _project(opened, bundle, config, layout, workdir, stream):
     return found
 
 
-def _layer(group, layer, opened):
+def _layer(group, layer, opened, base):
     """(record, coefficients (n, k...), function position -> what `formats.rewrite` takes) of one layer."""
     space, x = layer.subspace, bundles.read(group, opened)
     values = layer.project(x)
@@ -134,10 +151,12 @@ def _layer(group, layer, opened):
         mean = mean.reshape(layer.shape) if mean.size == math.prod(layer.shape) else mean  # or one that broadcasts
         alone = np.array([np.square(row.astype(np.float64) - mean).sum() for row in x])
 
+    inner = x[0].shape[1] if isinstance(x, tuple) else 0  # `again` outlives the stack
+
     def again(position):
         c = values[position : position + 1]
         if group.parametrisation == "lora":
-            return tuple(np.asarray(part)[0] for part in space.reconstruct_factors(c))
+            return tuple(np.asarray(part)[0] for part in space.reconstruct_factors(c, inner))
         return np.asarray(space.reconstruct(c))[0]
 
     share = math.prod(values.shape[1:]) / math.prod(
@@ -153,7 +172,21 @@ def _layer(group, layer, opened):
         "error_of_mean": np.sqrt(alone / size).tolist(),
         "error_of_random": np.sqrt(alone * (1 - share) / size).tolist(),
     }
+    if base is not None:
+        record["error_of_base"] = np.sqrt(_from_base(group, x, energies, base) / size).tolist()
     return record, values, again
+
+
+def _from_base(group, x, energies, base):
+    """(n,) squared distances of models to the base; a low-rank update is all of its model's distance."""
+    if group.parametrisation == "lora":
+        return energies
+    tensor = base.tensors.get(group.name)
+    if tensor is None or (tensor.shape or (1,)) != x.shape[1:]:
+        found = "lacks it" if tensor is None else f"has shape {tensor.shape}"
+        raise errors.InputError(base.path, f"the base {found}, the models have shape {x.shape[1:]}", key=group.name)
+    own = formats.read(base, tensor).astype(np.float64).reshape(x.shape[1:])
+    return np.array([np.square(row.astype(np.float64) - own).sum() for row in x])
 
 
 def written(found):
@@ -174,15 +207,19 @@ def _span(numbers):
 
 def table(found):
     """The errors of a projection, layer by layer, as text of at most 100 columns."""
-    heads = "".join(f" {name:>8}" for name in ("error", "worst", "mean", "random"))
-    lines = [f"{'layer':30} {'shape':>16} {'models':>6} {'rank':>9}{heads}"]
+    has_base = any("error_of_base" in one for one in found["layers"])
+    heads = "".join(f" {name:>8}" for name in ("error", "worst", "mean", "random", "base")[: 4 + has_base])
+    lines = [f"{'layer':22} {'shape':>16} {'models':>6} {'rank':>9}{heads}"]
     for one in found["layers"]:
         rank, shape = ("x".join(map(str, one[k])) for k in ("rank", "shape"))
-        middle = [float(np.median(one[k])) for k in ("error", "error_of_mean", "error_of_random")]
+        rest = ("error_of_mean", "error_of_random", "error_of_base")[: 2 + has_base]
+        shown = [np.median(one["error"]), max(one["error"]), *(np.median(one[k]) for k in rest)]
         lines.append(
-            f"{errors.quote(one['name'], 30):30} {shape:>16} {len(one['models']):>6} {rank:>9} "
-            f"{middle[0]:>8.2e} {max(one['error']):>8.2e} {middle[1]:>8.2e} {middle[2]:>8.2e}"
+            f"{errors.quote(one['name'], 22):22} {shape:>16} {len(one['models']):>6} {rank:>9}"
+            + "".join(f" {value:>8.2e}" for value in shown)
         )
     lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random: in a")
-    lines.append("random subspace of the same size about it")
+    lines.append("random subspace of the same size about it" + "; base: with the base in their place" * has_base)
+    if "scores" in found:
+        lines += ["", scoring.table(found["scores"])]
     return "\n".join(lines)

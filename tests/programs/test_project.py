@@ -91,7 +91,7 @@ def test_rebuilt_adapters_keep_scale_orientation_and_sidecars(tmp_path, transpos
     for name, product in products.items():
         np.testing.assert_allclose(again[name], product, atol=1e-4)
         made = json.loads((tmp_path / "new" / name / peft.CONFIG).read_text())
-        assert (made["r"], made["lora_alpha"], made["use_rslora"]) == (3, 3.0, False)
+        assert (made["r"], made["lora_alpha"], made["use_rslora"]) == (2, 2.0, False)
         assert (made["fan_in_fan_out"], made["revision"]) == (transposed, "main")
         assert made["base_model_name_or_path"] == "some/base"
         assert (tmp_path / "new" / name / "README.md").read_text() == f"adapter {name[1:]}"
@@ -241,3 +241,23 @@ def test_names_that_end_alike_do_not_collide(tmp_path):
     for owner in ("ann", "bob"):
         old, new = (safetensors.read(tmp_path / f / owner / "m0.safetensors")["w"] for f in ("m", "new"))
         assert np.linalg.norm(new - old) < 0.2 * np.linalg.norm(old)
+
+
+def test_the_base_is_set_beside_the_reconstruction(tmp_path, capsys):
+    folder = weights(tmp_path / "m")
+    jaxsub.fit(folder, tmp_path / "b", rank=2, layers=["w"])
+    base = safetensors.read(tmp_path / "m" / "m0.safetensors")
+    safetensors.write(tmp_path / "base.safetensors", base)
+    config = project.Config(
+        bundle=str(tmp_path / "b"), collection=(folder,), base=str(tmp_path / "base.safetensors")
+    )
+    found = project.run(config)
+    (layer,) = found["layers"]
+    x = np.stack([safetensors.read(tmp_path / "m" / f"m{n}.safetensors")["w"] for n in range(9)]).astype(np.float64)
+    wanted = np.linalg.norm((x - x[0]).reshape(9, -1), axis=1) / np.linalg.norm(x.reshape(9, -1), axis=1)
+    np.testing.assert_allclose(layer["error_of_base"], wanted, rtol=1e-6)
+    table = project.table(found)
+    assert "base" in table.splitlines()[0] and max(map(len, table.splitlines())) <= 100
+    safetensors.write(tmp_path / "base.safetensors", {"w": np.zeros((3, 3), np.float32)})
+    with pytest.raises(errors.InputError, match="the base has shape"):
+        project.run(config)
