@@ -239,7 +239,9 @@ def verdict(found):
     lines = []
     for peer in PEERS:
         pairs = [(r["errors"]["jaxsub hooi"], r["errors"][peer], r["fraction"]) for r in found["rows"]]
-        worse = [f"{f:g}" for mine, other, f in pairs if other is not None and (mine is None or mine > other + ROUNDING)]
+        worse = [
+            f"{f:g}" for mine, other, f in pairs if other is not None and (mine is None or mine > other + ROUNDING)
+        ]
         lines.append(f"jaxsub <= {peer}: " + (f"not at {', '.join(worse)}" if worse else "everywhere"))
     pairs = [(r["errors"]["jaxsub hooi"], r["errors"]["jaxsub hosvd"], r["fraction"]) for r in found["rows"]]
     worse = [f"{f:g}" for one, other, f in pairs if one is not None and one > other + ROUNDING]
