@@ -7,8 +7,8 @@ The package's metadata says Apache, the licence file inside academic and non-com
 jaxsub.
 
 Class I networks (LSTM 21 > 64, dense 64, 1; names *_BA.h5), every layer by itself: mean and first k components of the
-other networks, the network projected on them. AUC on the package's own measurements, binders under 500 nM against
-others, mean over alleles with at least 40 of each; peptides of at most 15 residues.
+other networks, the network projected on them. AUC on the package's own quantitative measurements, binders under 500 nM
+against others, mean over alleles with at least 40 of each; peptides of at most 15 residues.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def measurements(path):
     found = {}
     with open(path, encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if len(row["peptide"]) <= LENGTH and row["measurement_source"] != "random":
+            if len(row["peptide"]) <= LENGTH and row["measurement_type"] == "quantitative":
                 one = found.setdefault(row["mhc"].replace("*", ""), ([], []))
                 one[0].append(row["peptide"].upper())
                 one[1].append(float(row["IC50(nM)"]) < BINDER)
