@@ -218,8 +218,8 @@ def table(found):
             f"{errors.quote(one['name'], 22):22} {shape:>16} {len(one['models']):>6} {rank:>9}"
             + "".join(f" {value:>8.2e}" for value in shown)
         )
-    lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random: in a")
-    lines.append("random subspace of the same size about it" + "; base: with the base in their place" * has_base)
+    lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random:")
+    lines.append("in a random subspace of the same size about it" + "; base: with the base in their place" * has_base)
     if "scores" in found:
         lines += ["", scoring.table(found["scores"])]
     return "\n".join(lines)

@@ -248,9 +248,7 @@ def test_the_base_is_set_beside_the_reconstruction(tmp_path, capsys):
     jaxsub.fit(folder, tmp_path / "b", rank=2, layers=["w"])
     base = safetensors.read(tmp_path / "m" / "m0.safetensors")
     safetensors.write(tmp_path / "base.safetensors", base)
-    config = project.Config(
-        bundle=str(tmp_path / "b"), collection=(folder,), base=str(tmp_path / "base.safetensors")
-    )
+    config = project.Config(bundle=str(tmp_path / "b"), collection=(folder,), base=str(tmp_path / "base.safetensors"))
     found = project.run(config)
     (layer,) = found["layers"]
     x = np.stack([safetensors.read(tmp_path / "m" / f"m{n}.safetensors")["w"] for n in range(9)]).astype(np.float64)
