@@ -209,13 +209,13 @@ def table(found):
     """The errors of a projection, layer by layer, as text of at most 100 columns."""
     has_base = any("error_of_base" in one for one in found["layers"])
     heads = "".join(f" {name:>8}" for name in ("error", "worst", "mean", "random", "base")[: 4 + has_base])
-    lines = [f"{'layer':22} {'shape':>16} {'models':>6} {'rank':>9}{heads}"]
+    lines = [f"{'layer':21} {'shape':>16} {'models':>6} {'rank':>9}{heads}"]
     for one in found["layers"]:
         rank, shape = ("x".join(map(str, one[k])) for k in ("rank", "shape"))
         rest = ("error_of_mean", "error_of_random", "error_of_base")[: 2 + has_base]
         shown = [np.median(one["error"]), max(one["error"]), *(np.median(one[k]) for k in rest)]
         lines.append(
-            f"{errors.quote(one['name'], 22):22} {shape:>16} {len(one['models']):>6} {rank:>9}"
+            f"{errors.quote(one['name'], 21):21} {shape:>16} {len(one['models']):>6} {rank:>9}"
             + "".join(f" {value:>8.2e}" for value in shown)
         )
     lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random:")
