@@ -2,6 +2,7 @@
 
     kohya-ss, LyCORIS, older diffusers   <stem>.lora_down.weight, <stem>.hada_w1_a, <stem>.lora.up.weight   `kohya`
     diffusers with PEFT                  <component>.<module>.lora_A.weight, lora_B.weight                  `diffusers`
+    the paper's code                     <layer>.subspaceadapter_A.components, loadings             `subspaceadapter`
 
 The names in the header decide, all of them together, so a file has one reader whatever their order.
 """
@@ -23,12 +24,13 @@ _KOHYA = re.compile(
     r"[._]lora\.(up|down)\."
 )
 _PEFT = re.compile(r"\.lora_[AB](\.[^.]+)?\.weight$")
+_SUBSPACE = re.compile(r"\.(subspaceadapter|eigenflux)_[AB]\.(.+\.)?(components|loadings)$")
 _DELTA = re.compile(r".\.(diff|diff_b|w_norm|b_norm)$")
 _SCALARS = ((), (1,))  # shapes of an alpha; older scripts saved it with one axis
 
 
 def family(content):
-    """Name of the reader for a .safetensors Content, "kohya" or "diffusers"; None for plain tensors."""
+    """Name of the reader for a .safetensors Content; None for plain tensors."""
     if "family" not in content.notes:
         content.notes["family"] = _family([t.name for t in content.tensors])
     return content.notes["family"]
@@ -37,6 +39,8 @@ def family(content):
 def _family(names):
     if any(_KOHYA.search(name) for name in names) or (names and all(_DELTA.search(name) for name in names)):
         return "kohya"
+    if any(_SUBSPACE.search(name) for name in names):
+        return "subspaceadapter"
     factors = [name for name in names if _PEFT.search(name)]
     # Of other names the scale is nowhere: PEFT keeps it in adapter_config.json, and its prefix is no component.
     known = all(COMPONENT.match(name) or name.startswith(_COMFY) for name in factors)

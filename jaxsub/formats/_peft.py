@@ -81,8 +81,8 @@ class Plan:
     metadata: dict
 
 
-def parse(data, path):
-    """The Config in the bytes of an adapter_config.json.
+def parse(data, path, others=()):
+    """The Config in the bytes of an adapter_config.json; None for one of a `peft_type` in `others`.
 
     Raises:
         InputError: no LoRA of the plain kind, a wrong type, a number that is none (rule H13).
@@ -90,7 +90,7 @@ def parse(data, path):
     fields = _json.parse(data, path, rule="H13")
     if not isinstance(fields, dict):
         raise _refuse(path, None, "is no JSON object")
-    return configure(fields, path)
+    return None if fields.get("peft_type") in others else configure(fields, path)
 
 
 def configure(fields, path):

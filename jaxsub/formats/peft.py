@@ -24,6 +24,7 @@ from jaxsub.formats import (
     _sniff,
     _torch,
     safetensors,
+    subspaceadapter,
 )
 from jaxsub.formats._portable import Update as Update, orientation as orientation, write as write_portable
 
@@ -51,12 +52,14 @@ def open(path, *, root=None, allow_roots=()):
         raise errors.InputError(config_path, "is not there", hint="the scale of an adapter is in it", rule="H13")
     data = _config_bytes(_files.identify(config_path, **where))
     weights = next((name for name in _sniff.ADAPTER_FILES if name in names), None)
-    config = _peft.parse(data, config_path)
+    config = _peft.parse(data, config_path, others=subspaceadapter.TYPES)
     if weights is None:
         missing = os.path.join(path, _sniff.ADAPTER_FILES[0])
         raise errors.InputError(missing, "is not there", hint="fetch the adapter's weights", rule="H13")
     read = _header.content if weights.endswith(".safetensors") else _torch.content
     content = read(os.path.join(path, weights), **where)
+    if config is None:
+        return subspaceadapter.assemble(path, content)
     notes, key = content.notes if content.notes is not None else {}, hashlib.blake2b(data).digest()
     if key not in notes:
         notes[key] = _peft.plan(config, content, config_path)

@@ -1,0 +1,94 @@
+"""Adapters of the paper's own code and of EigenLoRAx: a subspace and loadings in it for every factor.
+
+    <prefix><layer>.subspaceadapter_A.components (i, K), .loadings (K, r); the same of B (o, K), (K, r)
+    Delta-W = (C_B L_B) (C_A L_A).T    "eigenflux" in older files
+
+Read as LoRA with a scale of 1: the released layers apply neither alpha nor r, and their files hold neither. A and B are
+multiplied out when they are read; what was subtracted before the basis was fitted is not in these files. To move over,
+read a folder of them as any collection; they are not written.
+
+Source: released code of arXiv 2512.05117 (tuner `subspaceadapter`) and of arXiv 2502.04700; E26.
+"""
+
+import functools
+import re
+
+import numpy as np
+
+from jaxsub import descriptors, errors, precision
+from jaxsub.formats import _header, _model
+
+TYPES = ("SUBSPACEADAPTER", "EIGENFLUX")  # `peft_type` in adapter_config.json
+PART = re.compile(
+    r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<kind>subspaceadapter|eigenflux)_(?P<side>[AB])"
+    r"(?:\.(?!components$|loadings$)[^.]+)?\.(?P<part>components|loadings)"
+)
+_AGAIN = "save the adapter again with the code that trained it"
+
+
+def claims(path):
+    """No path by itself: `safetensors` and `peft` hand over files whose tensors are of this kind."""
+    return False
+
+
+def open(path, *, root=None, allow_roots=()):
+    """The Model of a file: `adapters` by layer, other tensors as they are.
+
+    Raises:
+        InputError: the file breaks the format of safetensors, or parts are missing or do not fit (rule H13).
+    """
+    return assemble(path, _header.content(path, root=root, allow_roots=allow_roots))
+
+
+def assemble(path, content):
+    """The Model of a file whose header was read; see `open`."""
+    file, parts, rest = content.file.path, {}, {}
+    for tensor in content.tensors:
+        match = PART.fullmatch(tensor.name)
+        if match is None:
+            if tensor.name not in content.skipped:
+                rest[tensor.name] = tensor
+            continue
+        _model.require_float(tensor, file)
+        key = match["side"], match["part"]
+        if key in parts.setdefault(match["layer"], {}):
+            raise _fail(file, match["layer"], f"has two {key[1]} of {key[0]}")
+        parts[match["layer"]][key] = tensor
+    adapters, made = {}, {}
+    for layer, found in parts.items():
+        factors = [_factor(file, layer, side, found, made) for side in "AB"]
+        if factors[0].shape[0] != factors[1].shape[1]:
+            raise _fail(file, layer, f"has loadings of ranks {factors[0].shape[0]} and {factors[1].shape[1]}")
+        adapters[layer] = descriptors.LoraPair(*factors, 1.0, (factors[1].shape[0], factors[0].shape[1]))
+    load = functools.partial(_load, made, content.load)
+    more = {"adapters": adapters, "metadata": content.metadata, "load": load}
+    return _model.build(path, "subspaceadapter", rest, content.skipped, **more)
+
+
+def _factor(file, layer, side, found, made):
+    """The Tensor of A (r, i) or B (o, r), and in `made` what it is the product of."""
+    for part in ("components", "loadings"):
+        if (side, part) not in found:
+            raise _fail(file, layer, f"has no {part} of {side}")
+    components, loadings = found[side, "components"], found[side, "loadings"]
+    shapes = components.shape, loadings.shape
+    if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][1] != shapes[1][0] or 0 in shapes[0] + shapes[1]:
+        raise _fail(file, layer, f"has components {shapes[0]} and loadings {shapes[1]} of {side}, which do not fit")
+    dtype = precision.widest((components.dtype, loadings.dtype, "float32"))
+    name = components.name.removesuffix(".components")
+    made[name] = (components, loadings, side, dtype)
+    shape = shapes[0][0], shapes[1][1]
+    return descriptors.Tensor(name, shape[::-1] if side == "A" else shape, dtype)
+
+
+def _load(made, load, name):
+    if name not in made:
+        return load(name)
+    components, loadings, side, dtype = made[name]
+    c, x = (_model.whole(t) if t.extent is not None else load(t.name) for t in (components, loadings))
+    product = (c.astype(np.float64) @ x.astype(np.float64)).astype(dtype)
+    return np.ascontiguousarray(product.T if side == "A" else product)
+
+
+def _fail(file, layer, reason):
+    return errors.InputError(file, reason, key=layer, hint=_AGAIN, rule="H13")
