@@ -7,15 +7,12 @@ Layouts, all of which PEFT loads:
 - tinylora_shared: the same with the subspace once, DIR/shared/, and DIR/members/<member>.safetensors; `join` makes one.
 """
 
-import contextlib
 import os
-import secrets
-import shutil
 
 import numpy as np
 
 from jaxsub import errors
-from jaxsub.formats import _portable, _rewrite, _tinylora, peft, safetensors
+from jaxsub.formats import _files, _portable, _rewrite, _tinylora, peft, safetensors
 
 LAYOUTS = ("portable", "tinylora", "tinylora_shared")
 join = _tinylora.join
@@ -32,7 +29,7 @@ def write(bundle, path, model_ids=None, layout="portable", modules=None):
         config, tensors, vectors = _tinylora.build(_spaces(layers, ids), fields=_base(first), modules=modules)
         vectors = dict(zip(ids, vectors, strict=True))
     found = []
-    with appearing(path) as folder:
+    with _files.new_folder(path) as folder:
         if layout == "tinylora_shared":
             _tinylora.write_shared(folder, config, tensors, vectors)
         for model in ids:
@@ -107,29 +104,6 @@ def _spaces(layers, ids):
 def _moved(value, folder, path):
     is_inside = isinstance(value, str) and value.startswith(folder + os.sep)
     return os.path.join(path, os.path.relpath(value, folder)) if is_inside else value
-
-
-@contextlib.contextmanager
-def appearing(path):
-    """A temporary folder beside `path` that takes its name once all is written, and is gone if that fails.
-
-    Raises:
-        WorkdirError: `path` exists, or its folder cannot be written.
-    """
-    path = os.path.abspath(path)
-    head, tail = os.path.split(path)
-    if os.path.lexists(path):
-        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; give another folder")
-    folder = os.path.join(head, f".tmp-{tail}-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        os.makedirs(folder)
-    except OSError as error:
-        raise errors.WorkdirError(f"{errors.quote(path)}: cannot be made: {error.strerror}") from error
-    try:
-        yield folder
-        os.rename(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already where all went well
 
 
 def adapted(bundle):

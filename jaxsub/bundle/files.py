@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 
 import jax
@@ -37,10 +36,23 @@ _MISFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 def save(bundle, path):
     """See `Bundle.save`."""
-    with _Folder(path) as folder:
-        for name, tensors in _contents(bundle):
-            folder.write(name, tensors)
-        folder.finish(_manifest_of(bundle, folder.files))
+    with _files.new_folder(path) as folder:
+        os.mkdir(os.path.join(folder, "layers"))
+        known = {name: _write(folder, name, tensors, path) for name, tensors in _contents(bundle)}
+        _files.write_atomic(os.path.join(folder, MANIFEST), [_text(_manifest_of(bundle, known))])
+
+
+def _write(folder, name, tensors, path):
+    """Writes one file of the bundle that will be at `path`; its identity."""
+    file = os.path.join(folder, name)
+    try:
+        safetensors.write(file, tensors)
+    except OSError as error:
+        free, needed = shutil.disk_usage(folder).free, _array_bytes(tensors)
+        raise errors.ResourceError(
+            f"{errors.quote(path)}: cannot be written: {error.strerror} ({needed} bytes needed, {free} free)"
+        ) from error
+    return identity(file)
 
 
 def headers(bundle):
@@ -310,42 +322,3 @@ def _tensors(path, name):
     if not _NAME.fullmatch(name):
         raise ValueError(f"no file of a bundle is called {errors.quote(name)}")
     return safetensors.read(os.path.join(path, name))
-
-
-class _Folder:
-    """A folder that appears under its name once everything in it is on the disk."""
-
-    def __init__(self, path):
-        self.path = os.path.abspath(os.fspath(path))
-        head, tail = os.path.split(self.path)
-        self.temporary = os.path.join(head, f".tmp-{tail}-{os.getpid()}-{secrets.token_hex(4)}")
-        self.files = {}
-
-    def __enter__(self):
-        if os.path.lexists(self.path):
-            raise errors.WorkdirError(f"{errors.quote(self.path)}: exists already; remove it or give another folder")
-        try:
-            os.makedirs(os.path.join(self.temporary, "layers"))
-        except OSError as error:
-            raise errors.WorkdirError(f"{errors.quote(self.path)}: cannot be made: {error.strerror}") from error
-        return self
-
-    def __exit__(self, *_):
-        shutil.rmtree(self.temporary, ignore_errors=True)  # gone already where all went well
-
-    def write(self, name, tensors):
-        path = os.path.join(self.temporary, name)
-        try:
-            safetensors.write(path, tensors)
-        except OSError as error:
-            free = shutil.disk_usage(self.temporary).free
-            needed = sum(np.asarray(t).nbytes for t in tensors.values())
-            raise errors.ResourceError(
-                f"{errors.quote(self.path)}: cannot be written: {error.strerror} ({needed} bytes needed, {free} free)"
-            ) from error
-        self.files[name] = identity(path)
-
-    def finish(self, content):
-        _files.write_atomic(os.path.join(self.temporary, MANIFEST), [_text(content)])
-        os.rename(self.temporary, self.path)
-        _files.sync_folder(os.path.dirname(self.path))

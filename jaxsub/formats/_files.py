@@ -302,13 +302,18 @@ def new_folder(path):
     """Gives a temporary folder beside `path` that becomes `path` when the block ends, and is gone if it fails.
 
     A folder with some of its weight files can pass for a whole model; under this name it is none.
+
+    Raises:
+        WorkdirError: `path` exists, or cannot be made.
     """
     path = os.path.abspath(os.fspath(path))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
     temporary = _temporary(os.path.dirname(path))
-    os.mkdir(temporary)
+    try:
+        os.makedirs(temporary)
+    except OSError as error:
+        raise errors.WorkdirError(f"{errors.quote(path)}: cannot be made: {error.strerror}") from error
     try:
         yield temporary
         os.rename(temporary, path)
