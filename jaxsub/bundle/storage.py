@@ -37,10 +37,7 @@ def encode(array, dtype, *, component):
         if not np.isfinite(found.astype(np.float32)).all():
             raise errors.ConfigError(f"bfloat16 cannot hold entries of {np.abs(array).max():.3g}; store them otherwise")
         return {"": found}
-    largest = np.abs(array).max(axis=tuple(range(1, array.ndim)) if component == 0 else 0)
-    # 16 bits of scale, rounded up: products with whole numbers up to 127 are exact, so that rounding twice is once.
-    mantissa, exponent = np.frexp(largest / STEPS)
-    scale = np.ldexp(np.ceil(np.ldexp(mantissa, 16)), exponent - 16)
+    scale = np.abs(array).max(axis=tuple(range(1, array.ndim)) if component == 0 else 0) / STEPS
     divisor = _along(np.where(scale > 0, scale, 1), array.ndim, component)
     return {"": np.rint(array / divisor).astype(np.int8), "_scale": scale.astype(array.dtype)}
 
