@@ -45,7 +45,7 @@ def test_without_a_bound_nothing_is_kept(folder):
     assert bundle.accounting()["corrections"] == 0 and all(one.corrections is None for one in bundle.layers)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float16, pytest.param(np.float32, marks=pytest.mark.slow)])
 def test_a_bound_of_zero_gives_the_weights_to_the_bit(tmp_path, dtype):
     folder = test_bundle.collection(tmp_path / "m", dtype=dtype)
     bundle = jaxsub.fit(folder, rank=1, layers=["weight"], max_error=0.0, basis_dtype="int8")
@@ -92,7 +92,7 @@ def test_entries_of_some_models_are_theirs(folder):
     assert any(one.corrections is not None for one in bundle.layers)
 
 
-@pytest.mark.parametrize("ranks", [(2,), (1, 2, 3)])
+@pytest.mark.parametrize("ranks", [(2,), pytest.param((1, 2, 3), marks=pytest.mark.slow)])
 def test_updates_that_come_back_too_far_off_keep_their_factors(tmp_path, ranks):
     folder, updates = test_lora_bundle.adapters(tmp_path / "m", noise=0.4, ranks=ranks)
     sizes = []

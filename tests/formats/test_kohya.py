@@ -266,7 +266,7 @@ def test_values_that_the_stored_dtype_cannot_hold_are_refused(tmp_path):
     assert not os.path.exists(tmp_path / "new.safetensors")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_a_collection_is_fitted_projected_and_written(tmp_path, dtype):
     plane = np.random.default_rng(9)
     u, v, basis = plane.standard_normal((11, 2)), plane.standard_normal((2, 7)), plane.standard_normal((2, 6, 4))
