@@ -151,7 +151,7 @@ def peer_curve(method, layers):
     made = [method(a, b) for _, a, b in layers]
     found = []
     most = max(most for _, most in made)
-    ranks = range(1, most + 1) if method is not jd_full else sorted({*range(1, 17), *range(16, most, 6), most})
+    ranks = range(1, most + 1) if method is not jd_full else sorted({*range(1, 41), *range(41, most, 6), most})
     for rank in ranks:
         parts = [at(min(rank, most)) for at, most in made]
         found.append((sum(p[0] for p in parts), float(np.sqrt(sum(p[1] for p in parts) / total))))
