@@ -31,6 +31,7 @@ SCHEMA = "jaxsub.bundle/1"
 MANIFEST, COEFFICIENTS = "manifest.json", "coefficients.safetensors"
 CORRECTIONS, PASSTHROUGH = "corrections.safetensors", "passthrough.safetensors"
 MAX_MANIFEST = 2**28  # bytes; a larger one is refused unread
+PADDED = 128  # bytes more of a manifest whose size would not settle: more than its numbers' digits can add
 _NAME = re.compile(r"(layers/[0-9]{5,}|coefficients|corrections|passthrough)\.safetensors")
 _MISFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
@@ -94,10 +95,14 @@ def _manifest_of(bundle, known):
         "files": known,
         "sha256": "0" * 64,
     }
-    size = 0
+    size, found = 0, None
     for _ in range(4):
         manifest["bytes"] = bundle.accounting(other + size)
-        size = len(_text(manifest))
+        size, found = len(_text(manifest)), size
+    if size != found:  # digits of the ratio come and go with the size: filled up to one that stays
+        size += PADDED
+        manifest |= {"bytes": bundle.accounting(other + size), "padding": ""}
+        manifest["padding"] = " " * (size - len(_text(manifest)))
     return {**manifest, "sha256": _digest(manifest)}
 
 

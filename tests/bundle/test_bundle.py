@@ -129,6 +129,19 @@ def test_bytes_are_those_on_the_disk(folder, saved):
     assert counted["coefficients"] == 2 * 12 * 2 * 4
 
 
+@pytest.mark.parametrize("extra", [0, 1, 5, 8, 9, 13, 17, 21])
+def test_bytes_are_those_on_the_disk_whatever_their_digits(saved, tmp_path, extra):
+    """The manifest states its own size, and the ratio's digits change with it."""
+    for step in range(4):
+        one = jaxsub.load(saved)
+        one.provenance["note"] = "x" * (4 * extra + step)
+        path = tmp_path / str(step)
+        one.save(path)
+        there = sum(os.path.getsize(os.path.join(d, n)) for d, _, names in os.walk(path) for n in names)
+        assert one.accounting()["total"] == there == jaxsub.load(path).accounting()["total"]
+        assert json.loads((path / files.MANIFEST).read_text())["bytes"]["total"] == there
+
+
 def test_break_even_is_the_smallest_number_of_models_that_gains(folder):
     count = jaxsub.fit(folder, rank=2, exclude_layers=["bias"]).accounting(headers=1000)
     number = count["break_even"]
