@@ -142,6 +142,14 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
     space, name = layer.subspace, layer.subspace.procedure.name
     if name not in PLUGINS:
         raise errors.ConfigError(f"{errors.quote(layer.name)}: a basis of {name} cannot be updated; fit again")
+    exponent = _exponent(layer, x)
+    if exponent:  # squares would leave the range of the dtype
+        if isinstance(x, tuple):
+            x = (*x[:2], np.ldexp(x[2], -exponent))
+        elif x is not None:
+            x = np.ldexp(np.asarray(x, layer.values.dtype), -exponent)
+        made = refitted(_scaled(layer, -exponent), keep, x, ids, dtypes, rank=rank, key=key)
+        return _scaled(made, exponent)
     with jax.enable_x64(True):
         frame = _frame(space, x)
         every = _turned(space, frame, layer.values[list(keep)])
@@ -173,6 +181,22 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
         figures=figures,
         halves=halves,
     )
+
+
+def _exponent(layer, x):
+    """Power of two that brings the largest entry of coefficients, mean and new models near 1; 0 where that is safe."""
+    largest = max(float(np.abs(part).max(initial=0.0)) for part in (layer.values, np.asarray(layer.subspace.mean)))
+    if x is not None and not isinstance(x, tuple):
+        largest = max(largest, float(np.abs(np.asarray(x, layer.values.dtype)).max()))
+    exponent = math.frexp(largest)[1] if largest else 0
+    return 0 if abs(exponent) <= precision.SAFE_EXPONENT else exponent
+
+
+def _scaled(layer, exponent):
+    """The layer of models times 2**exponent."""
+    halves = layer.halves and (np.ldexp(layer.halves[0], exponent), layer.halves[1])
+    space, values = subspace.scaled(layer.subspace, exponent), np.ldexp(layer.values, exponent)
+    return dataclasses.replace(layer, subspace=space, values=values, halves=halves)
 
 
 def _mean_shape(space):

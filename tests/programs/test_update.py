@@ -350,3 +350,23 @@ def test_halves_of_members_stay_as_they_are(tmp_path):
     assert old.halves and made.halves
     np.testing.assert_array_equal(made.values[:4], old.values)
     assert made.figures["error_max"] <= 0.05
+
+
+@pytest.mark.parametrize("scale", [1e-27, 1e25])
+def test_scale_changes_nothing_of_a_refit(tmp_path, scale):
+    """Squares of such weights leave the range of float32."""
+    found = []
+    for factor in (1.0, scale):
+        top = tmp_path / str(factor)
+        for name, numbers in (("old", range(6)), ("new", range(COUNT, COUNT + 2))):
+            models(top / "plain" / name, numbers, bias=False)
+            (top / name).mkdir()
+            for file in (top / "plain" / name).iterdir():
+                large = safetensors.read(file)["w"].astype(np.float64) * factor
+                safetensors.write(top / name / file.name, {"w": large.astype(np.float32)})
+        jaxsub.fit(str(top / "old"), top / "b", rank=2)
+        made = update.run(update.Config(str(top / "b"), (str(top / "new"),), captured=1.0))
+        error = relative([top / "old", top / "new"], made)
+        assert error.max() <= made.layers[0].figures["error_max"]
+        found.append(error)
+    np.testing.assert_allclose(*found, rtol=1e-3)
