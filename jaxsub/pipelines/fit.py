@@ -156,6 +156,8 @@ def _groups(opened, config):
     is_chosen = lineup.layer_filter(config.layers or None, config.exclude_layers or None)
     groups = [g for g in plugins.load("views", config.view).groups(opened) if is_chosen(g.name)]
     groups = [g for g in groups if len(g.members) >= lineup.SMALLEST_GROUP]
+    vectors = {g.name for g in groups if g.shape == (1,)}  # numbers of the same name are kept whole: one layer a shape
+    groups = [g for g in groups if g.shape or g.name not in vectors]
     for group in groups:
         if group.parametrisation == lineup.LORA and not hasattr(fit_layer.module(group, config), "TAKES_LORA"):
             raise errors.ConfigError(

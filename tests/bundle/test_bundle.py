@@ -11,6 +11,7 @@ import jaxsub
 from jaxsub import errors, plugins
 from jaxsub.bundle import files
 from jaxsub.formats import safetensors
+from jaxsub.pipelines import project
 
 BIAS = np.linspace(-1, 1, 7, dtype=np.float32)
 
@@ -305,3 +306,40 @@ def test_strangers_are_named(saved):
     wrong.values["a.weight"] = wrong.values["a.weight"][:, :1]
     with pytest.raises(errors.ConfigError, match="coefficients of shape"):
         bundle.reconstruct(wrong)
+
+
+def test_numbers_beside_vectors_of_one_are_not_mixed_up(tmp_path):
+    """Both have the shape (1,) in a bundle."""
+    (tmp_path / "m").mkdir()
+    wanted = {}
+    for n in range(8):
+        wanted[f"m{n}"] = np.float32(n + 1) if n < 4 else np.array([10.0 * n], np.float32)
+        safetensors.write(tmp_path / "m" / f"m{n}.safetensors", {"s": np.asarray(wanted[f"m{n}"])})
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", energy=1.0)
+    bundle = jaxsub.load(tmp_path / "b")
+    for model, value in wanted.items():
+        found = bundle.reconstruct(bundle.coefficients([model])) or bundle.passthrough[model]
+        np.testing.assert_allclose(found["s"].reshape(-1), np.reshape(value, -1), rtol=1e-6)
+    project.run(project.Config(str(tmp_path / "b"), (str(tmp_path / "m"),), write_models=str(tmp_path / "new")))
+    for model, value in wanted.items():
+        again = safetensors.read(tmp_path / "new" / f"{model}.safetensors")["s"]
+        np.testing.assert_allclose(again, value, rtol=1e-6)
+
+
+def test_products_and_whole_updates_of_one_name_and_shape_are_two_layers(tmp_path):
+    (tmp_path / "m").mkdir()
+    wanted = {}
+    for n in range(6):
+        rng = np.random.default_rng(n)
+        down, up, whole = (rng.standard_normal(s).astype(np.float32) for s in ((2, 6), (5, 2), (5, 6)))
+        factors = {"k.lora_down.weight": down, "k.lora_up.weight": up, "k.alpha": np.float32(2)}
+        safetensors.write(tmp_path / "m" / f"m{n}.safetensors", factors if n < 3 else {"k.diff": whole})
+        wanted[f"m{n}"] = up @ down if n < 3 else whole
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", energy=1.0)
+    bundle = jaxsub.load(tmp_path / "b")
+    for model, value in wanted.items():
+        (found,) = bundle.reconstruct(bundle.coefficients([model])).values()
+        np.testing.assert_allclose(found[0], value, atol=1e-5)
+    done = project.run(project.Config(str(tmp_path / "b"), (str(tmp_path / "m"),)))["layers"]
+    assert sorted(one["key"] for one in done) == ["k[5,6,dense]", "k[5,6,lora]"]
+    assert max(max(one["error"]) for one in done) < 1e-5
