@@ -370,3 +370,20 @@ def test_scale_changes_nothing_of_a_refit(tmp_path, scale):
         assert error.max() <= made.layers[0].figures["error_max"]
         found.append(error)
     np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+def test_exact_leaves_out_what_was_removed_before(places, tmp_path):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2)
+    update.run(update.Config(str(tmp_path / "b"), remove=("m01",)), str(tmp_path / "less"))
+    made = update.run(update.Config(str(tmp_path / "less"), (places["new"],), exact=True))
+    assert "m01" not in made.model_ids and len(made.model_ids) == COUNT - 1 + NEW
+    assert made.provenance["updates"][-1]["added"] == [f"m{n:02d}" for n in range(COUNT, COUNT + NEW)]
+
+
+def test_a_member_that_is_replaced_is_one_that_was_added(places, tmp_path):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2)
+    (tmp_path / "new").mkdir()
+    shutil.copy(os.path.join(places["old"], "m02.safetensors"), tmp_path / "new" / "m01.safetensors")
+    made = update.run(update.Config(str(tmp_path / "b"), (str(tmp_path / "new"),), remove=("m01",)))
+    last = made.provenance["updates"][-1]
+    assert last["added"] == last["removed"] == ["m01"] and made.model_ids[-1] == "m01"
