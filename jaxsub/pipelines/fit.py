@@ -131,8 +131,15 @@ def _fit(opened, config, path, stream):
             return dataclasses.replace(empty, layers=tuple(found))
 
         if config.budget_bytes:
-            least = fitted([1] * len(groups))
-            result = fitted(_ranks(least, config.budget_bytes))
+            least = result = fitted([1] * len(groups))
+            smallest, allowed = least.accounting()["total"], config.budget_bytes
+            ranks = _ranks(least, allowed)
+            while ranks is not None:
+                result = fitted(ranks)
+                over = result.accounting()["total"] - config.budget_bytes
+                allowed -= over  # the manifest's numbers have other digits than at rank 1
+                ranks = _ranks(least, allowed) if over > 0 and allowed >= smallest else None
+            result = result if over <= 0 else least
         else:
             result = fitted([config.rank] * len(groups))
     count = result.accounting()
