@@ -55,10 +55,12 @@ class Entries:
     def check(self, count, shape):
         """Raises ValueError unless these are entries of `count` models of this shape."""
         size = math.prod(shape)
+        if {self.counts.dtype.kind, self.places.dtype.kind} - {*"iu"} or self.places.ndim != 1 or self.values.ndim != 1:
+            raise ValueError("counts and places of entries that are no lists of whole numbers")
         is_counted = self.counts.shape == (count,) and (self.counts >= 0).all() and (self.counts <= size).all()
         if not is_counted or len(self.values) != self.counts.sum():
             raise ValueError(f"{len(self.values)} entries kept for {count} models")
-        if len(self.places) != self.counts[self.counts < size].sum() or (self.places >= size).any():
+        if len(self.places) != self.counts[self.counts < size].sum() or not ((0 <= self.places) & (self.places < size)).all():
             raise ValueError(f"places of entries outside a weight of {size}")
 
     def tensors(self):
@@ -121,6 +123,8 @@ class Factors:
     def check(self, count, shape):
         """Raises ValueError unless these are updates of this shape of some of `count` models."""
         number, rank = len(self.positions), self.a.shape[1]
+        if self.positions.dtype.kind not in "iu":
+            raise ValueError("positions of factors that are no whole numbers")
         wanted = ((number, rank, shape[1]), (number, shape[0], rank), (number,))
         if (self.a.shape, self.b.shape, self.scales.shape) != wanted:
             raise ValueError(f"factors of shapes {self.a.shape}, {self.b.shape} for updates of shape {shape}")

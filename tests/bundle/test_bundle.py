@@ -10,7 +10,7 @@ import pytest
 import jaxsub
 from jaxsub import errors, plugins
 from jaxsub.bundle import files
-from jaxsub.formats import safetensors
+from jaxsub.formats import peft, safetensors
 from jaxsub.pipelines import project
 
 BIAS = np.linspace(-1, 1, 7, dtype=np.float32)
@@ -264,6 +264,9 @@ def forged(saved, folder, change):
         lambda m: m["layers"][0].update(shape=[10**9, 10**9]),
         lambda m: m["layers"][0].update(kind="tucker"),
         lambda m: m["layers"][0].update(models=["m00"]),
+        lambda m: m["layers"][0].update(models=[f"x{n}" for n in range(12)]),
+        lambda m: m["models"].__setitem__(1, "m00"),
+        lambda m: m["models"].__setitem__(1, 7),
         lambda m: m["layers"][0]["procedure"].update(evil=1),
         lambda m: m.update(layers={}, files=[]),
         lambda m: m.update(passthrough={"m00": {"x": "999999"}}),
@@ -274,6 +277,48 @@ def test_forged_manifests_are_refused_in_words(saved, tmp_path, change):
     with pytest.raises(errors.InputError) as caught:
         jaxsub.load(forged(saved, tmp_path / "b", change))
     assert "manifest.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "change"),
+    [
+        (files.COEFFICIENTS, "00000", lambda a: a.reshape(-1)),
+        (files.COEFFICIENTS, "00000", lambda a: np.concatenate([a, a], 1)),
+        (files.CORRECTIONS, "00000.places", lambda a: a.astype(np.int64) - 10**6),
+        (files.CORRECTIONS, "00000.places", lambda a: a.astype(np.float32)),
+        (files.CORRECTIONS, "00000.values", lambda a: np.stack([a, a], 1)),
+    ],
+)
+def test_forged_arrays_are_refused_when_they_are_loaded(folder, tmp_path, name, key, change):
+    jaxsub.fit(folder, tmp_path / "a", rank=6, max_error=0.3, layers=["b.weight"])
+
+    def put(manifest):
+        path = tmp_path / "b" / name
+        tensors = safetensors.read(path)
+        safetensors.write(path, {**tensors, key: change(tensors[key])})
+        manifest["files"][name] = files.identity(path)
+
+    with pytest.raises(errors.InputError, match="does not fit its files"):
+        jaxsub.load(forged(tmp_path / "a", tmp_path / "b", put))
+
+
+def test_forged_halves_are_refused_before_they_are_multiplied(tmp_path):
+    """Of a few bytes they would make an array that no memory holds."""
+    for n in range(4):
+        rng = np.random.default_rng(n)
+        a, b = rng.standard_normal((2, 9)).astype(np.float32), rng.standard_normal((8, 2)).astype(np.float32)
+        peft.write(tmp_path / "m" / f"a{n}", {"q": (a, b, 2, 2)})
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "a", energy=1.0)
+
+    def put(manifest):
+        path = tmp_path / "b" / files.COEFFICIENTS
+        large = np.zeros((4, 10**6, 1), np.float32)
+        assert {*safetensors.read(path)} == {"00000.left", "00000.right"}
+        safetensors.write(path, {"00000.left": large, "00000.right": large.transpose(0, 2, 1)})
+        manifest["files"][files.COEFFICIENTS] = files.identity(path)
+
+    with pytest.raises(errors.InputError, match="does not fit its files"):
+        jaxsub.load(forged(tmp_path / "a", tmp_path / "b", put))
 
 
 def test_a_folder_that_exists_is_not_touched(saved, folder):
