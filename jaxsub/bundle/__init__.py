@@ -200,7 +200,7 @@ class Bundle:
         for key, layer, c in self._checked(coefficients):
             rebuilt = np.array(layer.subspace.reconstruct(c))
             if key in coefficients.corrections:
-                rebuilt = coefficients.corrections[key].apply(rebuilt)
+                rebuilt = coefficients.corrections[key].applied(rebuilt)
             found[key] = rebuilt.reshape(len(rebuilt), *layer.shape)
         return found
 
@@ -325,12 +325,13 @@ def rounded(space, dtype):
     with jax.enable_x64(True):
 
         def kept(array, dtype):
-            return array if is_unit(array) else jnp.asarray(storage.rounded(np.asarray(array), dtype, component=0))
+            return jnp.asarray(storage.rounded(np.asarray(array), dtype, component=0))
 
         mean = kept(space.mean, storage.of_mean(dtype))
         if isinstance(space, subspace.LinearSubspace):
             return dataclasses.replace(space, mean=mean, basis=kept(space.basis, dtype))
-        return dataclasses.replace(space, mean=mean, factors={a: kept(f, dtype) for a, f in space.factors.items()})
+        factors = {a: f if is_unit(f) else kept(f, dtype) for a, f in space.factors.items()}  # unit ones are not stored
+        return dataclasses.replace(space, mean=mean, factors=factors)
 
 
 def read(group, collection):

@@ -41,6 +41,10 @@ class Entries:
             flat[n, places] = values
         return rebuilt
 
+    def applied(self, rebuilt):
+        """`apply`, in a dtype that holds the entries: narrow storage of a basis does not narrow them."""
+        return self.apply(rebuilt.astype(np.promote_types(rebuilt.dtype, self.values.dtype), copy=False))
+
     def take(self, positions, size):
         """The Entries of some of the models; `size` entries make a weight."""
         parts = list(self._each(size))
@@ -100,6 +104,10 @@ class Factors:
         for p, a, b, scale in zip(self.positions, self.a, self.b, self.scales, strict=True):
             rebuilt[p] = scale * b.astype(np.float64) @ a.astype(np.float64)
         return rebuilt
+
+    def applied(self, rebuilt):
+        """`apply`, in a dtype that holds the factors."""
+        return self.apply(rebuilt.astype(np.promote_types(rebuilt.dtype, self.a.dtype), copy=False))
 
     def apply_factors(self, a, b):
         """The same for factors (n, k, i), (n, o, k): both come back with the larger rank, padded with zeros."""

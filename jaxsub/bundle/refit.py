@@ -73,7 +73,7 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
             again = np.array(space.reconstruct(values[count:]))
             kept = corrections.entries(x, lambda n: again[n], max_error, dtype=dtype)
             if kept is not None:
-                off = np.asarray(x, np.float64) - kept.apply(again)
+                off = np.asarray(x, np.float64) - kept.applied(again)
                 left = np.square(off).reshape(len(off), -1).sum(1)
     return dataclasses.replace(
         layer,

@@ -102,6 +102,9 @@ def fit(opened, config, path=None, *, stream=None):
 def _fit(opened, config, path, stream):
     if path is not None and os.path.lexists(path):
         raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
+    for ref in opened.refs:
+        if any("\ud800" <= c <= "\udfff" for c in ref.id + ref.path):  # bytes that are no UTF-8: manifests hold text
+            raise errors.ConfigError(f"{errors.quote(ref.path)}: its name is no UTF-8; rename it")
     groups = _groups(opened, config)
     needed = max(map(_peak, groups))
     if config.dry_run:
