@@ -118,20 +118,24 @@ class Bundle:
     originals: dict
     provenance: dict
 
-    def layer(self, name, shape):
-        """The fitted layer of a name and shape, or None; a number without axes is a vector of one."""
+    def layer(self, name, shape, parametrisation=None):
+        """The fitted layer of a name, shape and kind (any by default), or None; a number is a vector of one."""
         wanted = (name, tuple(shape) or (1,))
-        return next((one for one in self.layers if (one.name, one.shape) == wanted), None)
+        found = (one for one in self.layers if (one.name, one.shape) == wanted)
+        return next((one for one in found if parametrisation in (None, one.parametrisation)), None)
 
     def key(self, layer):
-        """What a Layer is called in Coefficients: its name, with the shape where that is not enough."""
-        alike = sum(one.name == layer.name for one in self.layers)
-        return layer.name if alike == 1 else f"{layer.name}[{','.join(map(str, layer.shape))}]"
+        """What a Layer is called in Coefficients: its name, with shape and kind where that is not enough."""
+        alike = [one for one in self.layers if one.name == layer.name]
+        if len(alike) == 1:
+            return layer.name
+        kind = f",{layer.parametrisation}" if sum(one.shape == layer.shape for one in alike) > 1 else ""
+        return f"{layer.name}[{','.join(map(str, layer.shape))}{kind}]"
 
     def pairs(self, collection):
         """[(group, Layer)] of the layer groups of a Collection that the bundle has, by name, shape and kind."""
-        found = [(g, self.layer(g.name, g.shape)) for g in collection.groups]
-        return [(g, one) for g, one in found if one is not None and one.parametrisation == g.parametrisation]
+        found = [(g, self.layer(g.name, g.shape, g.parametrisation)) for g in collection.groups]
+        return [(g, one) for g, one in found if one is not None and not (g.shape == () and _has_vector(g, collection))]
 
     def known(self, model_ids=None):
         """The ids as a tuple, all members by default.
@@ -196,7 +200,7 @@ class Bundle:
         for key, layer, c in self._checked(coefficients):
             rebuilt = np.array(layer.subspace.reconstruct(c))
             if key in coefficients.corrections:
-                rebuilt = coefficients.corrections[key].apply(rebuilt)
+                rebuilt = coefficients.corrections[key].applied(rebuilt)
             found[key] = rebuilt.reshape(len(rebuilt), *layer.shape)
         return found
 
@@ -306,6 +310,11 @@ class Bundle:
         return {**parts, "total": total, "originals": originals, "ratio": originals / total, "break_even": break_even}
 
 
+def _has_vector(group, collection):
+    """Whether models have a vector of one by the name of a group of numbers: a layer is of one of the two."""
+    return any(g.name == group.name and g.shape == (1,) for g in collection.groups)
+
+
 def is_unit(factor):
     """Whether a factor is all of its axis, by unit vectors: it is not stored."""
     return factor.ndim == 2 and factor.shape[0] == factor.shape[1] and np.array_equal(factor, np.eye(len(factor)))
@@ -316,12 +325,13 @@ def rounded(space, dtype):
     with jax.enable_x64(True):
 
         def kept(array, dtype):
-            return array if is_unit(array) else jnp.asarray(storage.rounded(np.asarray(array), dtype, component=0))
+            return jnp.asarray(storage.rounded(np.asarray(array), dtype, component=0))
 
         mean = kept(space.mean, storage.of_mean(dtype))
         if isinstance(space, subspace.LinearSubspace):
             return dataclasses.replace(space, mean=mean, basis=kept(space.basis, dtype))
-        return dataclasses.replace(space, mean=mean, factors={a: kept(f, dtype) for a, f in space.factors.items()})
+        factors = {a: f if is_unit(f) else kept(f, dtype) for a, f in space.factors.items()}  # unit ones are not stored
+        return dataclasses.replace(space, mean=mean, factors=factors)
 
 
 def read(group, collection):

@@ -41,6 +41,10 @@ class Entries:
             flat[n, places] = values
         return rebuilt
 
+    def applied(self, rebuilt):
+        """`apply`, in a dtype that holds the entries: narrow storage of a basis does not narrow them."""
+        return self.apply(rebuilt.astype(np.promote_types(rebuilt.dtype, self.values.dtype), copy=False))
+
     def take(self, positions, size):
         """The Entries of some of the models; `size` entries make a weight."""
         parts = list(self._each(size))
@@ -55,10 +59,12 @@ class Entries:
     def check(self, count, shape):
         """Raises ValueError unless these are entries of `count` models of this shape."""
         size = math.prod(shape)
+        if {self.counts.dtype.kind, self.places.dtype.kind} - {*"iu"} or self.places.ndim != 1 or self.values.ndim != 1:
+            raise ValueError("counts and places of entries that are no lists of whole numbers")
         is_counted = self.counts.shape == (count,) and (self.counts >= 0).all() and (self.counts <= size).all()
         if not is_counted or len(self.values) != self.counts.sum():
             raise ValueError(f"{len(self.values)} entries kept for {count} models")
-        if len(self.places) != self.counts[self.counts < size].sum() or (self.places >= size).any():
+        if len(self.places) != self.counts[self.counts < size].sum() or not ((0 <= self.places) & (self.places < size)).all():
             raise ValueError(f"places of entries outside a weight of {size}")
 
     def tensors(self):
@@ -99,6 +105,10 @@ class Factors:
             rebuilt[p] = scale * b.astype(np.float64) @ a.astype(np.float64)
         return rebuilt
 
+    def applied(self, rebuilt):
+        """`apply`, in a dtype that holds the factors."""
+        return self.apply(rebuilt.astype(np.promote_types(rebuilt.dtype, self.a.dtype), copy=False))
+
     def apply_factors(self, a, b):
         """The same for factors (n, k, i), (n, o, k): both come back with the larger rank, padded with zeros."""
         rank = max(a.shape[1], self.a.shape[1])
@@ -121,6 +131,8 @@ class Factors:
     def check(self, count, shape):
         """Raises ValueError unless these are updates of this shape of some of `count` models."""
         number, rank = len(self.positions), self.a.shape[1]
+        if self.positions.dtype.kind not in "iu":
+            raise ValueError("positions of factors that are no whole numbers")
         wanted = ((number, rank, shape[1]), (number, shape[0], rank), (number,))
         if (self.a.shape, self.b.shape, self.scales.shape) != wanted:
             raise ValueError(f"factors of shapes {self.a.shape}, {self.b.shape} for updates of shape {shape}")

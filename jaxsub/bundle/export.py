@@ -123,6 +123,11 @@ def adapted(bundle):
             raise errors.ConfigError(
                 f"layer {errors.quote(layer.name)} is no low-rank update but full values: no adapter holds it"
             )
+        if len(layer.shape) != 2:
+            raise errors.ConfigError(
+                f"layer {errors.quote(layer.name)}: an update of a convolution has no place in these layouts; give "
+                "--collection, and write the exact one"
+            )
         if not layer.orientation:
             raise errors.ConfigError(
                 f"layer {errors.quote(layer.name)}: the bundle does not say how PEFT stores its factors; fit it again, "

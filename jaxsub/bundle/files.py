@@ -30,6 +30,7 @@ SCHEMA = "jaxsub.bundle/1"
 MANIFEST, COEFFICIENTS = "manifest.json", "coefficients.safetensors"
 CORRECTIONS, PASSTHROUGH = "corrections.safetensors", "passthrough.safetensors"
 MAX_MANIFEST = 2**28  # bytes; a larger one is refused unread
+PADDED = 64  # bytes more of a manifest whose size would not settle: more than its numbers' digits can add
 _NAME = re.compile(r"(layers/[0-9]{5,}|coefficients|corrections|passthrough)\.safetensors")
 _MISFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
@@ -106,10 +107,14 @@ def _manifest_of(bundle, known):
         "files": known,
         "sha256": "0" * 64,
     }
-    size = 0
+    size, found = 0, None
     for _ in range(4):
         manifest["bytes"] = bundle.accounting(other + size)
-        size = len(_text(manifest))
+        size, found = len(_text(manifest)), size
+    if size != found:  # digits of the ratio come and go with the size: filled up to one that stays
+        size += PADDED
+        manifest |= {"bytes": bundle.accounting(other + size), "padding": ""}
+        manifest["padding"] = " " * (size - len(_text(manifest)))
     return {**manifest, "sha256": _digest(manifest)}
 
 
@@ -127,12 +132,15 @@ def load(path):
     except _MISFIT as error:  # a manifest that is whole, but no bundle's: someone else's making
         reason = f"does not fit its files ({type(error).__name__}: {errors.quote(error, 80)})"
         raise errors.InputError(os.path.join(path, MANIFEST), reason, hint="make the bundle again") from error
+    except MemoryError as error:
+        raise errors.ResourceError(f"{errors.quote(path)}: needs more memory than there is: {error}") from error
 
 
 def _bundle(path, manifest):
     from jaxsub.bundle import Bundle, Layer
 
     coefficients, layers = _tensors(path, COEFFICIENTS), []
+    _require_ids(manifest["models"], manifest["models"])
     corrected = _tensors(path, CORRECTIONS) if CORRECTIONS in manifest["files"] else {}
     for number, record in enumerate(manifest["layers"]):
         ids = manifest["models"] if record["models"] is None else record["models"]
@@ -140,7 +148,12 @@ def _bundle(path, manifest):
         halves = tuple(
             _decoded(coefficients, f"{number:05d}{e}", -1) for e in cores.HALVES if f"{number:05d}{e}" in coefficients
         )
+        _require_ids(ids, manifest["models"])
+        if halves:  # joined, they could be much larger
+            left, right = halves
+            _require_ranks((*left.shape[:2], right.shape[2]), record)
         values = cores.joined(halves) if halves else _decoded(coefficients, f"{number:05d}", -1)
+        _require_ranks(values.shape, record)
         space = _subspace(record, _tensors(path, record["file"]), values.dtype)
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
@@ -224,6 +237,21 @@ def _record(layer, bundle):
     }
 
 
+def _require_ids(ids, known):
+    if not all(isinstance(i, str) for i in ids) or len({*ids}) < len(ids) or not {*ids} <= {*known}:
+        raise ValueError("models that are no distinct names of members")
+
+
+def _require_ranks(shape, record):
+    """Refuses coefficients of another shape than (n, k...) with the ranks of the record."""
+    wanted = [record["rank"]]
+    if record["kind"] != "linear":
+        sizes = lineup.flat_shape(record["shape"]) if record["parametrisation"] == lineup.LORA else record["shape"]
+        wanted = [record["rank"].get(str(axis), size) for axis, size in enumerate(sizes)]
+    if list(shape[1:]) != wanted:
+        raise ValueError(f"coefficients of shape {shape}, ranks {wanted}")
+
+
 def _decoded(tensors, name, component):
     arrays = {ending: tensors[name + ending] for ending in ("", "_scale") if name + ending in tensors}
     return storage.decode(arrays, component=component)
@@ -273,6 +301,8 @@ def _subspace(record, tensors, dtype):
                 raise ValueError(f"factor {axis} of shape {factor.shape}, layer of shape {shape}")
         spectra = {axis: spectrum(str(axis), f"singular_values_{axis}") for axis in axes}
         mean = _decoded(tensors, "mean", 0) if "mean" in tensors else np.zeros((1,) * len(shape), dtype)
+        if np.broadcast_shapes(mean.shape, shape) != shape:
+            raise ValueError(f"mean of shape {mean.shape}, layer of shape {shape}")
         mean = jax.numpy.asarray(mean)
         return subspace.TuckerSubspace(mean, factors, spectra, shape, procedure, certificate)
 

@@ -54,7 +54,8 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
         ConfigError: 8-bit coefficients of members would change, whose errors are bound.
     """
     count, space = len(layer.values), layer.subspace
-    values, halves = _stored(layer, np.concatenate([layer.values, layer.project(x)]))
+    values, halves = _joined(layer, layer.project(x))
+    moved = _moved(layer, layer.values, space, values[:count])  # larger 8-bit scales round all members again
     energies, left = subspace.missed(space, x, values[count:])
     norms = np.where(energies > 0, energies, 1.0)
     kept = None
@@ -72,14 +73,14 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
             again = np.array(space.reconstruct(values[count:]))
             kept = corrections.entries(x, lambda n: again[n], max_error, dtype=dtype)
             if kept is not None:
-                off = np.asarray(x, np.float64) - kept.apply(again)
+                off = np.asarray(x, np.float64) - kept.applied(again)
                 left = np.square(off).reshape(len(off), -1).sum(1)
     return dataclasses.replace(
         layer,
         model_ids=layer.model_ids + tuple(ids),
         values=values,
         dtypes=layer.dtypes + tuple(dtypes),
-        figures=_figures(layer, np.zeros(count), np.sqrt(left / norms), layer.figures["energy_kept"]),
+        figures=_figures(layer, moved, np.sqrt(left / norms), layer.figures["energy_kept"]),
         corrections=corrections.joined(layer.corrections, kept, (count, len(ids))),
         halves=halves,
     )
@@ -89,6 +90,39 @@ def _stored(layer, values):
     """Coefficients of the layer's kind, and their halves, as they come back from its file."""
     inner = int(np.linalg.matrix_rank(values).max(initial=1)) if layer.parametrisation == "lora" else 0
     return cores.stored(values, layer.storage[1], inner)
+
+
+def _joined(layer, fresh):
+    """Coefficients of the layer's members and new ones, and their halves; those of members stay as they are."""
+    if layer.halves:
+        inner = max(layer.halves[0].shape[2], int(np.linalg.matrix_rank(fresh).max()))
+        if own := cores.halves(fresh, inner):
+            room = inner - layer.halves[0].shape[2]
+            left, right = layer.halves
+            old = np.pad(left, ((0, 0), (0, 0), (0, room))), np.pad(right, ((0, 0), (0, room), (0, 0)))
+            both = (np.concatenate(pair) for pair in zip(old, own, strict=True))
+            halves = tuple(storage.rounded(half, layer.storage[1], component=-1) for half in both)
+            return cores.joined(halves), halves
+    return cores.stored(np.concatenate([layer.values, fresh]), layer.storage[1])
+
+
+def _moved(layer, old, found, values):
+    """(n,) bounds of the distances of what `found` rebuilds from `values` to what the layer did from `old`.
+
+    Relative to the norms of the models, of which a rebuilt one is off by the layer's error at most. 0 where nothing
+    changed. One model at a time; low-rank updates by their factors.
+    """
+    space, change = layer.subspace, np.zeros(len(old))
+    for n, (before, after) in enumerate(zip(old, values, strict=True)):
+        if found is space and np.array_equal(before, after):
+            continue
+        if layer.parametrisation == "lora":
+            was = (*(np.asarray(x) for x in space.reconstruct_factors(before[None])), np.ones(1))
+        else:
+            was = np.asarray(space.reconstruct(before[None]))
+        energies, left = subspace.missed(found, was, after[None])
+        change[n] = np.sqrt(left[0] / (energies[0] or 1.0))
+    return change * (1.0 + layer.figures["error_max"])
 
 
 def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
@@ -108,6 +142,14 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
     space, name = layer.subspace, layer.subspace.procedure.name
     if name not in PLUGINS:
         raise errors.ConfigError(f"{errors.quote(layer.name)}: a basis of {name} cannot be updated; fit again")
+    exponent = _exponent(layer, x)
+    if exponent:  # squares would leave the range of the dtype
+        if isinstance(x, tuple):
+            x = (*x[:2], np.ldexp(x[2], -exponent))
+        elif x is not None:
+            x = np.ldexp(np.asarray(x, layer.values.dtype), -exponent)
+        made = refitted(_scaled(layer, -exponent), keep, x, ids, dtypes, rank=rank, key=key)
+        return _scaled(made, exponent)
     with jax.enable_x64(True):
         frame = _frame(space, x)
         every = _turned(space, frame, layer.values[list(keep)])
@@ -125,8 +167,11 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
         if x is not None:
             energies, left = subspace.missed(found, x, values[old:])
             relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
+        change = change / np.where(norms > 0, norms, 1.0)
+        if layer.storage[0]:  # rounded directions leave the frame
+            change = np.maximum(change, _moved(layer, layer.values[list(keep)], found, values[:old]))
     kept = 1.0 - found.certificate.relative_error**2
-    figures = _figures(layer, change / np.where(norms > 0, norms, 1.0), relative, kept)
+    figures = _figures(layer, change, relative, kept)
     return dataclasses.replace(
         layer,
         subspace=found,
@@ -136,6 +181,22 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
         figures=figures,
         halves=halves,
     )
+
+
+def _exponent(layer, x):
+    """Power of two that brings the largest entry of coefficients, mean and new models near 1; 0 where that is safe."""
+    largest = max(float(np.abs(part).max(initial=0.0)) for part in (layer.values, np.asarray(layer.subspace.mean)))
+    if x is not None and not isinstance(x, tuple):
+        largest = max(largest, float(np.abs(np.asarray(x, layer.values.dtype)).max()))
+    exponent = math.frexp(largest)[1] if largest else 0
+    return 0 if abs(exponent) <= precision.SAFE_EXPONENT else exponent
+
+
+def _scaled(layer, exponent):
+    """The layer of models times 2**exponent."""
+    halves = layer.halves and (np.ldexp(layer.halves[0], exponent), layer.halves[1])
+    space, values = subspace.scaled(layer.subspace, exponent), np.ldexp(layer.values, exponent)
+    return dataclasses.replace(layer, subspace=space, values=values, halves=halves)
 
 
 def _mean_shape(space):
@@ -255,8 +316,9 @@ def _with_losses(layer, found, small):
 
 def _figures(layer, change, relative, kept):
     """Figures of the manifest: errors of new models as measured, of old ones at most what they were and the change."""
-    old = layer.figures["error_mean"] + change
-    worst = layer.figures["error_max"] + change
+    mean, most = layer.figures["error_mean"], layer.figures["error_max"]
+    old = min(mean * len(layer.model_ids) / max(len(change), 1), most) + change  # of some, where others are removed
+    worst = most + change
     together = np.concatenate([old, relative])
     return {
         "energy_kept": kept,

@@ -175,15 +175,20 @@ def save(folder, config, tensors):
 def _factors(layer, update, folder):
     """(lora_A (r, in), lora_B (out, r)) of an Update, as PEFT orients them."""
     if np.ndim(update.a) != 2 or np.ndim(update.b) != 2:
-        raise errors.ConfigError(
-            f"layer {errors.quote(layer)}: an update of a convolution has no place in the portable layout; "
-            "write the exact one"
-        )
+        raise convolution(layer)
     try:
         a, b = balanced(update.a, update.b, update.scale)
     except ValueError as error:
         raise errors.InputError(folder, str(error), key=layer, rule="N1") from error
     return (a, b) if update.orientation == LINEAR else (b.T, a.T)
+
+
+def convolution(layer):
+    """What to raise for an update of a convolution, which servers do not take."""
+    return errors.ConfigError(
+        f"layer {errors.quote(layer)}: an update of a convolution has no place in the portable layout; "
+        "write the exact one"
+    )
 
 
 def problems(config, shapes, max_rank=RANKS[-1]):

@@ -187,6 +187,8 @@ def rewrite_portable(model, path, layers):
             other[tensor.name] = _rewrite.cast(np.reshape(value, tensor.shape), dtype, model, layer)
     updates = {}
     for layer, pair in model.adapters.items():
+        if len(pair.shape) != 2:  # rebuilt ones are flat
+            raise _portable.convolution(layer)
         dtype = max((pair.a.dtype, pair.b.dtype), key=lambda name: descriptors.numpy_dtype(name).itemsize)
         a, b = layers[layer] if layer in layers else (_read(model, pair.a), _read(model, pair.b))
         if layer not in layers and pair.transposed:

@@ -102,6 +102,9 @@ def fit(opened, config, path=None, *, stream=None):
 def _fit(opened, config, path, stream):
     if path is not None and os.path.lexists(path):
         raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
+    for ref in opened.refs:
+        if any("\ud800" <= c <= "\udfff" for c in ref.id + ref.path):  # bytes that are no UTF-8: manifests hold text
+            raise errors.ConfigError(f"{errors.quote(ref.path)}: its name is no UTF-8; rename it")
     groups = _groups(opened, config)
     needed = max(map(_peak, groups))
     if config.dry_run:
@@ -131,8 +134,15 @@ def _fit(opened, config, path, stream):
             return dataclasses.replace(empty, layers=tuple(found))
 
         if config.budget_bytes:
-            least = fitted([1] * len(groups))
-            result = fitted(_ranks(least, config.budget_bytes))
+            least = result = fitted([1] * len(groups))
+            smallest, allowed = least.accounting()["total"], config.budget_bytes
+            ranks = _ranks(least, allowed)
+            while ranks is not None:
+                result = fitted(ranks)
+                over = result.accounting()["total"] - config.budget_bytes
+                allowed -= over  # the manifest's numbers have other digits than at rank 1
+                ranks = _ranks(least, allowed) if over > 0 and allowed >= smallest else None
+            result = result if over <= 0 else least
         else:
             result = fitted([config.rank] * len(groups))
     count = result.accounting()
@@ -156,6 +166,8 @@ def _groups(opened, config):
     is_chosen = lineup.layer_filter(config.layers or None, config.exclude_layers or None)
     groups = [g for g in plugins.load("views", config.view).groups(opened) if is_chosen(g.name)]
     groups = [g for g in groups if len(g.members) >= lineup.SMALLEST_GROUP]
+    vectors = {g.name for g in groups if g.shape == (1,)}  # numbers of the same name are kept whole: one layer a shape
+    groups = [g for g in groups if g.shape or g.name not in vectors]
     for group in groups:
         if group.parametrisation == lineup.LORA and not hasattr(fit_layer.module(group, config), "TAKES_LORA"):
             raise errors.ConfigError(

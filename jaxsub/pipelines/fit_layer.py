@@ -181,7 +181,7 @@ def _figures(x, values, space, found, exponent):
 def _left(x, n, space, values, found, exponent):
     """Squared error of the n-th model with its corrections."""
     again = np.ldexp(np.asarray(space.reconstruct(values[n : n + 1])), exponent)
-    again = found.take([n], again[0].size).apply(np.array(again))
+    again = found.take([n], again[0].size).applied(np.array(again))
     return np.square(np.asarray(x[n], np.float64) - np.ldexp(np.asarray(again[0], np.float64), -exponent)).sum()
 
 

@@ -81,7 +81,9 @@ def _again(bundle, config, path, stream):
     for member in bundle.model_ids:
         if member not in present and member not in config.remove:
             raise errors.ConfigError(f"exact: {errors.quote(member)} is not found in {', '.join(known['collection'])}")
-    left = every.without([m for m in config.remove if m in present])
+    gone = {m for one in bundle.provenance.get("updates", ()) for m in one["removed"]} - {*bundle.model_ids}
+    gone -= {ref.id for ref in every.refs if _is_in(ref.path, config.collection)}  # they were given again
+    left = every.without([m for m in present if m in config.remove or m in gone])
     fields = {f.name for f in dataclasses.fields(fit.Config)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if k in fields}
     given["collection"] = (*given["collection"], *config.collection)
@@ -90,6 +92,12 @@ def _again(bundle, config, path, stream):
     if path is not None:
         result.save(path)
     return result
+
+
+def _is_in(path, given):
+    """Whether a model's path lies in one of the folders, or is one of the files, that were given."""
+    path = os.path.abspath(path)
+    return any(path == top or path.startswith(top + os.sep) for top in map(os.path.abspath, given))
 
 
 def _update(opened, bundle, config, stream):
@@ -149,8 +157,9 @@ def _layer(layer, group, opened, config, fitted):
 
 
 def _recorded(result, bundle, config, opened, how):
+    stay = {*bundle.model_ids} - {*config.remove}
     update = {
-        "added": [] if opened is None else [r.id for r in opened.refs if r.id not in bundle.model_ids],
+        "added": [] if opened is None else [r.id for r in opened.refs if r.id not in stay],
         "removed": list(config.remove),
         "config": configs.to_dict(config),
         "collection_fingerprint": None if opened is None else opened.fingerprint,

@@ -10,7 +10,8 @@ import pytest
 import jaxsub
 from jaxsub import errors, plugins
 from jaxsub.bundle import files
-from jaxsub.formats import safetensors
+from jaxsub.formats import peft, safetensors
+from jaxsub.pipelines import project
 
 BIAS = np.linspace(-1, 1, 7, dtype=np.float32)
 
@@ -127,6 +128,19 @@ def test_bytes_are_those_on_the_disk(folder, saved):
     assert jaxsub.load(saved).accounting() == counted  # and it is known before anything is written
     assert counted["basis"] == sum(4 * 2 * d + 8 * 11 for d in (80, 30))  # k rows and N - 1 float64 singular values
     assert counted["coefficients"] == 2 * 12 * 2 * 4
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5, 8, 9, 13, 17, 21])
+def test_bytes_are_those_on_the_disk_whatever_their_digits(saved, tmp_path, extra):
+    """The manifest states its own size, and the ratio's digits change with it."""
+    for step in range(4):
+        one = jaxsub.load(saved)
+        one.provenance["note"] = "x" * (4 * extra + step)
+        path = tmp_path / str(step)
+        one.save(path)
+        there = sum(os.path.getsize(os.path.join(d, n)) for d, _, names in os.walk(path) for n in names)
+        assert one.accounting()["total"] == there == jaxsub.load(path).accounting()["total"]
+        assert json.loads((path / files.MANIFEST).read_text())["bytes"]["total"] == there
 
 
 def test_break_even_is_the_smallest_number_of_models_that_gains(folder):
@@ -250,6 +264,9 @@ def forged(saved, folder, change):
         lambda m: m["layers"][0].update(shape=[10**9, 10**9]),
         lambda m: m["layers"][0].update(kind="tucker"),
         lambda m: m["layers"][0].update(models=["m00"]),
+        lambda m: m["layers"][0].update(models=[f"x{n}" for n in range(12)]),
+        lambda m: m["models"].__setitem__(1, "m00"),
+        lambda m: m["models"].__setitem__(1, 7),
         lambda m: m["layers"][0]["procedure"].update(evil=1),
         lambda m: m.update(layers={}, files=[]),
         lambda m: m.update(passthrough={"m00": {"x": "999999"}}),
@@ -260,6 +277,48 @@ def test_forged_manifests_are_refused_in_words(saved, tmp_path, change):
     with pytest.raises(errors.InputError) as caught:
         jaxsub.load(forged(saved, tmp_path / "b", change))
     assert "manifest.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "change"),
+    [
+        (files.COEFFICIENTS, "00000", lambda a: a.reshape(-1)),
+        (files.COEFFICIENTS, "00000", lambda a: np.concatenate([a, a], 1)),
+        (files.CORRECTIONS, "00000.places", lambda a: a.astype(np.int64) - 10**6),
+        (files.CORRECTIONS, "00000.places", lambda a: a.astype(np.float32)),
+        (files.CORRECTIONS, "00000.values", lambda a: np.stack([a, a], 1)),
+    ],
+)
+def test_forged_arrays_are_refused_when_they_are_loaded(folder, tmp_path, name, key, change):
+    jaxsub.fit(folder, tmp_path / "a", rank=6, max_error=0.3, layers=["b.weight"])
+
+    def put(manifest):
+        path = tmp_path / "b" / name
+        tensors = safetensors.read(path)
+        safetensors.write(path, {**tensors, key: change(tensors[key])})
+        manifest["files"][name] = files.identity(path)
+
+    with pytest.raises(errors.InputError, match="does not fit its files"):
+        jaxsub.load(forged(tmp_path / "a", tmp_path / "b", put))
+
+
+def test_forged_halves_are_refused_before_they_are_multiplied(tmp_path):
+    """Of a few bytes they would make an array that no memory holds."""
+    for n in range(4):
+        rng = np.random.default_rng(n)
+        a, b = rng.standard_normal((2, 9)).astype(np.float32), rng.standard_normal((8, 2)).astype(np.float32)
+        peft.write(tmp_path / "m" / f"a{n}", {"q": (a, b, 2, 2)})
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "a", energy=1.0)
+
+    def put(manifest):
+        path = tmp_path / "b" / files.COEFFICIENTS
+        large = np.zeros((4, 10**6, 1), np.float32)
+        assert {*safetensors.read(path)} == {"00000.left", "00000.right"}
+        safetensors.write(path, {"00000.left": large, "00000.right": large.transpose(0, 2, 1)})
+        manifest["files"][files.COEFFICIENTS] = files.identity(path)
+
+    with pytest.raises(errors.InputError, match="does not fit its files"):
+        jaxsub.load(forged(tmp_path / "a", tmp_path / "b", put))
 
 
 def test_a_folder_that_exists_is_not_touched(saved, folder):
@@ -292,3 +351,40 @@ def test_strangers_are_named(saved):
     wrong.values["a.weight"] = wrong.values["a.weight"][:, :1]
     with pytest.raises(errors.ConfigError, match="coefficients of shape"):
         bundle.reconstruct(wrong)
+
+
+def test_numbers_beside_vectors_of_one_are_not_mixed_up(tmp_path):
+    """Both have the shape (1,) in a bundle."""
+    (tmp_path / "m").mkdir()
+    wanted = {}
+    for n in range(8):
+        wanted[f"m{n}"] = np.float32(n + 1) if n < 4 else np.array([10.0 * n], np.float32)
+        safetensors.write(tmp_path / "m" / f"m{n}.safetensors", {"s": np.asarray(wanted[f"m{n}"])})
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", energy=1.0)
+    bundle = jaxsub.load(tmp_path / "b")
+    for model, value in wanted.items():
+        found = bundle.reconstruct(bundle.coefficients([model])) or bundle.passthrough[model]
+        np.testing.assert_allclose(found["s"].reshape(-1), np.reshape(value, -1), rtol=1e-6)
+    project.run(project.Config(str(tmp_path / "b"), (str(tmp_path / "m"),), write_models=str(tmp_path / "new")))
+    for model, value in wanted.items():
+        again = safetensors.read(tmp_path / "new" / f"{model}.safetensors")["s"]
+        np.testing.assert_allclose(again, value, rtol=1e-6)
+
+
+def test_products_and_whole_updates_of_one_name_and_shape_are_two_layers(tmp_path):
+    (tmp_path / "m").mkdir()
+    wanted = {}
+    for n in range(6):
+        rng = np.random.default_rng(n)
+        down, up, whole = (rng.standard_normal(s).astype(np.float32) for s in ((2, 6), (5, 2), (5, 6)))
+        factors = {"k.lora_down.weight": down, "k.lora_up.weight": up, "k.alpha": np.float32(2)}
+        safetensors.write(tmp_path / "m" / f"m{n}.safetensors", factors if n < 3 else {"k.diff": whole})
+        wanted[f"m{n}"] = up @ down if n < 3 else whole
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", energy=1.0)
+    bundle = jaxsub.load(tmp_path / "b")
+    for model, value in wanted.items():
+        (found,) = bundle.reconstruct(bundle.coefficients([model])).values()
+        np.testing.assert_allclose(found[0], value, atol=1e-5)
+    done = project.run(project.Config(str(tmp_path / "b"), (str(tmp_path / "m"),)))["layers"]
+    assert sorted(one["key"] for one in done) == ["k[5,6,dense]", "k[5,6,lora]"]
+    assert max(max(one["error"]) for one in done) < 1e-5

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import jaxsub
-from jaxsub import bundle as bundles
-from jaxsub.bundle import files
+from jaxsub import bundle as bundles, errors
+from jaxsub.bundle import export, files
 from jaxsub.formats import peft
 from jaxsub.pipelines import project
 
@@ -137,6 +137,19 @@ def test_updates_of_convolutions_come_back_in_their_shape(tmp_path):
     assert again.groups[0].shape == (6, 4, 3, 3)
     a, b, scales = bundles.read(again.groups[0], again)
     np.testing.assert_allclose((scales[:, None, None] * b @ a).reshape(updates.shape), updates, atol=1e-4)
+
+
+def test_updates_of_convolutions_are_not_written_as_matrices(tmp_path):
+    """PEFT would not load them: their factors have four axes there."""
+    folder, _ = convolutions(tmp_path / "m")
+    bundle = jaxsub.fit(folder, tmp_path / "b", rank=2)
+    for layout in export.LAYOUTS:
+        with pytest.raises(errors.ConfigError, match="convolution has no place"):
+            bundle.export(tmp_path / layout, layout=layout)
+        assert not (tmp_path / layout).exists()
+    config = project.Config(str(tmp_path / "b"), (folder,), write_models=str(tmp_path / "new"), peft_layout="portable")
+    with pytest.raises(errors.ConfigError, match="convolution has no place"):
+        project.run(config)
 
 
 @pytest.mark.slow

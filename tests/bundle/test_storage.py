@@ -114,3 +114,38 @@ def test_a_scale_of_the_wrong_shape_is_refused(folder, tmp_path, monkeypatch):
     made.save(tmp_path / "b")
     with pytest.raises(errors.InputError, match="does not fit its files"):
         jaxsub.load(tmp_path / "b")
+
+
+def test_a_weight_of_one_number_is_the_same_before_and_after_it_is_saved(tmp_path):
+    """Its basis is the unit vector, which 8 bits and a scale do not hold exactly."""
+    (tmp_path / "m").mkdir()
+    for n in range(3):
+        safetensors.write(tmp_path / "m" / f"m{n}.safetensors", {"s": np.array([n + 0.3], np.float32)})
+    made = jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", rank=1, basis_dtype="int8")
+    found, wanted = (b.layers[0].subspace.basis for b in (jaxsub.load(tmp_path / "b"), made))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("max_error", [0.0, 1e-9])
+def test_float64_weights_are_kept_as_such_beside_a_narrow_basis(tmp_path, max_error):
+    (tmp_path / "m").mkdir()
+    x = np.random.default_rng(0).standard_normal((5, 6, 4))
+    for n, one in enumerate(x):
+        safetensors.write(tmp_path / "m" / f"m{n}.safetensors", {"w": one})
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", rank=2, basis_dtype="bfloat16", max_error=max_error)
+    bundle = jaxsub.load(tmp_path / "b")
+    rebuilt = bundle.reconstruct(bundle.coefficients())["w"]
+    assert np.linalg.norm(rebuilt - x) <= max_error * np.linalg.norm(x)
+    assert bundle.layers[0].figures["error_max"] <= max_error
+
+
+def test_names_that_are_no_text_are_refused_before_a_bundle_is_written(tmp_path):
+    (tmp_path / "m").mkdir()
+    try:
+        for name in (b"x\xff", b"y", b"z"):
+            path = os.path.join(os.fsencode(tmp_path / "m"), name + b".safetensors")
+            safetensors.write(os.fsdecode(path), {"w": np.arange(6, dtype=np.float32)})
+    except OSError:
+        pytest.skip("this file system has text names only")
+    with pytest.raises(errors.ConfigError, match="no UTF-8"):
+        jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", rank=1)

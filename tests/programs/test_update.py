@@ -11,7 +11,7 @@ import jaxsub
 from jaxsub import errors
 from jaxsub.bundle import files, refit
 from jaxsub.cli import flags
-from jaxsub.formats import safetensors
+from jaxsub.formats import peft, safetensors
 from jaxsub.pipelines import update
 from tests.bundle import test_lora_bundle
 
@@ -298,3 +298,92 @@ def test_a_bound_on_low_rank_updates_holds_for_new_members(tmp_path):
     own = again.layers[0].corrections.positions
     assert error.max() <= 0.3 and (own >= 7).any() and (own < 7).any()
     assert made.layers[0].orientation == "linear" and made.provenance["models"][-1]["target_modules"] == ["layer.q"]
+
+
+def relative(folders, made):
+    x, rebuilt = np.concatenate([stack(f) for f in folders]), made.reconstruct(made.coefficients())["w"]
+    return np.linalg.norm((rebuilt - x).reshape(len(x), -1), axis=1) / np.linalg.norm(x.reshape(len(x), -1), axis=1)
+
+
+@pytest.mark.parametrize(
+    ("basis", "coefficients", "captured"), [("", "int8", 0.0), ("int8", "", 1.0), ("int8", "int8", 1.0)]
+)
+def test_what_larger_models_do_to_members_in_8_bits_is_counted(tmp_path, basis, coefficients, captured):
+    """Their scales grow: members are rounded again, and in a basis fitted again that is rounded too."""
+    old, new = models(tmp_path / "old", range(5)), tmp_path / "new"
+    new.mkdir()
+    large = safetensors.read(tmp_path / "old" / "m00.safetensors")["w"] * np.float32(100)
+    safetensors.write(new / "m99.safetensors", {"w": large, "bias": np.zeros(4, np.float32)})
+    jaxsub.fit(old, tmp_path / "b", rank=3, layers=["w"], basis_dtype=basis, coefficient_dtype=coefficients)
+    made = update.run(update.Config(str(tmp_path / "b"), (str(new),), captured=captured), str(tmp_path / "made"))
+    error, figures = relative([old, new], jaxsub.load(tmp_path / "made")), made.layers[0].figures
+    assert error[:5].max() > 0.1  # of members, which were within 0.02
+    assert error.max() <= figures["error_max"] < 2 * error.max()
+    assert error.mean() <= figures["error_mean"]
+
+
+def test_the_mean_error_of_those_that_stay_is_bound(tmp_path):
+    """Members that come back whole are removed: the mean error of the others is larger."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    eye = np.eye(8, dtype=np.float32)
+    for n in range(12):
+        weight = 10 * eye[min(n, 3)] + (n == 11) * eye[7]
+        safetensors.write(folder / f"m{n:02d}.safetensors", {"w": weight})
+    jaxsub.fit(str(folder), tmp_path / "b", rank=3)
+    gone = tuple(f"m{n:02d}" for n in range(4, 9))
+    made = update.run(update.Config(str(tmp_path / "b"), remove=gone, rank=5))
+    for name in gone:
+        (folder / f"{name}.safetensors").unlink()
+    assert relative([folder], made).mean() <= made.layers[0].figures["error_mean"]
+
+
+def test_halves_of_members_stay_as_they_are(tmp_path):
+    """A model is added to a bundle in narrow halves with a bound on errors: no member changes."""
+    rng = np.random.default_rng(0)
+    for n in range(5):
+        a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 30), (24, 2)))
+        peft.write(tmp_path / ("m" if n < 4 else "new") / f"a{n}", {"q": (a, b, 2, 2)})
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", energy=1.0, coefficient_dtype="bfloat16", max_error=0.05)
+    old = jaxsub.load(tmp_path / "b").layers[0]
+    made = update.run(update.Config(str(tmp_path / "b"), (str(tmp_path / "new"),), captured=0.0)).layers[0]
+    assert old.halves and made.halves
+    np.testing.assert_array_equal(made.values[:4], old.values)
+    assert made.figures["error_max"] <= 0.05
+
+
+@pytest.mark.parametrize("scale", [1e-27, 1e25])
+def test_scale_changes_nothing_of_a_refit(tmp_path, scale):
+    """Squares of such weights leave the range of float32."""
+    found = []
+    for factor in (1.0, scale):
+        top = tmp_path / str(factor)
+        for name, numbers in (("old", range(6)), ("new", range(COUNT, COUNT + 2))):
+            models(top / "plain" / name, numbers, bias=False)
+            (top / name).mkdir()
+            for file in (top / "plain" / name).iterdir():
+                large = safetensors.read(file)["w"].astype(np.float64) * factor
+                safetensors.write(top / name / file.name, {"w": large.astype(np.float32)})
+        jaxsub.fit(str(top / "old"), top / "b", rank=2)
+        made = update.run(update.Config(str(top / "b"), (str(top / "new"),), captured=1.0))
+        error = relative([top / "old", top / "new"], made)
+        assert error.max() <= made.layers[0].figures["error_max"]
+        found.append(error)
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+def test_exact_leaves_out_what_was_removed_before(places, tmp_path):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2)
+    update.run(update.Config(str(tmp_path / "b"), remove=("m01",)), str(tmp_path / "less"))
+    made = update.run(update.Config(str(tmp_path / "less"), (places["new"],), exact=True))
+    assert "m01" not in made.model_ids and len(made.model_ids) == COUNT - 1 + NEW
+    assert made.provenance["updates"][-1]["added"] == [f"m{n:02d}" for n in range(COUNT, COUNT + NEW)]
+
+
+def test_a_member_that_is_replaced_is_one_that_was_added(places, tmp_path):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2)
+    (tmp_path / "new").mkdir()
+    shutil.copy(os.path.join(places["old"], "m02.safetensors"), tmp_path / "new" / "m01.safetensors")
+    made = update.run(update.Config(str(tmp_path / "b"), (str(tmp_path / "new"),), remove=("m01",)))
+    last = made.provenance["updates"][-1]
+    assert last["added"] == last["removed"] == ["m01"] and made.model_ids[-1] == "m01"
