@@ -64,7 +64,10 @@ class Entries:
         is_counted = self.counts.shape == (count,) and (self.counts >= 0).all() and (self.counts <= size).all()
         if not is_counted or len(self.values) != self.counts.sum():
             raise ValueError(f"{len(self.values)} entries kept for {count} models")
-        if len(self.places) != self.counts[self.counts < size].sum() or not ((0 <= self.places) & (self.places < size)).all():
+        if (
+            len(self.places) != self.counts[self.counts < size].sum()
+            or not ((0 <= self.places) & (self.places < size)).all()
+        ):
             raise ValueError(f"places of entries outside a weight of {size}")
 
     def tensors(self):

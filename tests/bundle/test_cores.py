@@ -99,7 +99,7 @@ def test_no_other_ranks_for_the_same_bytes_hold_more(budget):
 
 
 def test_no_bundle_is_larger_than_its_budget(tmp_path, monkeypatch):
-    """The manifest's numbers may have more digits than at rank 1, from which the ranks are chosen: here by 100 bytes."""
+    """The manifest's numbers may take more digits than at rank 1, here 100 bytes."""
     adapters(tmp_path / "m", count=12)
     ranks, size = fit._ranks, jaxsub.fit(str(tmp_path / "m"), rank=1).accounting()["total"]
     monkeypatch.setattr(fit, "_ranks", lambda least, budget: ranks(least, budget + 100))
