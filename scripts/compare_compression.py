@@ -164,7 +164,9 @@ def peer_curve(method, layers):
 def numbers(bundle):
     """Bytes of all that rebuilding needs, counted as for the others."""
     kept = [x for one in bundle.layers for name, x in one.tensors().items() if not name.startswith("singular_values")]
-    return ITEM * sum(x.size for x in (*kept, *(c for one in bundle.layers for c in one.coefficient_tensors().values())))
+    return ITEM * sum(
+        x.size for x in (*kept, *(c for one in bundle.layers for c in one.coefficient_tensors().values()))
+    )
 
 
 def ours(opened, layers, decomposition, budget):

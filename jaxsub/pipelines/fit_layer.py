@@ -22,7 +22,7 @@ from jaxsub import (
 from jaxsub.bundle import cores, corrections, storage
 from jaxsub.formats import peft
 from jaxsub.linalg import gram
-from jaxsub.pipelines import layers
+from jaxsub.pipelines import layers, plan
 
 
 def module(group, config):
@@ -107,6 +107,7 @@ def _lora_layer(group, models, ids, config, rank):
         space = plugin.fit(stack, _options(plugin, config, stack, rank), layers.layer_key(group.name, config.seed))
         factors = stack.a, stack.b, stack.scales
         space = subspace.stored(space, _wide(dtypes))
+        _require_memory(group, space, config)
         space, values, halves, unrounded = _stored(space, factors, config, inner or stack.a.shape[1])
         energies, left = subspace.missed(space, factors, values)
     found = None
@@ -130,6 +131,22 @@ def _lora_layer(group, models, ids, config, rank):
         orientation(group),
         halves,
     )
+
+
+def _require_memory(group, space, config):
+    """Refuses ranks, known only now, whose cores (n, k_o, k_i) would not fit on the host: here, as halves, joined.
+
+    Raises:
+        ResourceError: naming the layer, the ranks, what they need and what there is.
+    """
+    needed = 3 * len(group.members) * math.prod(space.rank.values()) * space.dtype.itemsize
+    free = config.max_host_bytes or plan.available_bytes()
+    if free and needed > free:
+        ranks = " x ".join(map(str, space.rank.values()))
+        raise errors.ResourceError(
+            f"layer {errors.quote(group.name)}: cores of {ranks} of {len(group.members)} models need "
+            f"{plan.size(needed)}, {plan.size(free)} are allowed or free; take fewer components with --rank or --energy"
+        )
 
 
 def orientation(group):
