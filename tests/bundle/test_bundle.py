@@ -302,6 +302,7 @@ def test_forged_arrays_are_refused_when_they_are_loaded(folder, tmp_path, name, 
         jaxsub.load(forged(tmp_path / "a", tmp_path / "b", put))
 
 
+@pytest.mark.slow
 def test_forged_halves_are_refused_before_they_are_multiplied(tmp_path):
     """Of a few bytes they would make an array that no memory holds."""
     for n in range(4):
@@ -371,6 +372,7 @@ def test_numbers_beside_vectors_of_one_are_not_mixed_up(tmp_path):
         np.testing.assert_allclose(again, value, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_products_and_whole_updates_of_one_name_and_shape_are_two_layers(tmp_path):
     (tmp_path / "m").mkdir()
     wanted = {}

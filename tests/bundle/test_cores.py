@@ -66,6 +66,7 @@ def test_a_shared_plane_wider_than_the_rank_is_kept_in_halves_and_float32(tmp_pa
     assert files.verify(tmp_path / "b") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [1, 2])
 def test_what_shares_nothing_is_no_worse_than_its_truncated_svd(tmp_path, inner):
     folder, updates = adapters(tmp_path / "m", count=60, rank=3, decay=0.3)
@@ -98,6 +99,7 @@ def test_no_other_ranks_for_the_same_bytes_hold_more(budget):
     assert choice.held(found) > 1.05 * without  # cores of the updates' own rank are worse
 
 
+@pytest.mark.slow
 def test_no_bundle_is_larger_than_its_budget(tmp_path, monkeypatch):
     """The manifest's numbers may take more digits than at rank 1, here 100 bytes."""
     adapters(tmp_path / "m", count=12)

@@ -44,6 +44,7 @@ def test_updates_in_a_common_subspace_come_back_whole(tmp_path):
     assert files.verify(tmp_path / "b") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

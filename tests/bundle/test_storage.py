@@ -84,6 +84,7 @@ def test_errors_of_rounded_low_rank_updates_are_those_of_the_products(tmp_path, 
     assert bundle.layers[0].figures["error_max"] == pytest.approx(error.max(), rel=1e-3) and error.max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_budget_buys_more_components_in_narrow_numbers(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "m").mkdir()

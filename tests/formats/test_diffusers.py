@@ -248,6 +248,7 @@ def write_collection(folder, dtype):
     return products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_a_collection_is_fitted_projected_and_written(tmp_path, dtype):
     products = write_collection(tmp_path / "m", dtype)

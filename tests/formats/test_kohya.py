@@ -266,6 +266,7 @@ def test_values_that_the_stored_dtype_cannot_hold_are_refused(tmp_path):
     assert not os.path.exists(tmp_path / "new.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_a_collection_is_fitted_projected_and_written(tmp_path, dtype):
     plane = np.random.default_rng(9)

@@ -11,7 +11,7 @@ from jaxsub.linalg import sketch
 
 KINDS = sorted(sketch.TESTS)
 # The others compile for seconds, each of their sizes anew.
-SHORT = [pytest.param(k, marks=() if k in ("gaussian", "sign") else pytest.mark.slow) for k in KINDS]
+SHORT = [pytest.param(k, marks=() if k == "gaussian" else pytest.mark.slow) for k in KINDS]
 
 
 @pytest.mark.parametrize("kind", SHORT)

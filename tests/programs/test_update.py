@@ -322,6 +322,7 @@ def test_what_larger_models_do_to_members_in_8_bits_is_counted(tmp_path, basis, 
     assert error.mean() <= figures["error_mean"]
 
 
+@pytest.mark.slow
 def test_the_mean_error_of_those_that_stay_is_bound(tmp_path):
     """Members that come back whole are removed: the mean error of the others is larger."""
     folder = tmp_path / "m"
@@ -338,6 +339,7 @@ def test_the_mean_error_of_those_that_stay_is_bound(tmp_path):
     assert relative([folder], made).mean() <= made.layers[0].figures["error_mean"]
 
 
+@pytest.mark.slow
 def test_halves_of_members_stay_as_they_are(tmp_path):
     """A model is added to a bundle in narrow halves with a bound on errors: no member changes."""
     rng = np.random.default_rng(0)
@@ -352,6 +354,7 @@ def test_halves_of_members_stay_as_they_are(tmp_path):
     assert made.figures["error_max"] <= 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-27, 1e25])
 def test_scale_changes_nothing_of_a_refit(tmp_path, scale):
     """Squares of such weights leave the range of float32."""
@@ -372,6 +375,7 @@ def test_scale_changes_nothing_of_a_refit(tmp_path, scale):
     np.testing.assert_allclose(*found, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_exact_leaves_out_what_was_removed_before(places, tmp_path):
     jaxsub.fit(places["old"], tmp_path / "b", rank=2)
     update.run(update.Config(str(tmp_path / "b"), remove=("m01",)), str(tmp_path / "less"))
@@ -380,6 +384,7 @@ def test_exact_leaves_out_what_was_removed_before(places, tmp_path):
     assert made.provenance["updates"][-1]["added"] == [f"m{n:02d}" for n in range(COUNT, COUNT + NEW)]
 
 
+@pytest.mark.slow
 def test_a_member_that_is_replaced_is_one_that_was_added(places, tmp_path):
     jaxsub.fit(places["old"], tmp_path / "b", rank=2)
     (tmp_path / "new").mkdir()
