@@ -161,7 +161,9 @@ def test_a_common_offset_changes_the_mean_alone(tmp_path):
     assert moved["mean_energy"] > 0.8 > plain["mean_energy"]
 
 
-@pytest.mark.parametrize("collection", ["wakewords", "sb3", pytest.param("megnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "collection", ["sb3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wakewords", "megnet"))]
+)
 def test_real_collections(shared, collection):
     """Figures computed in NumPy float64 from the files themselves: mean share, k90, k95, LOO at 4, 8, 16."""
     options = {"match": "order"} if collection == "megnet" else {}

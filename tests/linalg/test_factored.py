@@ -70,6 +70,7 @@ def test_hosvd_equals_the_dense_one(mixed, centred, dtype, tolerance):
         assert not centred or np.abs(np.asarray(found.cores).sum(0)).max() < 1e3 * tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centred", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_hooi_equals_the_dense_one_and_beats_its_start(centred):
     a, b, scales = stack()

@@ -159,6 +159,7 @@ def test_degenerate_streams(offset):
     assert found.singular_values[1] < 1e-7
 
 
+@pytest.mark.slow
 def test_bfloat16_models_and_zero_columns():
     import ml_dtypes
 

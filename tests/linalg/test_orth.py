@@ -109,6 +109,7 @@ def test_small_shapes_equal_the_twin(shape):
         np.testing.assert_allclose(r, want_r, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, pytest.param(ml_dtypes.bfloat16, marks=pytest.mark.slow)])
 def test_narrow_inputs_are_computed_in_float32(dtype):
     x = np.random.default_rng(2).standard_normal((300, 8)).astype(dtype)

@@ -249,6 +249,7 @@ def test_base_is_subtracted_in_the_wider_dtype_and_keeps_its_rounding(tmp_path):
         analyze(folder, base=str(tmp_path / "base.safetensors"))
 
 
+@pytest.mark.slow
 def test_copies_of_a_model_that_is_not_finite_go_with_it(tmp_path):
     x = worlds.noise(60)
     x[7, 0, 0] = np.nan
@@ -260,6 +261,7 @@ def test_copies_of_a_model_that_is_not_finite_go_with_it(tmp_path):
     assert collection["num_models"] == collection["num_distinct"] == 59 and collection["duplicates"] == []
 
 
+@pytest.mark.slow
 def test_a_layer_left_with_two_models_is_skipped_and_listed(tmp_path):
     x, rare = worlds.noise(9), worlds.noise(3, (6, 5))
     rare[1, 2, 2] = np.inf
@@ -352,6 +354,7 @@ def test_a_workdir_in_the_collection_is_not_read_as_models(tmp_path):
     assert jaxsub.open_collection(str(folder)).fingerprint == first["provenance"]["collection_fingerprint"]
 
 
+@pytest.mark.slow
 def test_models_of_another_kind_change_no_figure_and_are_mentioned(tmp_path):
     x = worlds.planted(30, k=8, seed=6)
     alone = analyze(worlds.write(tmp_path / "a", {"w": x}))
@@ -364,6 +367,7 @@ def test_models_of_another_kind_change_no_figure_and_are_mentioned(tmp_path):
     assert "40 like second/m000, 30 like first/m000" in warning
 
 
+@pytest.mark.slow
 def test_factors_that_few_models_have_are_listed_as_skipped(tmp_path):
     rng = np.random.default_rng(0)
     for n, r in enumerate([4] * 8 + [2] * 2):

@@ -136,6 +136,7 @@ def test_unseen_models_show_what_the_subspace_misses(tmp_path):
     assert np.mean(far["error"]) > 0.9 * np.mean(far["error_of_random"])  # no better than chance
 
 
+@pytest.mark.slow
 def test_numbers_without_axes_come_back_as_such(tmp_path):
     os.makedirs(tmp_path / "m")
     for n in range(5):
