@@ -94,6 +94,7 @@ def test_lora_columns_and_the_mean_that_is_never_added_back(name):
     assert abs(faithful.certificate.relative_error - errors_of[0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_lora_factors_may_lie_either_way():
     x = spread(7, 40, 4)
     a = fit("lora_cov", x, rank=5)

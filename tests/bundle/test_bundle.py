@@ -167,6 +167,7 @@ def test_no_number_of_models_is_enough_where_coefficients_outweigh_them(tmp_path
     assert count["break_even"] is None and count["ratio"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, pytest.param(1e30, marks=pytest.mark.slow)])
 def test_scale_changes_nothing_but_the_scale(tmp_path, scale):
     power = 2.0 ** round(np.log2(scale))

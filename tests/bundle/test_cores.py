@@ -49,6 +49,7 @@ def test_energies_are_those_of_the_products():
     np.testing.assert_allclose(cores.energies(a, b, scales), [*wanted, 0.0], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_shared_plane_wider_than_the_rank_is_kept_in_halves_and_float32(tmp_path):
     folder, updates = adapters(tmp_path / "m", count=9, plane=12)
     made = jaxsub.fit(folder, tmp_path / "b", rank=12)

@@ -53,6 +53,7 @@ def test_the_update_is_that_of_the_released_forward_pass(tmp_path, kind, dtype):
     np.testing.assert_allclose(b.astype(np.float64) @ a, delta(tensors, kind), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_collection_of_folders_is_fitted_like_lora(tmp_path):
     updates = []
     for n in range(6):

@@ -91,6 +91,7 @@ def test_the_plain_derivatives_are_not_finite():
     np.testing.assert_allclose(np.einsum("ijkl,kl->ij", right, direction), want, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_cayley_and_householder_are_smooth_at_the_zero_parameter():
     zero = jnp.zeros((3, 6))
     for name in ("cayley", "householder"):

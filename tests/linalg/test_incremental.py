@@ -116,6 +116,7 @@ def test_twice_the_rows_find_what_exactly_k_rows_lose():
     np.testing.assert_allclose(weak.singular_values, theirs.singular_values_, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_large_common_base_does_not_cancel():
     x = stack(0.5 ** np.arange(32), 400)
     base = 1e4 * np.random.default_rng(5).standard_normal(400) / np.sqrt(400)

@@ -220,6 +220,7 @@ def test_options_that_do_not_go_together(tmp_path, change, words):
         project.run(project.Config(**(known | change)))
 
 
+@pytest.mark.slow
 def test_members_that_were_no_adapters_are_refused(tmp_path):
     os.makedirs(tmp_path / "m")
     for n in range(4):

@@ -55,6 +55,7 @@ def test_fit_and_verify_from_the_command_line(folder, tmp_path, capsys):
         call("fit", f"--collection={folder}")
 
 
+@pytest.mark.slow
 def test_a_bundle_larger_than_its_files_is_said_before_it_is_written(folder, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(Bundle, "save", lambda *_: caplog.records or pytest.fail("written before it was said"))
     jaxsub.fit(folder, tmp_path / "b", rank=6)

@@ -59,6 +59,7 @@ def flax_tree(path):
     return pytest.importorskip("flax.serialization").msgpack_restore(path.read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_models_come_back_near_the_originals_in_their_format(tmp_path, form):
     save, buffer = FORMATS[form]

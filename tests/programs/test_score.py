@@ -78,6 +78,7 @@ def test_the_function_sees_the_whole_model_in_its_dtypes(made):
     assert {name: set(one.values()) for name, one in found.items()} == {f"m{n}": {float(n)} for n in range(5)}
 
 
+@pytest.mark.slow
 def test_low_rank_updates_come_as_factors_with_their_scale(tmp_path, monkeypatch):
     rng, updates = np.random.default_rng(1), {}
     left, right = rng.standard_normal((9, 3)), rng.standard_normal((3, 7))

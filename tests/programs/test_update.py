@@ -268,6 +268,7 @@ def test_what_cannot_be_is_refused(places, tmp_path, options, message):
         update.run(update.Config(str(tmp_path / "b"), **given))
 
 
+@pytest.mark.slow
 def test_a_basis_with_another_centring_is_not_updated(places, tmp_path):
     jaxsub.fit(places["old"], tmp_path / "b", rank=2, layers=["w"], decomposition="row_pca")
     with pytest.raises(errors.ConfigError, match="row-pca cannot be updated"):

@@ -97,6 +97,7 @@ def test_a_network_does_not_depend_on_how_many_are_trained_beside_it():
     assert spread < 1e-5  # other vector widths round differently
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(mlp.ACTIVATIONS))
 def test_only_odd_activations_keep_the_sign_symmetry(name):
     model = mlp.MLP(hidden=8, activation=name)
