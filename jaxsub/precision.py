@@ -40,6 +40,12 @@ def widest(dtypes):
     return "float64" if "float64" in names else "float32"
 
 
+def exponent_of(largest):
+    """Power of two that brings a number near 1; 0 where its square is safe as it is."""
+    exponent = math.frexp(largest)[1] if largest else 0
+    return 0 if abs(exponent) <= SAFE_EXPONENT else exponent
+
+
 def rounding(storage):
     """Root-mean-square relative rounding error of one stored weight: 2**-(bits + 1) / sqrt(3)."""
     return 2.0 ** -(_WIDTH[storage] + 1) / math.sqrt(3.0)

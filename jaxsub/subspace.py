@@ -180,6 +180,23 @@ class TuckerSubspace:
             return c + self.mean.astype(self.dtype)
 
 
+def project(space, x):
+    """Coefficients (n, k...) on the host of models (n, *shape) or of low-rank updates (a, b, scales)."""
+    return np.asarray(space.project_factors(*x) if isinstance(x, tuple) else space.project(x))
+
+
+def relative(squares, energies):
+    """Roots of squared errors over squared norms; of the errors themselves where a model is zero."""
+    return np.sqrt(squares / np.where(energies > 0, energies, 1.0))
+
+
+def from_mean(space, x):
+    """(n,) squared distances of models (n, *shape) to the mean, float64; one model at a time."""
+    mean = np.asarray(space.mean, np.float64)
+    mean = mean.reshape(space.shape) if mean.size == math.prod(space.shape) else mean  # or one that broadcasts
+    return np.array([np.square(np.asarray(row, np.float64) - mean).sum() for row in x])
+
+
 def missed(space, x, values):
     """What a subspace misses of models: ((n,) squared norms, (n,) squared errors of their reconstructions), float64.
 

@@ -68,7 +68,7 @@ class Layer:
 
     def project(self, x):
         """Coefficients (n, k...) of a stack (n, *shape), or of low-rank updates (a, b, scales)."""
-        return np.asarray(self.subspace.project_factors(*x) if isinstance(x, tuple) else self.subspace.project(x))
+        return subspace.project(self.subspace, x)
 
     def tensors(self):
         """Arrays of the layer's file, by name; unit factors, and the zeros where no mean was taken, are left out."""

@@ -37,8 +37,7 @@ def captured(layer, x):
     space = layer.subspace
     energies, left = subspace.missed(space, x, layer.project(x))
     if not isinstance(x, tuple):
-        mean = np.broadcast_to(np.asarray(space.mean, np.float64).reshape(_mean_shape(space)), layer.shape)
-        energies = np.array([np.square(np.asarray(row, np.float64) - mean).sum() for row in x])
+        energies = subspace.from_mean(space, x)
     return 1.0 - left / np.where(energies > 0, energies, 1.0)
 
 
@@ -57,7 +56,6 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
     values, halves = _joined(layer, layer.project(x))
     moved = _moved(layer, layer.values, space, values[:count])  # larger 8-bit scales round all members again
     energies, left = subspace.missed(space, x, values[count:])
-    norms = np.where(energies > 0, energies, 1.0)
     kept = None
     if max_error >= 0:
         same = 4 * np.finfo(values.dtype).eps * np.abs(values).max(initial=0.0)
@@ -67,7 +65,7 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
             )
         dtype = descriptors.numpy_dtype(precision.widest(dtypes))
         if isinstance(x, tuple):
-            kept = corrections.factors(*x, np.sqrt(left / norms), max_error, dtype=dtype)
+            kept = corrections.factors(*x, subspace.relative(left, energies), max_error, dtype=dtype)
             left[[] if kept is None else kept.positions] = 0.0
         else:
             again = np.array(space.reconstruct(values[count:]))
@@ -80,7 +78,7 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
         model_ids=layer.model_ids + tuple(ids),
         values=values,
         dtypes=layer.dtypes + tuple(dtypes),
-        figures=_figures(layer, moved, np.sqrt(left / norms), layer.figures["energy_kept"]),
+        figures=_figures(layer, moved, subspace.relative(left, energies), layer.figures["energy_kept"]),
         corrections=corrections.joined(layer.corrections, kept, (count, len(ids))),
         halves=halves,
     )
@@ -154,7 +152,7 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
         frame = _frame(space, x)
         every = _turned(space, frame, layer.values[list(keep)])
         if x is not None:
-            every = np.concatenate([every, _project(frame, x)])
+            every = np.concatenate([every, subspace.project(frame, x)])
         small = _fit(layer, every, plugins.load("decompositions", PLUGINS[name]), rank, key)
         found, values = _composed(space, frame, small), np.asarray(small.project(every))
         found = bundle.rounded(_with_losses(layer, found, small), layer.storage[0])
@@ -166,7 +164,7 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
         relative = np.zeros(0)
         if x is not None:
             energies, left = subspace.missed(found, x, values[old:])
-            relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
+            relative = subspace.relative(left, energies)
         change = change / np.where(norms > 0, norms, 1.0)
         if layer.storage[0]:  # rounded directions leave the frame
             change = np.maximum(change, _moved(layer, layer.values[list(keep)], found, values[:old]))
@@ -188,8 +186,7 @@ def _exponent(layer, x):
     largest = max(float(np.abs(part).max(initial=0.0)) for part in (layer.values, np.asarray(layer.subspace.mean)))
     if x is not None and not isinstance(x, tuple):
         largest = max(largest, float(np.abs(np.asarray(x, layer.values.dtype)).max()))
-    exponent = math.frexp(largest)[1] if largest else 0
-    return 0 if abs(exponent) <= precision.SAFE_EXPONENT else exponent
+    return precision.exponent_of(largest)
 
 
 def _scaled(layer, exponent):
@@ -247,10 +244,6 @@ def _turned(space, frame, values):
     for axis, factor in space.factors.items():
         values = np.asarray(unfold.mode_product(jnp.asarray(values), frame.factors[axis] @ factor.T, axis + 1))
     return values
-
-
-def _project(frame, x):
-    return np.asarray(frame.project_factors(*x) if isinstance(x, tuple) else frame.project(x))
 
 
 def _norms(frame, cores):

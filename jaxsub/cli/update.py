@@ -4,7 +4,7 @@ import os
 import sys
 
 from jaxsub import errors
-from jaxsub.pipelines import update
+from jaxsub.pipelines import aside, update
 
 
 def config_class():
@@ -19,4 +19,5 @@ def main(parsed):
         raise errors.ConfigError("no place for the bundle: give --workdir=FOLDER")
     path = os.path.join(parsed.workdir, "bundle")
     result = update.run(config, path, stream=sys.stderr)
+    sys.stdout.write(aside.listed(result.provenance["updates"][-1]["quarantined"]))
     sys.stdout.write(update.table(result) + f"\nbundle: {path}\n")

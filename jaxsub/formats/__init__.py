@@ -76,7 +76,7 @@ def read(model, tensor):
     Raises:
         InputChangedError: the file is not the one whose header was read.
     """
-    return model.load(tensor.name) if tensor.extent is None else _model.whole(tensor)
+    return _model.read(tensor, model.load)
 
 
 def read_into(extent, byte_start, view):

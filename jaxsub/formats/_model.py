@@ -66,6 +66,11 @@ def whole(tensor):
     return array
 
 
+def read(tensor, load):
+    """A stored tensor read whole: by its extent, or by `load` of its name where it has none."""
+    return load(tensor.name) if tensor.extent is None else whole(tensor)
+
+
 def check_all(names, file):
     """Refuses hostile names, quantised weights, and too many tensors."""
     _names.check_count(len(names), file)

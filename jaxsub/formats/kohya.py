@@ -94,8 +94,7 @@ def _load(content, recipes, alphas, name):
 
 
 def _whole(content, position):
-    tensor = content.tensors[position]
-    return content.load(tensor.name) if tensor.extent is None else _model.whole(tensor)
+    return _model.read(content.tensors[position], content.load)
 
 
 # From names to layers ---------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def rewrite_portable(model, path, layers):
     if os.path.lexists(source):
         other = {name: array for name, array in safetensors.read(source).items() if name not in names}
     else:
-        other = {tensor.name: _read(model, tensor) for tensor in model.tensors.values()}
+        other = {tensor.name: _model.read(tensor, model.load) for tensor in model.tensors.values()}
     for layer, value in layers.items():
         if layer in model.tensors:
             tensor = model.tensors[layer]
@@ -190,7 +190,7 @@ def rewrite_portable(model, path, layers):
         if len(pair.shape) != 2:  # rebuilt ones are flat
             raise _portable.convolution(layer)
         dtype = max((pair.a.dtype, pair.b.dtype), key=lambda name: descriptors.numpy_dtype(name).itemsize)
-        a, b = layers[layer] if layer in layers else (_read(model, pair.a), _read(model, pair.b))
+        a, b = layers[layer] if layer in layers else (_model.read(pair.a, model.load), _model.read(pair.b, model.load))
         if layer not in layers and pair.transposed:
             a, b = b.T, a.T
         scale = 1.0 if layer in layers else pair.scale
@@ -199,10 +199,6 @@ def rewrite_portable(model, path, layers):
     without = (CONFIG, *_sniff.ADAPTER_FILES, _portable.OTHER)
     _rewrite.copy_sidecars(model.path, path, without=without)
     return done
-
-
-def _read(model, tensor):
-    return model.load(tensor.name) if tensor.extent is None else _model.whole(tensor)
 
 
 def fields_of(model):

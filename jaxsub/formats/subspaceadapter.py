@@ -85,7 +85,7 @@ def _load(made, load, name):
     if name not in made:
         return load(name)
     components, loadings, side, dtype = made[name]
-    c, x = (_model.whole(t) if t.extent is not None else load(t.name) for t in (components, loadings))
+    c, x = (_model.read(t, load) for t in (components, loadings))
     product = (c.astype(np.float64) @ x.astype(np.float64)).astype(dtype)
     return np.ascontiguousarray(product.T if side == "A" else product)
 

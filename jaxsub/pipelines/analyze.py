@@ -59,19 +59,13 @@ def run(config, workdir=None, *, stream=None):
     Raises:
         ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
     """
-    from jaxsub import collection as collections
+    from jaxsub.pipelines import aside
 
     validate(config)
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
-    opened = collections.open_collection(
-        list(config.collection),
-        layers=config.layers or None,
-        exclude_layers=config.exclude_layers or None,
-        match=config.match,
-        allow_roots=config.allow_roots,
-        max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
-        strict=config.strict,
+    opened = aside.open_collection(
+        config, layers=config.layers or None, exclude_layers=config.exclude_layers or None, match=config.match
     )
     return analyze(opened, config, workdir, stream=stream)
 

@@ -2,9 +2,41 @@
 
 import logging
 
-from jaxsub import errors, lineup, placement
+from jaxsub import bundle as bundles, collection, errors, lineup, placement
 
 log = logging.getLogger("jaxsub")
+
+
+def open_collection(config, **options):
+    """The Collection that a program's config names, with as many models set aside as it allows."""
+    return collection.open_collection(
+        list(config.collection),
+        allow_roots=config.allow_roots,
+        max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
+        strict=config.strict,
+        **options,
+    )
+
+
+def sharing(opened, bundle, config):
+    """The collection without the models that have no layer of a bundle, which are set aside by name.
+
+    Raises:
+        ConfigError: none has one.
+        InputError: too many had to be set aside.
+    """
+    pairs = bundle.pairs(opened)
+    if not pairs:
+        raise errors.ConfigError(bundles.NOTHING_SHARED)
+    having = {member for group, _ in pairs for member in group.members}
+    for position, (ref, model) in enumerate(zip(opened.refs, opened.models, strict=True)):
+        if position not in having:
+            reason = "has no layer of the bundle (by name, shape and kind)"
+            error = errors.InputError(model.path, reason, hint="leave it out, or fit it with models like it", rule="N2")
+            opened = opened.without([ref.id], {ref.id: error.message()})
+            total = len(opened.refs) + len(opened.quarantined)
+            require_few(error, len(opened.quarantined), total, len(opened.refs), config, least=1)
+    return opened
 
 
 def require_few(error, aside, total, left, config, least=lineup.SMALLEST_GROUP):

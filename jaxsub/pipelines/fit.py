@@ -64,13 +64,7 @@ def run(config, path=None, *, stream=None):
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
     validate(config)
-    opened = collections.open_collection(
-        list(config.collection),
-        allow_roots=config.allow_roots,
-        max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
-        strict=config.strict,
-    )
-    return fit(opened, config, path, stream=stream)
+    return fit(aside.open_collection(config), config, path, stream=stream)
 
 
 def validate(config):
@@ -215,9 +209,7 @@ def passthrough(opened, groups):
     covered = [set() for _ in opened.models]
     for group in groups:
         for member, entry in zip(group.members, group.entries, strict=True):
-            covered[member].update(
-                [entry.a.name, entry.b.name] if group.parametrisation == lineup.LORA else [entry.name]
-            )
+            covered[member].update(t.name for t in collections.stored_tensors(entry))
     found = {}
     for ref, model, names in zip(opened.refs, opened.models, covered, strict=True):
         pairs = [t for pair in model.adapters.values() for t in (pair.a, pair.b)]

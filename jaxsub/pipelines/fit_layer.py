@@ -51,8 +51,15 @@ def fit(group, opened, config, rank):
         figures = {**_figures(stack.x, values, space, found, exponent), **unrounded}
     if exponent:
         space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
-    dtypes = tuple(t.dtype for t in group.entries)
+    dtypes = stored_dtypes(group)
     return bundle.Layer(group.name, space, ids, values, dtypes, figures, storage=_storage(config), corrections=found)
+
+
+def stored_dtypes(group):
+    """Stored dtype of each model's weight; of low-rank updates one that holds both factors."""
+    if group.parametrisation == lineup.LORA:
+        return tuple(precision.widest((e.a.dtype, e.b.dtype)) for e in group.entries)
+    return tuple(e.dtype for e in group.entries)
 
 
 def _entries(group, x, space, values, exponent, config):
@@ -83,16 +90,12 @@ def _stored(space, x, config, inner=0):
     rank of the cores of low-rank updates.
     """
     basis_dtype, coefficient_dtype = _storage(config)
-
-    def project(space):
-        return np.asarray(space.project_factors(*x) if isinstance(x, tuple) else space.project(x))
-
-    values, halves = cores.stored(project(space), storage.AS_COMPUTED, inner)
+    values, halves = cores.stored(subspace.project(space, x), storage.AS_COMPUTED, inner)
     if not (basis_dtype or coefficient_dtype):
         return space, values, halves, {}
     energies, left = subspace.missed(space, x, values)
     space = bundle.rounded(space, basis_dtype)
-    values, halves = cores.stored(project(space), coefficient_dtype, inner)
+    values, halves = cores.stored(subspace.project(space, x), coefficient_dtype, inner)
     return space, values, halves, {"error_unrounded": _errors(left, energies, 0.0)["error_mean"]}
 
 
@@ -101,7 +104,7 @@ def _lora_layer(group, models, ids, config, rank):
     plugin, inner = module(group, config), None
     if isinstance(rank, tuple):
         rank, inner = rank[:2], rank[2]
-    dtypes = tuple(precision.widest(t.dtype for t in (e.a, e.b)) for e in group.entries)
+    dtypes = stored_dtypes(group)
     stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
     with jax.enable_x64(True):
         space = plugin.fit(stack, _options(plugin, config, stack, rank), layers.layer_key(group.name, config.seed))
@@ -112,7 +115,7 @@ def _lora_layer(group, models, ids, config, rank):
         energies, left = subspace.missed(space, factors, values)
     found = None
     if config.max_error >= 0:
-        relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
+        relative = subspace.relative(left, energies)
         found = corrections.factors(*factors, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
         left[[] if found is None else found.positions] = 0.0
     inside = cores.energies(*factors).tolist()
@@ -159,9 +162,7 @@ def _exponent(x):
     """Power of two that brings the largest entry near 1; 0 where squares are safe as they are."""
     if x.dtype.itemsize < 4:
         return 0  # computed in float32, whose range squares of narrower numbers do not leave often enough to matter
-    largest = max(-float(x.min()), float(x.max()), 0.0)
-    exponent = math.frexp(largest)[1] if largest else 0
-    return 0 if abs(exponent) <= precision.SAFE_EXPONENT else exponent
+    return precision.exponent_of(max(-float(x.min()), float(x.max()), 0.0))
 
 
 def _options(module, config, stack, rank):
@@ -204,7 +205,7 @@ def _left(x, n, space, values, found, exponent):
 
 def _errors(left, energies, total):
     """Figures from squared errors and norms of the models, and the energy that the fit set out to hold."""
-    relative = np.sqrt(left / np.where(energies > 0, energies, 1.0))
+    relative = subspace.relative(left, energies)
     return {
         "energy_kept": 1.0 - float(left.sum()) / total if total > 0 else 1.0,  # below 0: worse than the mean alone
         "error_mean": float(relative.mean()),

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from jaxsub import bundle as bundles, collection as collections, errors, formats, subspace
+from jaxsub import bundle as bundles, errors, formats, subspace
 from jaxsub.bundle import export, files
 from jaxsub.formats import _rewrite, peft, safetensors
 from jaxsub.pipelines import aside, progress, scoring
@@ -50,13 +50,7 @@ def run(config, workdir=None, *, stream=None):
     if config.members:
         return _members(config, layout)
     bundle = files.load(config.bundle)
-    opened = collections.open_collection(
-        list(config.collection),
-        allow_roots=config.allow_roots,
-        max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
-        strict=config.strict,
-        smallest=1,
-    )
+    opened = aside.open_collection(config, smallest=1)
     if config.write_models:
         if os.path.lexists(config.write_models):
             raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
@@ -147,10 +141,7 @@ def _layer(group, layer, opened, base):
     energies, left = subspace.missed(space, x, values)
     alone = energies  # low-rank updates have no mean
     if group.parametrisation != "lora":
-        mean = np.asarray(space.mean, np.float64)
-        mean = mean.reshape(layer.shape) if mean.size == math.prod(layer.shape) else mean  # or one that broadcasts
-        alone = np.array([np.square(row.astype(np.float64) - mean).sum() for row in x])
-
+        alone = subspace.from_mean(space, x)
     inner = x[0].shape[1] if isinstance(x, tuple) else 0  # `again` outlives the stack
 
     def again(position):
@@ -159,21 +150,19 @@ def _layer(group, layer, opened, base):
             return tuple(np.asarray(part)[0] for part in space.reconstruct_factors(c, inner))
         return np.asarray(space.reconstruct(c))[0]
 
-    share = math.prod(values.shape[1:]) / math.prod(
-        layer.shape
-    )  # of its energy that any model has in a random subspace
-    size = np.where(energies > 0, energies, 1.0)
+    # Of its energy, any model has this share in a random subspace.
+    share = math.prod(values.shape[1:]) / math.prod(layer.shape)
     record = {
         "name": layer.name,
         "shape": list(layer.shape),
         "rank": list(values.shape[1:]),
         "models": [opened.refs[m].id for m in group.members],
-        "error": np.sqrt(left / size).tolist(),
-        "error_of_mean": np.sqrt(alone / size).tolist(),
-        "error_of_random": np.sqrt(alone * (1 - share) / size).tolist(),
+        "error": subspace.relative(left, energies).tolist(),
+        "error_of_mean": subspace.relative(alone, energies).tolist(),
+        "error_of_random": subspace.relative(alone * (1 - share), energies).tolist(),
     }
     if base is not None:
-        record["error_of_base"] = np.sqrt(_from_base(group, x, energies, base) / size).tolist()
+        record["error_of_base"] = subspace.relative(_from_base(group, x, energies, base), energies).tolist()
     return record, values, again
 
 

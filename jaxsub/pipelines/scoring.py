@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 
-from jaxsub import bundle as bundles, descriptors, errors, formats, subspace
+from jaxsub import bundle as bundles, collection, descriptors, errors, formats, subspace
 
 KINDS = ("original", "mean", "random", "rebuilt")
 
@@ -95,7 +95,7 @@ def _weights(member, model, opened, pairs, spaces):
         entry = group.entries[group.members.index(member)]
         x = bundles.read(dataclasses.replace(group, members=(member,), entries=(entry,)), opened)
         is_lora = layer.parametrisation == "lora"
-        covered.update([entry.a.name, entry.b.name] if is_lora else [entry.name])
+        covered.update(t.name for t in collection.stored_tensors(entry))
         dtype = descriptors.numpy_dtype(entry.a.dtype if is_lora else entry.dtype)
         for kind, made in _kinds(x, layer.subspace, random).items():
             replaced[kind][group.name] = tuple(p.astype(dtype) for p in made) if is_lora else made.astype(dtype)

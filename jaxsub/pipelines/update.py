@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from jaxsub import bundle as bundles, collection as collections, config as configs, errors, precision
+from jaxsub import bundle as bundles, collection as collections, config as configs, errors
 from jaxsub.bundle import files, refit
 from jaxsub.pipelines import aside, fit, fit_layer, layers, progress
 
@@ -57,19 +57,11 @@ def run(config, path=None, *, stream=None):
 
 
 def _opened(bundle, config):
-    opened = collections.open_collection(
-        list(config.collection),
-        allow_roots=config.allow_roots,
-        max_quarantined=None if config.max_quarantined < 0 else config.max_quarantined,
-        strict=config.strict,
-        smallest=1,
-    )
+    opened = aside.sharing(aside.open_collection(config, smallest=1), bundle, config)
     stay = set(bundle.model_ids) - set(config.remove)
     for ref in opened.refs:
         if ref.id in stay:
             raise errors.ConfigError(f"{errors.quote(ref.id)} is a member already; remove that one, or rename this one")
-    if not bundle.pairs(opened):
-        raise errors.ConfigError(bundles.NOTHING_SHARED)
     return opened
 
 
@@ -140,10 +132,9 @@ def _layer(layer, group, opened, config, fitted):
     ids, dtypes = (), ()
     if group is not None:
         ids = tuple(opened.refs[m].id for m in group.members)
-        pairs = [(e.a.dtype, e.b.dtype) if layer.parametrisation == "lora" else (e.dtype,) for e in group.entries]
-        dtypes = tuple(precision.widest(p) for p in pairs)
-    if group is not None and layer.orientation and fit_layer.orientation(group) != layer.orientation:
-        layer = dataclasses.replace(layer, orientation="")
+        dtypes = fit_layer.stored_dtypes(group)
+        if layer.orientation and fit_layer.orientation(group) != layer.orientation:
+            layer = dataclasses.replace(layer, orientation="")
     if len(keep) == len(layer.model_ids) and is_held:
         made = refit.appended(layer, x, ids, dtypes, max_error=bound)
         return made, ("projected", False)
@@ -161,17 +152,15 @@ def _recorded(result, bundle, config, opened, how):
     update = {
         "added": [] if opened is None else [r.id for r in opened.refs if r.id not in stay],
         "removed": list(config.remove),
+        "quarantined": [] if opened is None else [dict(q) for q in opened.quarantined],
         "config": configs.to_dict(config),
         "collection_fingerprint": None if opened is None else opened.fingerprint,
         "layers": {key: {"how": word, "exact": exact} for key, (word, exact) in how.items()},
     }
     known = [m for m in bundle.provenance.get("models", []) if m["id"] not in config.remove]
     have = {m["id"] for m in known}
-    known += (
-        []
-        if opened is None
-        else [fit.named(r, m) for r, m in zip(opened.refs, opened.models, strict=True) if r.id not in have]
-    )
+    if opened is not None:
+        known += [fit.named(r, m) for r, m in zip(opened.refs, opened.models, strict=True) if r.id not in have]
     earlier = bundle.provenance.get("updates", [])
     provenance = {**bundle.provenance, "models": known, "updates": [*earlier, update]}
     if config.exact:

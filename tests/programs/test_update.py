@@ -393,3 +393,22 @@ def test_a_member_that_is_replaced_is_one_that_was_added(places, tmp_path):
     made = update.run(update.Config(str(tmp_path / "b"), (str(tmp_path / "new"),), remove=("m01",)))
     last = made.provenance["updates"][-1]
     assert last["added"] == last["removed"] == ["m01"] and made.model_ids[-1] == "m01"
+
+
+def test_models_set_aside_are_listed_and_the_rest_is_added(places, tmp_path, capsys):
+    """A file cut short, one of another architecture, one that is not finite; one good one beside them."""
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2)
+    new = shutil.copytree(places["known"], tmp_path / "new")
+    (new / "cut.safetensors").write_bytes((new / "m12.safetensors").read_bytes()[:-20])
+    safetensors.write(new / "other.safetensors", {"conv": np.ones((3, 3), np.float32)})
+    bad = safetensors.read(new / "m13.safetensors")
+    bad["w"][0, 0] = np.nan
+    safetensors.write(new / "m13.safetensors", bad)
+    call(f"--bundle={tmp_path / 'b'}", f"--collection={new}", f"--workdir={tmp_path / 'o'}", "--max_quarantined=3")
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(": ")[0] for line in lines[:3]} == {"set aside cut", "set aside other", "set aside m13"}
+    assert lines[3] == "2 added, 0 removed, 14 members"
+    made = jaxsub.load(tmp_path / "o" / "bundle")
+    assert "other" not in made.passthrough and made.model_ids[-2:] == ("m12", "m14")
+    with pytest.raises(errors.InputError, match="other"):
+        update.run(update.Config(str(tmp_path / "b"), (str(new),), max_quarantined=1))
