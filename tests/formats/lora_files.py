@@ -2,8 +2,10 @@
 
 import numpy as np
 
+import jaxsub
 from jaxsub import formats
 from jaxsub.formats import safetensors
+from jaxsub.pipelines import project
 
 RNG = np.random.default_rng(0)
 STEM = "lora_unet_down_blocks_0_attn1_to_q"
@@ -99,3 +101,11 @@ DENSE = {
 def stored(parts, stem=STEM, alpha=None):
     found = {f"{stem}.{name}": array for name, array in parts.items()}
     return found if alpha is None else {**found, f"{stem}.alpha": np.float32(alpha)}
+
+
+def rebuilt(tmp_path):
+    """The collection in tmp_path / "m" fitted with two components, its reconstructions written, and opened again."""
+    bundle, old, new = (str(tmp_path / name) for name in ("b", "m", "new"))
+    jaxsub.fit(old, bundle, rank=2)
+    project.run(project.Config(bundle=bundle, collection=(old,), write_models=new))
+    return jaxsub.open_collection(new)
