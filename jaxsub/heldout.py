@@ -20,6 +20,7 @@ FLOOR_PER_MODEL = 8 * np.finfo(np.float64).eps
 # them: only models that alone hold nearly all the energy, or nearly all in some leading direction, come to that.
 DIRECT_TOLERANCE = 1e-9
 MAX_DIRECT = 64
+WHOLE = 128  # models up to which all eigenvectors come as fast as the few leading ones, with other threads running
 TWIN_ROOTS = 1e-8  # roots this close, relatively, on both sides of one pole share its projection by rounding
 
 
@@ -226,8 +227,12 @@ def _leading(gram, rank):
     size = len(gram)
     if rank < 1:
         return np.zeros(0), np.zeros((size, 0))
-    chosen = [size - rank, size - 1]
-    values, vectors = scipy.linalg.eigh(spectrum.centred(gram), subset_by_index=chosen, check_finite=False)
+    centred = spectrum.centred(gram)
+    if size <= WHOLE:
+        values, vectors = (x[..., size - rank :] for x in np.linalg.eigh(centred))
+    else:
+        chosen = [size - rank, size - 1]
+        values, vectors = scipy.linalg.eigh(centred, subset_by_index=chosen, check_finite=False)
     # Relative to the entries before centring: equal models far from the origin must come out with rank zero.
     kept = values[::-1] > FLOOR_PER_MODEL * size * max(np.diagonal(gram).max(), values[-1], 0.0)
     return values[::-1][kept], vectors[:, ::-1][:, kept]
