@@ -330,18 +330,16 @@ def _model_identity(model):
         tensors = stored_tensors(entry)
         how = (getattr(entry, "scale", None), getattr(entry, "transposed", None), entry.shape)
         parts.append((name, kind, how, [(t.shape, t.dtype) for t in tensors]))
-        for extent in (t.extent for t in tensors):
-            if extent is not None:
-                files[extent.file.path] = (extent.file.size, extent.file.mtime_ns)
-    if not files:
-        files = _file_times(model.path)
+        for file in (f for t in tensors for f in files_of(t, model)):
+            files[file.path] = (file.size, file.mtime_ns)
     sizes = [(os.path.relpath(path, model.path), *files[path]) for path in sorted(files, key=os.fsencode)]
     return sizes, parts
 
 
-def _file_times(path):
-    """Map path -> (bytes, mtime_ns) of a model that is read whole: the file, or all files of its folder."""
-    paths = [path]
-    if os.path.isdir(path):
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    return {p: (s.st_size, s.st_mtime_ns) for p in paths for s in [os.lstat(p)]}
+def files_of(tensor, model):
+    """FileIds of what a stored tensor is read from."""
+    if tensor.extent is not None:
+        return (tensor.extent.file,)
+    return model.files
+
+

@@ -101,6 +101,7 @@ class Model:
         warnings: what a careful user should know, one sentence each.
         metadata: strings found beside the weights (base model, labels); data, never trusted.
         load: reads one whole tensor by name when it has no extent.
+        files: FileIds of what `load` reads; none where that is the file at `path`.
     """
 
     path: str
@@ -111,6 +112,7 @@ class Model:
     warnings: tuple[str, ...] = ()
     metadata: Mapping[str, str] = dataclasses.field(default_factory=lambda: EMPTY)
     load: Callable[[str], np.ndarray] | None = None
+    files: tuple[FileId, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

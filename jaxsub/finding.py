@@ -153,6 +153,7 @@ class _Walk:
         passed_over = _CACHE_ONLY if any(e.name == "snapshots" for e in entries) else ()
         if any(e.name == _WORKDIR_LOCK for e in entries):
             passed_over = (*passed_over, "statistics")  # an analysis wrote its output here
+        passed_over = (*passed_over, formats.SHARED_BASIS)
         return [e for e in entries if not e.name.startswith(".") and e.name not in ("__pycache__", *passed_over)]
 
     def _may_enter(self, entry):

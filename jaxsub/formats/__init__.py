@@ -13,6 +13,7 @@ from jaxsub import errors, plugins
 from jaxsub.formats import _files, _hints, _model, _sniff
 
 EXTENSIONS = frozenset(_sniff.EXTENSIONS)
+SHARED_BASIS = _sniff.SHARED_BASIS  # a file that several models stand on, and no model
 
 
 def open_model(path, *, root=None, allow_roots=()):
@@ -62,7 +63,7 @@ def is_model(path):
     layouts = [
         stem + end for stem in stems for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
     ]
-    layouts += [os.path.join(path, name) for name in ("adapter_config.json", *_sniff.ADAPTER_FILES)]
+    layouts += [os.path.join(path, name) for name in ("adapter_config.json", _sniff.LOADINGS, *_sniff.ADAPTER_FILES)]
     return any(os.path.lexists(name) for name in layouts) or _sniff.is_orbax(path)
 
 

@@ -101,6 +101,5 @@ def merge(path, form, contents, warnings):
     loads = {t.name: c.load for c in contents for t in c.tensors if t.extent is None}
     metadata = {k: v for c in contents for k, v in c.metadata.items()}
     kept = {t.name: t for t in tensors if t.name not in skipped}
-    return _model.build(
-        path, form, kept, skipped, warnings=warnings, metadata=metadata, load=lambda name: loads[name](name)
-    )
+    more = {"warnings": warnings, "metadata": metadata, "files": [c.file for c in contents]}
+    return _model.build(path, form, kept, skipped, load=lambda name: loads[name](name), **more)

@@ -35,10 +35,11 @@ class Content:
 def from_content(path, form, content):
     """The Model of one weight file."""
     kept = {t.name: t for t in content.tensors if t.name not in content.skipped}
-    return build(path, form, kept, content.skipped, metadata=content.metadata, load=content.load)
+    more = {"metadata": content.metadata, "load": content.load, "files": (content.file,)}
+    return build(path, form, kept, content.skipped, **more)
 
 
-def build(path, form, kept, skipped, *, adapters=None, warnings=(), metadata=None, load=None):
+def build(path, form, kept, skipped, *, adapters=None, warnings=(), metadata=None, load=None, files=()):
     """The Model of tensors that are sorted already into `kept` and `skipped` (name -> reason)."""
     if not kept and not adapters:
         found = "holds no tensors" if not skipped else "holds buffers only, no weights"
@@ -55,6 +56,7 @@ def build(path, form, kept, skipped, *, adapters=None, warnings=(), metadata=Non
         warnings=tuple(warnings),
         metadata=proxy(metadata or {}),
         load=load,
+        files=tuple(files),
     )
 
 

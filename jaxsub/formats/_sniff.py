@@ -16,6 +16,7 @@ WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 SIDECARS = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "rng_state.pth"}
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that orbax is writing
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+LOADINGS, SHARED_BASIS = "loadings.safetensors", "shared_components.safetensors"  # of lorashare
 
 
 def only_file(path):
@@ -24,7 +25,7 @@ def only_file(path):
         return None
     names = set(_files.list_folder(path))
     stems = [stem + end for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
-    if names & {"adapter_config.json", *ADAPTER_FILES, *stems, *(stem + ".index.json" for stem in stems)}:
+    if names & {"adapter_config.json", LOADINGS, *ADAPTER_FILES, *stems, *(stem + ".index.json" for stem in stems)}:
         return None
     found = [name for name in names - SIDECARS if extension(name) in EXTENSIONS]
     return os.path.join(path, found[0]) if len(found) == 1 else None
@@ -52,7 +53,9 @@ def _folder_kind(path):
     if is_orbax(path):
         return "orbax"
     adapter = ("adapter_config.json", *ADAPTER_FILES)
-    return "peft" if any(os.path.lexists(os.path.join(path, name)) for name in adapter) else "huggingface"
+    if any(os.path.lexists(os.path.join(path, name)) for name in adapter):
+        return "peft"
+    return "lorashare" if os.path.lexists(os.path.join(path, LOADINGS)) else "huggingface"
 
 
 def _content_kind(path):

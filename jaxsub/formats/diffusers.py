@@ -44,8 +44,8 @@ def assemble(path, content):
         adapters[layer] = descriptors.LoraPair(pair.a, pair.b, scale, pair.shape, pair.transposed)
     if not _factors.have_effect(adapters.values(), content.load):
         warnings = (*warnings, "every lora_B is zero: the adapter has no effect")
-    more = {"adapters": adapters, "warnings": warnings, "metadata": content.metadata, "load": content.load}
-    return _model.build(path, "diffusers", {}, content.skipped, **more)
+    more = {"adapters": adapters, "warnings": warnings, "metadata": content.metadata}
+    return _model.build(path, "diffusers", {}, content.skipped, load=content.load, files=(content.file,), **more)
 
 
 def _plan(content):

@@ -81,8 +81,8 @@ def assemble(path, content):
     if adapters and not dense and not _factors.have_effect(adapters.values(), content.load):
         warnings.append("every lora_up is zero: the adapter has no effect")
     load = functools.partial(_load, content, plan.recipes, alphas)
-    more = {"adapters": adapters, "warnings": warnings, "metadata": content.metadata, "load": load}
-    return _model.build(path, "kohya", dense, content.skipped, **more)
+    more = {"adapters": adapters, "warnings": warnings, "metadata": content.metadata}
+    return _model.build(path, "kohya", dense, content.skipped, load=load, files=(content.file,), **more)
 
 
 def _load(content, recipes, alphas, name):

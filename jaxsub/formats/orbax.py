@@ -48,7 +48,7 @@ def open(path, *, root=None, allow_roots=()):
     tensors = [store.tensor(leaf) for leaf in leaves]
     skipped = {t.name: reason for t in tensors if (reason := _names.not_a_weight(t.name))}
     kept = {t.name: t for t in tensors if t.name not in skipped}
-    return _model.build(path, "orbax", kept, skipped, metadata=_labels(path), load=store.load)
+    return _model.build(path, "orbax", kept, skipped, metadata=_labels(path), load=store.load, files=files)
 
 
 def _require_committed(path):

@@ -63,7 +63,7 @@ def open(path, *, root=None, allow_roots=()):
     notes, key = content.notes if content.notes is not None else {}, hashlib.blake2b(data).digest()
     if key not in notes:
         notes[key] = _peft.plan(config, content, config_path)
-    return _assemble(path, content, notes[key])
+    return assemble(path, content, notes[key])
 
 
 def _config_bytes(file):
@@ -72,7 +72,8 @@ def _config_bytes(file):
     return _files.read_bytes(file, 0, file.size)
 
 
-def _assemble(path, content, plan):
+def assemble(path, content, plan, form="peft", files=()):
+    """The Model of a Content whose `_peft.Plan` is known; `files` are FileIds beside the content's own."""
     adapters = dict(_peft.pair(content.tensors, entry) for entry in plan.pairs)
     named = {name: content.tensors[position] for position, name in plan.plain}
     kept = {name: tensor for name, tensor in named.items() if name not in plan.skipped}
@@ -80,9 +81,8 @@ def _assemble(path, content, plan):
     if not _factors.have_effect(adapters.values(), content.load):
         warnings.append("every lora_B is zero: the adapter has no effect")
     metadata = {**content.metadata, **plan.metadata}
-    return _model.build(
-        path, "peft", kept, plan.skipped, adapters=adapters, warnings=warnings, metadata=metadata, load=content.load
-    )
+    more = {"adapters": adapters, "warnings": warnings, "metadata": metadata, "load": content.load}
+    return _model.build(path, form, kept, plan.skipped, files=(content.file, *files), **more)
 
 
 def write(folder, adapters, *, base_model=None, labels=None):

@@ -10,13 +10,11 @@ read a folder of them as any collection; they are not written.
 Source: released code of arXiv 2512.05117 (tuner `subspaceadapter`) and of arXiv 2502.04700; E26.
 """
 
-import functools
+import itertools
 import re
 
-import numpy as np
-
-from jaxsub import descriptors, errors, precision
-from jaxsub.formats import _header, _model
+from jaxsub import descriptors, errors
+from jaxsub.formats import _header, _loadings, _model
 
 TYPES = ("SUBSPACEADAPTER", "EIGENFLUX")  # `peft_type` in adapter_config.json
 PART = re.compile(
@@ -49,45 +47,25 @@ def assemble(path, content):
             if tensor.name not in content.skipped:
                 rest[tensor.name] = tensor
             continue
-        _model.require_float(tensor, file)
         key = match["side"], match["part"]
         if key in parts.setdefault(match["layer"], {}):
             raise _fail(file, match["layer"], f"has two {key[1]} of {key[0]}")
         parts[match["layer"]][key] = tensor
-    adapters, made = {}, {}
+    adapters, products = {}, _loadings.Products(file, _AGAIN, content.load)
     for layer, found in parts.items():
-        factors = [_factor(file, layer, side, found, made) for side in "AB"]
+        for side, part in itertools.product(_loadings.SIDES, ("components", "loadings")):
+            if (side, part) not in found:
+                raise _fail(file, layer, f"has no {part} of {side}")
+        factors = []
+        for side in _loadings.SIDES:
+            components, loadings = found[side, "components"], found[side, "loadings"]
+            name = components.name.removesuffix(".components")
+            factors.append(products.factor(name, layer, side, components, loadings))
         if factors[0].shape[0] != factors[1].shape[1]:
             raise _fail(file, layer, f"has loadings of ranks {factors[0].shape[0]} and {factors[1].shape[1]}")
         adapters[layer] = descriptors.LoraPair(*factors, 1.0, (factors[1].shape[0], factors[0].shape[1]))
-    load = functools.partial(_load, made, content.load)
-    more = {"adapters": adapters, "metadata": content.metadata, "load": load}
-    return _model.build(path, "subspaceadapter", rest, content.skipped, **more)
-
-
-def _factor(file, layer, side, found, made):
-    """The Tensor of A (r, i) or B (o, r), and in `made` what it is the product of."""
-    for part in ("components", "loadings"):
-        if (side, part) not in found:
-            raise _fail(file, layer, f"has no {part} of {side}")
-    components, loadings = found[side, "components"], found[side, "loadings"]
-    shapes = components.shape, loadings.shape
-    if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][1] != shapes[1][0] or 0 in shapes[0] + shapes[1]:
-        raise _fail(file, layer, f"has components {shapes[0]} and loadings {shapes[1]} of {side}, which do not fit")
-    dtype = precision.widest((components.dtype, loadings.dtype, "float32"))
-    name = components.name.removesuffix(".components")
-    made[name] = (components, loadings, side, dtype)
-    shape = shapes[0][0], shapes[1][1]
-    return descriptors.Tensor(name, shape[::-1] if side == "A" else shape, dtype)
-
-
-def _load(made, load, name):
-    if name not in made:
-        return load(name)
-    components, loadings, side, dtype = made[name]
-    c, x = (_model.read(t, load) for t in (components, loadings))
-    product = (c.astype(np.float64) @ x.astype(np.float64)).astype(dtype)
-    return np.ascontiguousarray(product.T if side == "A" else product)
+    more = {"adapters": adapters, "metadata": content.metadata, "load": products.load}
+    return _model.build(path, "subspaceadapter", rest, content.skipped, files=(content.file,), **more)
 
 
 def _fail(file, layer, reason):

@@ -95,15 +95,12 @@ def _dense_local(x, weights, dtype):
         y = products.row_major(z - mean)
         lower = products.matmul(y[half:], y.T).astype(wide)
         upper = products.matmul(y[:half], y[:half].T).astype(wide)
-        # One product for both: each alone would read all of y from memory once more.
-        with_mean, with_ones = products.matmul(y, jnp.stack([mean, jnp.ones_like(mean)], axis=1)).astype(wide).T
-        exact = mean.astype(wide)
         sums = (
             sums[0] + lower,
             sums[1] + upper,
-            sums[2] + with_mean,
-            sums[3] + jnp.sum(jnp.square(exact)),
-            sums[4] + with_ones + jnp.sum(exact),
+            sums[2] + products.matmul(y, mean).astype(wide),
+            sums[3] + jnp.sum(jnp.square(mean.astype(wide))),
+            sums[4] + jnp.sum(z, axis=1).astype(wide),
         )
         at = start // chunk * 5 % (chunk // SAMPLED) * SAMPLED if part < size else 0
         found = fourth_moments(*(jax.lax.dynamic_slice_in_dim(a, at, min(part, size), axis=1) for a in (z, y)))

@@ -11,7 +11,7 @@ import os
 import time
 from concurrent import futures
 
-from jaxsub import config as configs, errors, plugins
+from jaxsub import collection as collections, config as configs, errors, plugins
 from jaxsub.pipelines import plan, provenance
 
 NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
@@ -262,9 +262,9 @@ class _Session:
         """(path, digest) of a layer's statistics file; names come from a hash, never from a key."""
         from jaxsub import __version__
 
-        files = [_identity(e, self.opened.models[m].path) for m, e in zip(group.members, group.entries, strict=True)]
+        files = [_identity(e, self.opened.models[m]) for m, e in zip(group.members, group.entries, strict=True)]
         base = (
-            [self.base.path] + [_identity(t, self.base.path) for n, t in self.base.tensors.items() if n == group.name]
+            [self.base.path] + [_identity(t, self.base) for n, t in self.base.tensors.items() if n == group.name]
             if self.base
             else []
         )
@@ -354,12 +354,9 @@ def _key(group):
     return group.name, group.shape, group.parametrisation
 
 
-def _identity(entry, path):
-    """What must be the same for statistics to be used again: the tensor, and its file as it was."""
+def _identity(entry, model):
+    """What must be the same for statistics to be used again: the tensor, and its files as they were."""
     if hasattr(entry, "a"):
-        return (_identity(entry.a, path), _identity(entry.b, path), entry.scale, entry.transposed, entry.shape)
-    if entry.extent is not None:
-        file = entry.extent.file
-        return (entry.name, entry.dtype, file.path, file.size, file.mtime_ns, entry.extent.offset)
-    status = os.stat(path)
-    return (entry.name, entry.dtype, path, status.st_size, status.st_mtime_ns, -1)
+        return (_identity(entry.a, model), _identity(entry.b, model), entry.scale, entry.transposed, entry.shape)
+    files = [(f.path, f.size, f.mtime_ns) for f in collections.files_of(entry, model)]
+    return (entry.name, entry.dtype, files, -1 if entry.extent is None else entry.extent.offset)
