@@ -341,5 +341,3 @@ def files_of(tensor, model):
     if tensor.extent is not None:
         return (tensor.extent.file,)
     return model.files
-
-

@@ -57,6 +57,10 @@ class DenseStack:
         """D, product of `shape`."""
         return math.prod(self.shape)
 
+    def take(self, models):
+        """The stack of some of its models, given by their positions."""
+        return DenseStack(self.x[np.asarray(models)], self.name)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraStack:
@@ -84,3 +88,12 @@ class LoraStack:
     def shape(self):
         """(o, i), shape of one update."""
         return self.b.shape[1], self.a.shape[2]
+
+    def take(self, models):
+        """The stack of some of its models, given by their positions: the others stay as updates of zero.
+
+        An update of zero changes no sum of products, and the shapes are those that are compiled already.
+        """
+        scales = np.zeros_like(self.scales)
+        scales[models] = self.scales[models]
+        return dataclasses.replace(self, scales=scales)

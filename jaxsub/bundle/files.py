@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from jaxsub import errors, lineup, subspace
-from jaxsub.bundle import cores, corrections, storage
+from jaxsub.bundle import cores, corrections, members, storage
 from jaxsub.formats import _files, _json, safetensors
 
 SCHEMA = "jaxsub.bundle/1"
@@ -100,13 +100,16 @@ def _manifest_of(bundle, known):
         "schema": SCHEMA,
         "models": list(bundle.model_ids),
         "layers": [{**_record(layer, bundle), "file": _layer_file(i)} for i, layer in enumerate(bundle.layers)],
-        "passthrough": bundle.distinct()[1],
-        "originals": bundle.originals,
+        "passthrough": {m: names for m, names in bundle.distinct()[1].items() if names},
+        "originals": [bundle.originals[m] for m in bundle.model_ids],
         "bytes": {},
         "provenance": bundle.provenance,
+        "members": members.packed(bundle.provenance.get("models"), bundle.model_ids),
         "files": known,
         "sha256": "0" * 64,
     }
+    if manifest["members"] is not None:
+        manifest["provenance"] = {name: v for name, v in bundle.provenance.items() if name != "models"}
     size, found = 0, None
     for _ in range(4):
         manifest["bytes"] = bundle.accounting(other + size)
@@ -174,8 +177,14 @@ def _bundle(path, manifest):
             )
         )
     stored = _tensors(path, PASSTHROUGH) if PASSTHROUGH in manifest["files"] else {}
-    passthrough = {m: {n: stored[key] for n, key in found.items()} for m, found in manifest["passthrough"].items()}
-    return Bundle(tuple(manifest["models"]), tuple(layers), passthrough, manifest["originals"], manifest["provenance"])
+    ids, named = tuple(manifest["models"]), manifest["passthrough"]
+    if named.keys() - {*ids}:
+        raise ValueError("passthrough tensors of models that are none")
+    passthrough = {m: {n: stored[key] for n, key in named.get(m, {}).items()} for m in ids}
+    provenance = manifest["provenance"]
+    if manifest["members"] is not None:
+        provenance = {**provenance, "models": members.unpacked(manifest["members"], ids)}
+    return Bundle(ids, tuple(layers), passthrough, dict(zip(ids, manifest["originals"], strict=True)), provenance)
 
 
 def verify(path):

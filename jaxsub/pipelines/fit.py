@@ -84,7 +84,9 @@ def validate(config):
     if config.decomposition:
         plugins.load("decompositions", config.decomposition)
     if plugins.load("views", config.view).NEEDS_BASE:
-        raise errors.ConfigError(f"view={config.view}: fit has no base yet; use weights or lora_factors")
+        raise errors.ConfigError(
+            f"view={config.view}: use weights or lora_factors; a fit subtracts the mean, and a base with it"
+        )
 
 
 def fit(opened, config, path=None, *, stream=None):
@@ -262,6 +264,8 @@ def table(result):
             f"{rank:>9} {figures['energy_kept']:>7.3f} {held:>9} {figures['error_max']:>8.2e}"
         )
     lines.append("kept: share of the centred energy; held out: share missed on a model left out; error: of the worst")
+    if any(layer.figures.get("held_out_by") == "half of the models" for layer in result.layers):
+        lines.append("held out, of weight axes: by a fit to half of the models, on the others, at the same ranks")
     if any("error_unrounded" in layer.figures for layer in result.layers):
         means = [(layer.figures["error_unrounded"], layer.figures["error_mean"]) for layer in result.layers]
         before, after = (sum(column) / len(means) for column in zip(*means, strict=True))

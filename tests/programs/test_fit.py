@@ -84,7 +84,7 @@ def test_a_plan_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatc
         ({"decomposition": "grm"}, "did you mean 'gram'"),
         ({"decomposition": "col_svd"}, "give --rank"),
         ({"layers": ["nothing"]}, "no layer"),
-        ({"view": "difference"}, "no base"),
+        ({"view": "difference"}, "a base with it"),
     ],
 )
 def test_what_no_run_could_do_is_refused_in_words(folder, tmp_path, options, words):
