@@ -133,21 +133,23 @@ def _launch(block, weights, key, plan, options, mesh):
     tests = ()
     if plan.sketched_axes:
         row = jnp.int32(block.row)
-        tests = mode_kernels.sketch(mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS)
+        tests = mode_kernels.sketch(mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS, mesh=mesh)
     del mixed  # it may be as large as a block: not to be held beside the next one
     exact = {
         axis: np.asarray(
-            mode_kernels.mode_gram(block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, options, axis))
+            mode_kernels.mode_gram(
+                block.x, shape=block.shape, axis=axis, dtype=_mode_dtype(plan, options, axis), mesh=mesh
+            )
         )
         for axis in plan.exact_axes
     }
     other = strengths = None
     if plan.other_side:
         dtype = _mode_dtype(plan, options, 0)
-        other = np.asarray(mode_kernels.unfolding_gram(block.x, shape=block.shape, dtype=dtype))
+        other = np.asarray(mode_kernels.unfolding_gram(block.x, shape=block.shape, dtype=dtype, mesh=mesh))
     if plan.strengths:
         last = len(plan.shape) == 2 and plan.shape[1] <= plan.shape[0]
-        strengths = np.asarray(mode_kernels.model_grams(block.x, shape=block.shape, last=last))
+        strengths = np.asarray(mode_kernels.model_grams(block.x, shape=block.shape, last=last, mesh=mesh))
     return _Launched((dense, tests), exact, other, strengths, block.exponent, block.base_square)
 
 
