@@ -58,6 +58,14 @@ class ResourceError(JaxsubError):
     exit_code = 6
 
 
+class PeerError(JaxsubError):
+    """Another process of the run failed; its message and exit code."""
+
+    def __init__(self, message, exit_code):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def quote(text, limit=200):
     """`text` with control and non-ASCII characters escaped and cut to `limit`, safe on a terminal."""
     shown = ascii(str(text))[1:-1]

@@ -6,22 +6,17 @@ A block holds the same columns of every model. Two buffers: one is read by threa
 """
 
 import concurrent.futures
-import contextlib
-import ctypes
 import dataclasses
-import gc
 import math
-import mmap
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import descriptors, errors, formats, lineup, precision
+from jaxsub import descriptors, distributed, errors, formats, hostmemory, lineup, precision
 from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import MIXTURES
 
-ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
 ZERO_EXPONENT = -1100  # of a block of zeros: below every other, so that it rescales nothing
 READERS = 4  # threads; pread releases the interpreter lock
 
@@ -32,6 +27,8 @@ def make_mesh(num_devices=None):
     count = len(devices) if num_devices in (None, 0) else num_devices
     if count > len(devices):
         raise errors.ConfigError(f"devices={count}, but JAX sees {len(devices)} ({devices[0].platform})")
+    if count < len(devices) and jax.process_count() > 1:
+        raise errors.ConfigError(f"devices={count}: a run of several processes takes all {len(devices)} devices")
     return jax.sharding.Mesh(np.asarray(devices[:count]), (FEATURES,))
 
 
@@ -57,13 +54,14 @@ class LayerPlan:
     strengths: bool
     bytes_read: int
     pass_bytes: int = 0  # of the host, while the layer is read and summed
+    num_processes: int = 1  # that share a block
     figure_bytes: int = 0  # of the host, while its figures are made
     kept_bytes: int = 0  # of the host, its statistics until the report is made
 
     @property
     def block_bytes(self):
-        """Bytes of one block as it is stored."""
-        return self.num_models * self.width * descriptors.numpy_dtype(self.storage).itemsize
+        """Bytes of one block as it is stored, of this process's columns."""
+        return self.num_models * self.width // self.num_processes * descriptors.numpy_dtype(self.storage).itemsize
 
 
 def plan_dense(group, num_devices, options, base=None):
@@ -107,7 +105,8 @@ def plan_dense(group, num_devices, options, base=None):
         other_side=other,
         sketched_axes=sketched,
         strengths=strengths,
-        bytes_read=sum(t.num_bytes for t in group.entries),
+        bytes_read=sum(t.num_bytes for t in group.entries) // jax.process_count(),
+        num_processes=jax.process_count(),
     )
 
 
@@ -144,10 +143,10 @@ class Block:
 class NonFiniteError(errors.InputError):
     """A model holds NaN or Inf; `member` is its index in the group."""
 
-    def __init__(self, member, model, key, count, first):
-        self.member = member
+    def __init__(self, member, path, key, count, first):
+        self.member, self.found = member, (member, count, first)
         super().__init__(
-            model.path, f"entries that are not finite: {count}, the first at flat index {first}", key=key, rule="N1"
+            path, f"entries that are not finite: {count}, the first at flat index {first}", key=key, rule="N1"
         )
 
 
@@ -156,7 +155,7 @@ def require_finite(array, member, model, tensor):
     wide = array if array.dtype.itemsize >= 4 else array.astype(np.float32)
     if not np.isfinite(wide).all():
         bad = np.flatnonzero(~np.isfinite(wide.reshape(-1)))
-        raise NonFiniteError(member, model, tensor.name, len(bad), int(bad[0]))
+        raise NonFiniteError(member, model.path, tensor.name, len(bad), int(bad[0]))
     return wide
 
 
@@ -173,24 +172,75 @@ def blocks(group, models, plan, mesh, *, base=None):
     Raises:
         NonFiniteError: at the first block with a NaN or an Inf, for the first such model.
     """
-    sharding = NamedSharding(mesh, P(None, FEATURES))
+    window = columns_here(plan.width, mesh)
     sources = [_Source(m, t) for m, t in zip(models, group.entries, strict=True)]
     base_source = _Source(base, _base_tensor(base, group)) if base is not None else None
     dtype = descriptors.numpy_dtype(plan.storage)
-    buffers = [zeros((plan.num_models, plan.width), dtype) for _ in range(min(plan.num_blocks, 2))]
+    buffers = [
+        hostmemory.zeros((plan.num_models, window[1] - window[0]), dtype) for _ in range(min(plan.num_blocks, 2))
+    ]
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool, concurrent.futures.ThreadPoolExecutor(1) as ahead:
 
         def fill(index):
-            return _fill(buffers[index % 2], index, sources, base_source, plan, group, pool)
+            return _fill(buffers[index % 2], index, window, sources, base_source, plan, group, pool)
 
         pending = ahead.submit(fill, 0)
         for index in range(plan.num_blocks):
-            shape, exponent, base_square = pending.result()
-            x = jax.device_put(buffers[index % 2], sharding)
+            try:
+                filled, failure = pending.result(), None
+            except errors.InputError as error:
+                filled, failure = (0.0, 0.0), error
+            largest, base_square = agree(*filled, failure)
+            exponent = _scaled(buffers[index % 2], largest)
+            x = put(buffers[index % 2], (plan.num_models, plan.width), mesh)
             if index + 1 < plan.num_blocks:
                 pending = ahead.submit(fill, index + 1)
             # The consumer waits for the block's results before it asks for the next: only then is the buffer refilled.
-            yield Block(x, shape, index * plan.rows, exponent, base_square)
+            rows = min(plan.rows, plan.shape[0] - index * plan.rows)
+            yield Block(x, (rows, *plan.shape[1:]), index * plan.rows, exponent, base_square)
+
+
+def columns_here(width, mesh):
+    """(first, end) of the columns of a sharded axis of `width` that this process's devices hold."""
+    if jax.process_count() == 1:
+        return 0, width
+    own = [i for i, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()]
+    if own != list(range(own[0], own[0] + len(own))):
+        raise errors.ConfigError("the devices of a process do not follow each other in the mesh")
+    return own[0] * width // mesh.size, (own[-1] + 1) * width // mesh.size
+
+
+def put(local, shape, mesh):
+    """An array of `shape` on the mesh, its last axis sharded, from the columns of this process."""
+    sharding = NamedSharding(mesh, P(*[None] * (len(shape) - 1), FEATURES))
+    if jax.process_count() == 1:
+        return jax.device_put(local, sharding)
+    return jax.make_array_from_process_local_data(sharding, local, shape)
+
+
+def agree(largest, square, failure):
+    """(largest, sum of squares) over all processes; raises on all where one has a failure, as the same error if it can.
+
+    Args:
+        largest, square: floats of this process.
+        failure: NonFiniteError or InputError of this process, or None.
+    """
+    if jax.process_count() == 1:
+        if failure is not None:
+            raise failure
+        return largest, square
+    bad = isinstance(failure, NonFiniteError)
+    numbers = [largest, square, failure is not None and not bad, *(failure.found if bad else ())]
+    found = distributed.gather(np.array([*numbers, *[math.inf] * (6 - len(numbers))]))
+    if found[:, 2].any():
+        distributed.share(None if bad else failure)
+    first = int(found[:, 3].min()) if np.isfinite(found[:, 3]).any() else None
+    if first is not None:
+        same = found[found[:, 3] == first]
+        own = distributed.gather_objects([failure.file, failure.key] if bad and failure.member == first else None)
+        path, key = next(one for one in own if one)
+        raise NonFiniteError(first, path, key, int(same[:, 4].sum()), int(same[:, 5].min()))
+    return float(found[:, 0].max()), float(found[:, 1].sum())
 
 
 def _base_tensor(base, group):
@@ -252,6 +302,25 @@ def read_factors(group, models):
     return a, b, np.array([e.scale for e in pairs])
 
 
+def read_columns(model, tensor, member, first, end, *, leading):
+    """Columns first to end of a LoRA factor as (r, columns), float32 or wider; fewer where it ends before.
+
+    A is (r, width), read row by row; B, `leading`, is (width, r), read at once. Raises NonFiniteError.
+    """
+    rank = tensor.shape[1] if leading else tensor.shape[0]
+    width = tensor.size // rank
+    first, end = min(first, width), min(end, width)
+    source = _Source(model, tensor)
+    part = np.empty((end - first, rank) if leading else (rank, end - first), source.dtype)
+    if leading or end - first == width:
+        source.read(first * rank, part.size, part.reshape(-1))
+    else:
+        for row, out in enumerate(part):
+            source.read(row * width + first, out.size, out)
+    part = require_finite(part, member, model, tensor)
+    return part.T if leading else part
+
+
 class _Source:
     """Rows of one model's tensor; tensors without an extent are loaded once and kept while the layer lasts."""
 
@@ -273,36 +342,12 @@ class _Source:
             out[:] = self.loaded[start : start + count]
 
 
-def zeros(shape, dtype):
-    """Host array that device_put need not copy on CPU; pages take memory once they are written to."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % ALIGNMENT
-    return raw[offset : offset + size].view(dtype).reshape(shape)
-
-
-def resident():
-    """Bytes of memory that the process holds now; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return 0
-
-
-def trim():
-    """Hands freed memory back to the system: glibc keeps up to several blocks of it, more in every thread."""
-    gc.collect(0)  # only now does jax let go of host arrays that it used in place
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _fill(buffer, index, sources, base, plan, group, pool):
-    """Reads, checks and scales block `index` into `buffer`; returns (tensor shape, exponent, base square)."""
+def _fill(buffer, index, window, sources, base, plan, group, pool):
+    """Reads and checks the columns `window` of block `index` into `buffer`; returns (bound on entries, base square)."""
     row = index * plan.rows
     rows = min(plan.rows, plan.shape[0] - row)
     per_row = math.prod(plan.shape[1:])
-    start, count = row * per_row, rows * per_row
+    start, count = row * per_row + window[0], max(0, min(window[1], rows * per_row) - window[0])
     reference, base_square = None, 0.0
     if base is not None:
         reference = np.empty(count, descriptors.numpy_dtype(base.tensor.dtype))
@@ -325,7 +370,7 @@ def _fill(buffer, index, sources, base, plan, group, pool):
         low, high = (float(wide.min()), float(wide.max())) if count else (0.0, 0.0)
         if not (math.isfinite(low) and math.isfinite(high)):
             bad = np.flatnonzero(~np.isfinite(wide))
-            return NonFiniteError(member, sources[member].model, group.name, len(bad), start + int(bad[0]))
+            return NonFiniteError(member, sources[member].model.path, group.name, len(bad), start + int(bad[0]))
         if reference is not None:
             # Exact for neighbours (Sterbenz), else one rounding of the wider dtype.
             np.subtract(target, reference, out=target)
@@ -339,7 +384,11 @@ def _fill(buffer, index, sources, base, plan, group, pool):
         if isinstance(result, NonFiniteError):
             raise result
     buffer[:, count:] = 0
-    largest = max(results, default=0.0)
+    return max(results, default=0.0), base_square
+
+
+def _scaled(buffer, largest):
+    """Scales a block by a power of two where products could overflow; returns its exponent."""
     exponent = math.frexp(largest)[1]
     if largest == 0.0:
         exponent = ZERO_EXPONENT
@@ -350,4 +399,4 @@ def _fill(buffer, index, sources, base, plan, group, pool):
     else:
         for model in buffer:
             model[:] = np.ldexp(model.astype(np.float32), -exponent)  # a power of two: exact
-    return (rows, *plan.shape[1:]), exponent, base_square
+    return exponent

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = [
     ["errors"],
-    ["precision", "plugins", "config", "descriptors", "hubcache"],
+    ["precision", "plugins", "config", "descriptors", "hubcache", "distributed", "hostmemory"],
     ["linalg", "formats", "finding", "lineup"],
     ["spectrum", "statistics", "collection", "views", "placement", "stacks", "subspace", "estimators"],
     ["heldout", "lineage", "verdict", "nulls", "tasks", "models", "report", "decompositions", "workloads", "bundle"],

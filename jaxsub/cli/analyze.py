@@ -15,6 +15,8 @@ def main(parsed):
     """Runs the analysis; the table goes to stdout, progress to stderr."""
     config = parsed.freeze()
     result = analyze.run(config, parsed.workdir, stream=sys.stderr)
+    if result is None:  # of several processes, process 0 alone speaks
+        return
     if config.dry_run:
         sys.stdout.write(result + "\n")
         return

@@ -59,9 +59,7 @@ def open(path, *, root=None, allow_roots=()):
 
 def _content(path, **where):
     if not os.path.lexists(path):
-        raise errors.InputError(
-            path, "is not there", hint="it lies beside adapters/; get it again", rule="H13"
-        )
+        raise errors.InputError(path, "is not there", hint="it lies beside adapters/; get it again", rule="H13")
     return _header.content(path, **where)
 
 

@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-
 from jax.sharding import PartitionSpec as P
 
 from jaxsub.linalg import pieces, products, sketch as sketches, unfold

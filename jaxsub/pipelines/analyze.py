@@ -3,6 +3,7 @@
 open (headers) -> distinct models -> plan -> layers (Statistics) -> figures -> report.json, report.html, table
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -40,6 +41,9 @@ class Config:
     max_host_bytes: int = 0  # bound on the plan's peak; 0: blocks of 128 MiB
     lineage_threshold: float = 0.15
     devices: int = 0  # 0: all
+    coordinator: str = ""  # host:port of process 0, in a run of several processes; empty: as the launcher says, if any
+    num_processes: int = 0  # of the run
+    process_id: int = -1  # which of them this is
     seed: int = 0
     dry_run: bool = False
     restart: bool = False
@@ -54,20 +58,24 @@ def run(config, workdir=None, *, stream=None):
         stream: text stream for progress, or None.
 
     Returns:
-        report.Report; with `dry_run`, the plan as text.
+        report.Report; with `dry_run`, the plan as text. Of several processes the first alone: others get None.
 
     Raises:
-        ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
+        ConfigError, InputError, WorkdirError, ResourceError, PeerError: see `jaxsub.errors`.
     """
+    from jaxsub import distributed
     from jaxsub.pipelines import aside
 
     validate(config)
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
-    opened = aside.open_collection(
-        config, layers=config.layers or None, exclude_layers=config.exclude_layers or None, match=config.match
-    )
-    return analyze(opened, config, workdir, stream=stream)
+    distributed.start(config.coordinator, config.num_processes, config.process_id)
+
+    def open_here():
+        chosen = {"layers": config.layers or None, "exclude_layers": config.exclude_layers or None}
+        return aside.open_collection(config, match=config.match, **chosen)
+
+    return analyze(distributed.together(open_here), config, workdir, stream=stream)
 
 
 def validate(config):
@@ -92,23 +100,34 @@ def validate(config):
 def analyze(opened, config, workdir=None, *, stream=None):
     """`run` on a Collection that is open already."""
     validate(config)
+    from jaxsub import distributed
     from jaxsub.pipelines import workdir as workdirs
 
-    session = _Session(opened, config, workdir, stream)
+    distributed.require_same("collection", opened.fingerprint)
+    main = distributed.is_main()
+    session = distributed.together(
+        lambda: _Session(opened, config, workdir if main else None, stream if main else None)
+    )
+    if config.dry_run and not main:
+        return None
     if config.dry_run:
         return plan.text(session.plans(), len(opened.refs), session.mesh.size)
-    if workdir is None:
+    if workdir is None or not main:
+        if workdir is not None:
+            distributed.together(lambda: None)  # process 0 holds the workdir now
         return session.run()
     # How many models may be set aside says whether a run goes on, not what it finds: its own advice raises it.
     digest_of = dataclasses.replace(
-        config, restart=False, dry_run=False, max_host_bytes=0, strict=False, max_quarantined=-1
-    )
+        config, restart=False, dry_run=False, max_host_bytes=0, strict=False, max_quarantined=-1, coordinator="",
+        num_processes=0, process_id=-1,
+    )  # fmt: skip
     identity = {
         "program": "analyze",
         **{f"config.{name}": value for name, value in configs.to_dict(digest_of).items()},
         "collection_fingerprint": opened.fingerprint,
     }
-    with workdirs.hold(workdir, identity, restart=config.restart):
+    with contextlib.ExitStack() as stack:
+        distributed.together(lambda: stack.enter_context(workdirs.hold(workdir, identity, restart=config.restart)))
         report = session.run()
         report.save(workdir)
     return report
@@ -118,6 +137,8 @@ class _Session:
     """One analysis: the collection as it shrinks, the statistics as they grow."""
 
     def __init__(self, opened, config, workdir, stream):
+        import jax
+
         from jaxsub import formats, placement
         from jaxsub.pipelines import layers
 
@@ -129,7 +150,10 @@ class _Session:
         self.base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
         self.dropped = []  # models found not finite while reading
         self.copies = []
+        # A block is shared by the processes: each reads as much of it as one would alone.
         self.options = layers.Options(precision=config.precision, seed=config.seed)
+        whole = self.options.block_bytes * jax.process_count()
+        self.options = dataclasses.replace(self.options, block_bytes=whole)
         while plan.exceeds(self.plans(), config.max_host_bytes) and self.options.block_bytes > 2**12:
             self.options = dataclasses.replace(self.options, block_bytes=self.options.block_bytes // 2)
 
@@ -189,11 +213,12 @@ class _Session:
             return self.run_pass()
 
     def run_pass(self):
+        from jaxsub import distributed
         from jaxsub.pipelines import copies, progress
         from jaxsub.report import Report
 
-        plan.require_memory(self.plans(), self.config.max_host_bytes)
-        self.copies = copies.find(self.groups(), self.opened.models, self.meter)
+        distributed.together(lambda: plan.require_memory(self.plans(), self.config.max_host_bytes))
+        self.copies = distributed.together(lambda: copies.find(self.groups(), self.opened.models, self.meter))
         if self.config.preflight == "full":
             self.preflight()
         groups = self.groups()
@@ -210,6 +235,8 @@ class _Session:
             known = found[_key(group)]
             if known is None or known.model_ids != self.ids(group):
                 found[_key(group)] = self.layer(group)
+        if not distributed.is_main():
+            return None
         return Report(self.record([s for s in found.values() if s is not None]))
 
     def preflight(self):
@@ -232,7 +259,7 @@ class _Session:
 
     def layer(self, group):
         """Statistics of one layer: from the workdir if they are there, else read, dropping models not finite."""
-        from jaxsub import placement
+        from jaxsub import distributed, placement
         from jaxsub.pipelines import layers
 
         while True:
@@ -244,8 +271,8 @@ class _Session:
                 return None
             path, digest = self.saved_at(group)
             known = _load(path, digest)
-            if known is not None:
-                return known
+            if distributed.gather_objects(known is not None)[0]:  # process 0 alone sees the workdir
+                return known or layers.Statistics.empty(group.name, group.shape, "", self.ids(group), "", "")
             models = [(self.opened.refs[m].id, self.opened.models[m]) for m in members]
             try:
                 stats = layers.statistics(group, models, self.mesh, self.options, base=self.base, meter=self.meter)
@@ -253,9 +280,7 @@ class _Session:
                 self.drop(error, group)
                 continue
             stats.digest = digest
-            if path:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                stats.save(path)
+            distributed.together(lambda found=stats, place=path: _save(found, place))
             return stats
 
     def saved_at(self, group):
@@ -335,6 +360,12 @@ class _Session:
             "skipped_layers": [dict(s) for s in opened.skipped_layers] + self.skipped(),
             "warnings": warnings[:200],
         }
+
+
+def _save(stats, path):
+    if path:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        stats.save(path)
 
 
 def _load(path, digest):

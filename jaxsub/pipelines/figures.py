@@ -9,7 +9,7 @@ from concurrent import futures
 
 import numpy as np
 
-from jaxsub import heldout, lineage, placement, plugins, precision, spectrum, verdict
+from jaxsub import heldout, hostmemory, lineage, plugins, precision, spectrum, verdict
 from jaxsub.nulls import _observed
 from jaxsub.report import words
 
@@ -210,7 +210,7 @@ class _Layer:
                     pending[drawn[name]] = waiting.submit(self._summary, draws)
             if within is not None and not self.one_lineage and "gaussian" in drawn:
                 inner = waiting.submit(self._null_within, within, leverage)
-        placement.trim()
+        hostmemory.trim()
         found = {name: {**pending[source].result(), "drawn_as": source} for name, source in drawn.items()}
         if inner is not None:
             found["gaussian"] |= inner.result()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import placement, precision
+from jaxsub import hostmemory, placement, precision
 from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes, lora
@@ -74,7 +74,7 @@ def _dense(group, models, mesh, options, base, meter, key):
     weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
     sums = _Sums(plan, stats)
     stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base)
-    before, most = None, placement.resident() + HELD_BLOCKS * plan.block_bytes
+    before, most = None, hostmemory.resident() + HELD_BLOCKS * plan.block_bytes
     while True:
         started = time.perf_counter()
         if before is not None:
@@ -91,13 +91,13 @@ def _dense(group, models, mesh, options, base, meter, key):
             stats.add_factor(np.asarray(block.x)[:, : math.prod(block.shape)], block.exponent)
             launched = None
         before = launched
-        if placement.resident() > most:  # not always: pages handed back must be backed anew, 10 ms for 128 MiB
-            placement.trim()
+        if hostmemory.resident() > most:  # not always: pages handed back must be backed anew, 10 ms for 128 MiB
+            hostmemory.trim()
         meter.read_seconds += read - ready
         meter.compute_seconds += ready - started + time.perf_counter() - read
         if block is None:
             break
-    placement.trim()
+    hostmemory.trim()
     meter.bytes_read += plan.bytes_read
     total = float(np.trace(stats.centred()))
     stats.base_norm = math.sqrt(sums.base_square)
@@ -133,7 +133,9 @@ def _launch(block, weights, key, plan, options, mesh):
     tests = ()
     if plan.sketched_axes:
         row = jnp.int32(block.row)
-        tests = mode_kernels.sketch(mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS, mesh=mesh)
+        tests = mode_kernels.sketch(
+            mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS, mesh=mesh
+        )
     del mixed  # it may be as large as a block: not to be held beside the next one
     exact = {
         axis: np.asarray(

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import descriptors, formats, placement, precision
+from jaxsub import descriptors, distributed, errors, hostmemory, placement, precision
 from jaxsub.linalg import gram as gram_kernels, unfold
-from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes
 from jaxsub.statistics import ModeEnergies, Statistics
@@ -28,35 +27,29 @@ def statistics(group, models, mesh, options, meter, key):
     work = len(pairs) ** 2 * rank**2 * (width_a + width_b)
     dtype = precision.compute_dtype(storage, work, options.precision)
     read_dtype = descriptors.numpy_dtype("float64" if storage == "float64" else "float32")
-    a = placement.zeros((len(pairs), rank, padded(width_a, mesh)), read_dtype)
-    bt = placement.zeros((len(pairs), rank, padded(width_b, mesh)), read_dtype)
-    for n, ((_, model), pair) in enumerate(zip(models, pairs, strict=True)):
-        a[n, : pair.rank, :width_a] = placement.require_finite(formats.read(model, pair.a), n, model, pair.a).reshape(
-            pair.rank, width_a
-        )
-        b = placement.require_finite(formats.read(model, pair.b), n, model, pair.b).reshape(width_b, pair.rank)
-        bt[n, : pair.rank, :width_b] = b.T
+    shapes = [(len(pairs), rank, padded(width, mesh)) for width in (width_a, width_b)]
+    a, bt = (_read(side, s, pairs, models, mesh, read_dtype) for side, s in zip("ab", shapes, strict=True))
     scales = np.array([e.scale for e in pairs])
     common = math.frexp(float(np.abs(scales).max()))[1]
     common = common if abs(common) > precision.SAFE_EXPONENT else 0
     scales = np.ldexp(scales, -common)
-    powers = [_safe_exponent(x) for x in (a, bt)]
+    powers = [_safe_exponent(x) for x in distributed.gather([_largest(a), _largest(bt)]).max(axis=0).tolist()]
     for x, power in zip((a, bt), powers, strict=True):
         if power:
             np.ldexp(x, -power, out=x)
     meter.read_seconds += time.perf_counter() - started
-    meter.bytes_read += sum(e.a.num_bytes + e.b.num_bytes for e in pairs)
+    meter.bytes_read += sum(e.a.num_bytes + e.b.num_bytes for e in pairs) // jax.process_count()
 
     started = time.perf_counter()
-    sharding = NamedSharding(mesh, P(None, None, FEATURES))
-    factors = [jax.device_put(x, sharding) for x in (a, bt)]
+    factors = [placement.put(x, shape, mesh) for x, shape in zip((a, bt), shapes, strict=True)]
     sums = jax.device_get(gram_kernels.lora_gram(*factors, mesh=mesh, dtype=dtype))
     outer = scales[:, None] * scales[None, :]
     stats = Statistics.empty(group.name, pairs[0].shape, "lora", tuple(i for i, _ in models), storage, dtype)
     stats.exponent = sum(powers) + common
     stats.roundings = np.array([max(precision.rounding(t.dtype) for t in (e.a, e.b)) for e in pairs])
     stats.gram = sums.gram * outer
-    stats.row_sums = scales * np.einsum("nr,nr->n", a.sum(axis=2, dtype=np.float64), bt.sum(axis=2, dtype=np.float64))
+    entry_sums = distributed.gather([x.sum(axis=2, dtype=np.float64) for x in (a, bt)]).sum(axis=0)
+    stats.row_sums = scales * np.einsum("nr,nr->n", *entry_sums)
     stats.variance_squares = stats.deviation_fourths = math.nan  # not to be had from the factors alone
     stats.row_fourths = np.full(len(pairs), math.nan)
     stats.ranks, stats.a_width = ranks.astype(np.float64), width_a
@@ -68,14 +61,34 @@ def statistics(group, models, mesh, options, meter, key):
     cores = np.linalg.svd(roots_b @ roots_a, compute_uv=False)
     stats.model_singular_values = cores * np.abs(scales)[:, None]
     transposed = int(pairs[0].transposed)
-    inputs = _modes(factors[0], roots_b * scales[:, None, None], pairs[0].a.shape[1:], 1 - transposed, options, key)
-    outputs = _modes(factors[1], roots_a * scales[:, None, None], (width_b,), transposed, options, key)
+    weights, sizes = [roots * scales[:, None, None] for roots in (roots_b, roots_a)], pairs[0].a.shape[1:]
+    inputs = _modes(factors[0], weights[0], sizes, 1 - transposed, options, key, mesh)
+    outputs = _modes(factors[1], weights[1], (width_b,), transposed, options, key, mesh)
     stats.modes = tuple(sorted([*inputs, *outputs], key=lambda m: m.axis))
     meter.compute_seconds += time.perf_counter() - started
     return stats
 
 
-def _modes(x, roots, sizes, first, options, key):
+def _read(side, shape, pairs, models, mesh, dtype):
+    """One side of the factors, (N, r, columns here): A, or B transposed; zeros beyond ranks and widths.
+
+    Raises:
+        NonFiniteError, InputError: on all processes where one of them finds a fault.
+    """
+    first, end = placement.columns_here(shape[2], mesh)
+    x, failure = hostmemory.zeros((*shape[:2], end - first), dtype), None
+    try:
+        for n, ((_, model), pair) in enumerate(zip(models, pairs, strict=True)):
+            tensor = getattr(pair, side)
+            part = placement.read_columns(model, tensor, n, first, end, leading=side == "b")
+            x[n, : pair.rank, : part.shape[1]] = part
+    except errors.InputError as error:
+        failure = error
+    placement.agree(0.0, 0.0, failure)
+    return x
+
+
+def _modes(x, roots, sizes, first, options, key, mesh):
     """Energies of C_in = sum s^2 A.T (B.T B) A or C_out = sum s^2 B (A A.T) B.T; uncentred, as centring factors
     would depend on the gauge. From the rows (B.T B)^(1/2) A, never from a matrix of updates.
 
@@ -85,18 +98,18 @@ def _modes(x, roots, sizes, first, options, key):
         sizes: of the weight axes of this side, more than one for convolutions.
         first: number of the first of them.
     """
-    rows, total = _weighted_rows(roots, x, math.prod(sizes))
+    everywhere = NamedSharding(mesh, P())
+    rows, total = _weighted_rows(roots, x, None if len(sizes) == 1 else math.prod(sizes), everywhere)
     total, found = float(total), []
     for position, size in enumerate(sizes):
         if len(sizes) > 1 and size == 1:
             continue
         axis, part = first + position, rows if len(sizes) == 1 else _along(rows, sizes=sizes, position=position)
-        if mode_is_exact(*part.shape, options):
-            values = np.asarray(_row_energies(part))[::-1]
+        if mode_is_exact(len(part), size, options):
+            values = np.asarray(_row_energies(part, everywhere))[::-1][: min(len(part), size)]
             found.append(ModeEnergies(axis, size, np.maximum(values, 0.0), total, 0, False))
             continue
-        test = jax.random.normal(jax.random.fold_in(key, axis), (2, len(part), MIXTURES * COLUMNS), dtype=part.dtype)
-        tests = np.asarray(jnp.einsum("rw,hrc->hwc", part, test, precision="highest"), np.float64)
+        tests = np.asarray(_tests(part, jax.random.fold_in(key, axis), everywhere), np.float64)[:, :size]
         found.append(axes.sketched_mode(axis, tests, total, centred=False))
     return found
 
@@ -114,18 +127,33 @@ def mode_is_exact(num_rows, width, options):
     return num_rows * width * shorter <= options.mode_work and shorter <= options.mode_width
 
 
-@functools.partial(jax.jit, static_argnames="width")
-def _weighted_rows(roots, x, width):
-    """Rows (N * r, width) of the products, and the sum of their squares in float64."""
+@functools.partial(jax.jit, static_argnames=("width", "everywhere"))
+def _weighted_rows(roots, x, width, everywhere):
+    """Rows (N * r, columns) of the products, and the sum of their squares in float64.
+
+    Columns are sharded as those of `x`, padding included; with a `width`, only so many, and on every device.
+    """
     rows = jnp.einsum("nrs,nsw->nrw", roots.astype(x.dtype), x, precision="highest")
-    return rows[:, :, :width].reshape(-1, width), jnp.sum(jnp.square(rows.astype(jnp.float64)))
+    total = jax.lax.with_sharding_constraint(jnp.sum(jnp.square(rows.astype(jnp.float64))), everywhere)
+    rows = rows.reshape(-1, x.shape[2])
+    if width is not None:
+        rows = jax.lax.with_sharding_constraint(rows, everywhere)[:, :width]
+    return rows, total
 
 
-@jax.jit
-def _row_energies(rows):
+@functools.partial(jax.jit, static_argnames="everywhere")
+def _row_energies(rows, everywhere):
     rows = rows.astype(jnp.float64)
     gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
-    return jnp.linalg.eigvalsh(gram)
+    return jnp.linalg.eigvalsh(jax.lax.with_sharding_constraint(gram, everywhere))
+
+
+@functools.partial(jax.jit, static_argnames="everywhere")
+def _tests(rows, key, everywhere):
+    """(2, width, columns) products of the rows with Gaussian test vectors, in two halves."""
+    test = jax.random.normal(key, (2, len(rows), MIXTURES * COLUMNS), dtype=rows.dtype)
+    found = jnp.einsum("rw,hrc->hwc", rows, test, precision="highest")
+    return jax.lax.with_sharding_constraint(found, everywhere)
 
 
 def _roots(grams):
@@ -138,8 +166,11 @@ def padded(width, mesh):
     return -(-width // (8 * mesh.size)) * 8 * mesh.size
 
 
-def _safe_exponent(x):
-    largest = max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
+def _largest(x):
+    return max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
+
+
+def _safe_exponent(largest):
     exponent = math.frexp(largest)[1]
     return exponent if largest and abs(exponent) > precision.SAFE_EXPONENT // 2 else 0
 

@@ -37,6 +37,7 @@ def record(config, fingerprint, mesh, meter, started):
         "platform": jax.default_backend(),
         "devices": [str(d) for d in mesh.devices.flat],
         "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),  # bytes, seconds and memory below are of the first
         "seed": config.seed,
         "precision": config.precision,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},

@@ -1,0 +1,197 @@
+"""Many processes as one run: how they find each other, and how what only one of them knows becomes known to all.
+
+Every process runs the same program on its own columns of every layer; sums meet in the kernels' all-reduce. Between
+kernels, all processes must take the same way: a file that only one cannot read, or a NaN in its columns, goes through
+`together` or `gather` first. Process 0 writes. With one process everything here is a plain call.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+
+import jax
+import numpy as np
+
+from jaxsub import errors
+
+HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends all
+SHUTDOWN_SECONDS = 24 * 3600  # the others wait so long for process 0 to write the report
+DETECTED = (  # variables that say how many processes there are, of the launchers that JAX knows and our own
+    "SLURM_NTASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "JAX_NUM_PROCESSES",
+)
+SHOWN = (
+    *DETECTED, "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_HOSTNAMES",
+    "TPU_WORKER_ID", "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID",
+)  # fmt: skip
+
+
+def start(coordinator="", num_processes=0, process_id=-1):
+    """Joins the processes of this run; before JAX is used. With one process, does nothing.
+
+    Args:
+        coordinator: host:port of process 0, or empty: taken from Slurm, Open MPI, the TPU's metadata, or from
+            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+        num_processes, process_id: how many there are, and which this one is; 0 and -1 with an empty coordinator.
+
+    Raises:
+        ConfigError: options that do not fit each other; or processes that do not find each other, with what was
+            detected.
+    """
+    given = bool(coordinator), num_processes > 0, process_id >= 0
+    if any(given) and not all(given):
+        raise errors.ConfigError("coordinator, num_processes and process_id: give all three, or none to detect them")
+    if not any(given):
+        if not _several_detected():
+            return
+        coordinator, num_processes, process_id = _from_environment()
+    if num_processes and not 0 <= process_id < num_processes:
+        raise errors.ConfigError(f"process_id={process_id}: must lie in 0 .. {num_processes - 1}")
+    if jax.distributed.is_initialized():
+        return
+    patience = int(os.environ.get("JAXSUB_CONNECT_SECONDS", "300"))
+    who = f"process {process_id} of {num_processes}, process 0 at {coordinator}" if num_processes else "as detected"
+    # JAX aborts where processes do not find each other, without a word on why: said before, and tried before.
+    sys.stderr.write(f"joining the other processes ({who}; {_detected()})\n")
+    try:
+        if process_id > 0:
+            _require_reachable(coordinator, patience)
+        jax.distributed.initialize(
+            coordinator or None,
+            num_processes or None,
+            process_id if num_processes else None,
+            initialization_timeout=patience,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise errors.ConfigError(
+            f"the processes of this run do not find each other ({who}: {errors.quote(error)}); {_detected()}; "
+            "give --coordinator=HOST:PORT, --num_processes and --process_id"
+        ) from error
+    with _stdout_as_stderr():  # gloo says there that it is connected; programs print results there
+        gather(np.uint8(0))
+
+
+def _detected():
+    found = ", ".join(f"{name}={errors.quote(os.environ[name], 60)}" for name in SHOWN if name in os.environ)
+    return f"detected: {found or 'no launcher'}"
+
+
+def _require_reachable(coordinator, patience):
+    """Raises OSError or ValueError unless something answers at host:port within `patience` seconds."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=max(1, patience)).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _stdout_as_stderr():
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _several_detected():
+    hosts = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    counts = [os.environ.get(name, "") for name in DETECTED]
+    return len(hosts) > 1 or any(text.isdecimal() and int(text) > 1 for text in counts)
+
+
+def _from_environment():
+    """(coordinator, count, id) of our own variables; nothing where a launcher is left to JAX."""
+    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+    address, count, own = (os.environ.get(name, "") for name in names)
+    if not (address and count.isdecimal() and own.isdecimal()):
+        return "", 0, -1
+    return address, int(count), int(own)
+
+
+def is_main():
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def gather(array):
+    """(processes, *shape): a NumPy array of every process; all must call it, with one shape and dtype."""
+    array = np.asarray(array)
+    if jax.process_count() == 1:
+        return array[None]
+    from jax.experimental import multihost_utils
+
+    raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)  # whatever JAX does to wide dtypes
+    found = np.asarray(multihost_utils.process_allgather(raw)).reshape(jax.process_count(), -1)
+    return np.stack([np.frombuffer(row.tobytes(), array.dtype).reshape(array.shape) for row in found])
+
+
+def gather_objects(value):
+    """[value of every process]; values that JSON can hold."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = gather(np.array([len(data)], np.int64))[:, 0]
+    padded = np.zeros(1 << max(8, int(sizes.max() - 1).bit_length()), np.uint8)  # few shapes are compiled
+    padded[: len(data)] = data
+    return [json.loads(row[:size].tobytes()) for row, size in zip(gather(padded), sizes, strict=True)]
+
+
+def together(call):
+    """call() on every process; if it fails on one, all fail.
+
+    Raises:
+        JaxsubError: of this process, or else `PeerError` with the message and the exit code of the first that failed.
+    """
+    if jax.process_count() == 1:
+        return call()
+    result = failure = None
+    try:
+        result = call()
+    except errors.JaxsubError as error:
+        failure = error
+    share(failure)
+    return result
+
+
+def share(failure):
+    """Raises on all processes if one has a failure (a JaxsubError; None: it has not); see `together`."""
+    if jax.process_count() == 1:
+        if failure is not None:
+            raise failure
+        return
+    if not gather(np.uint8(failure is not None)).any():
+        return
+    said = gather_objects(None if failure is None else [str(failure), failure.exit_code])
+    if failure is not None:
+        raise failure
+    first = next(i for i, one in enumerate(said) if one is not None)
+    raise errors.PeerError(f"process {first} of {len(said)}: {said[first][0]}", said[first][1])
+
+
+def require_same(what, value):
+    """Refuses where processes see different things, such as collections on disks that are not the same.
+
+    Raises:
+        ConfigError: naming the processes.
+    """
+    found = gather_objects(value)
+    other = [str(i) for i, one in enumerate(found) if one != found[0]]
+    if other:
+        raise errors.ConfigError(
+            f"process {', '.join(other[:8])} sees another {what} than process 0 ({errors.quote(found[0], 40)}): "
+            "all must see the same files, with the same times"
+        )
