@@ -303,10 +303,8 @@ def read_factors(group, models):
 
 
 def read_columns(model, tensor, member, first, end, *, leading):
-    """Columns first to end of a LoRA factor as (r, columns), float32 or wider; fewer where it ends before.
-
-    A is (r, width), read row by row; B, `leading`, is (width, r), read at once. Raises NonFiniteError.
-    """
+    """Columns first to end of a LoRA factor as (r, columns), float32 or wider: of A (r, width), of B (width, r) if
+    `leading`; fewer where it ends before. Raises NonFiniteError."""
     rank = tensor.shape[1] if leading else tensor.shape[0]
     width = tensor.size // rank
     first, end = min(first, width), min(end, width)

@@ -8,6 +8,7 @@ import pytest
 from jaxsub import placement
 from jaxsub.linalg import gram, modes, reference
 from jaxsub.pipelines import axes, layers
+from tests.linalg.compiled import COLLECTIVE, collective_bytes
 from tests.linalg.matrices import place
 
 
@@ -70,11 +71,70 @@ def test_sketch_finds_a_low_rank_mode(seed):
     assert axes._cross_shares(first, second)[0][:3].sum() < 0.999
 
 
+def on(x, devices, whole_rows=False):
+    """Rows (N, D') on a mesh with zeros behind them, and the mesh; `whole_rows`: no row is split between devices."""
+    mesh, shape = placement.make_mesh(devices), x.shape[1:]
+    row = int(np.prod(shape[1:])) if whole_rows else 64
+    width = -(-x[0].size // (row * devices)) * row * devices
+    flat = np.pad(x.reshape(len(x), -1), ((0, 0), (0, width - x[0].size)))
+    return place(flat, mesh), mesh
+
+
+SHARDED = [(12, (6, 5)), (3, (4, 3, 2, 2)), (17, (40, 3))]  # more, fewer models than devices, and no multiple
+
+
+@pytest.mark.parametrize("devices", [8, *(pytest.param(d, marks=pytest.mark.slow) for d in (2, 4))])
+@pytest.mark.parametrize(("count", "shape"), SHARDED)
+def test_grams_of_sharded_rows_are_those_of_one_device(count, shape, devices):
+    x = stack(shape, count) + 1
+    (one, _), (many, mesh) = on(x, 1), on(x, devices)
+    with jax.enable_x64(True):
+        for axis in range(len(shape)):
+            same = {"shape": shape, "axis": axis, "dtype": "float64"}
+            want, got = modes.mode_gram(one, **same), modes.mode_gram(many, **same, mesh=mesh)
+            np.testing.assert_allclose(got, want, atol=1e-13 * np.abs(want).max())
+        rows, _ = on(x, devices, whole_rows=True)
+        want = modes.unfolding_gram(one, shape=shape, dtype="float64")
+        got = modes.unfolding_gram(rows, shape=shape, dtype="float64", mesh=mesh)
+        np.testing.assert_allclose(got, want, atol=1e-13 * np.abs(want).max())
+        for last in (False, True) if len(shape) == 2 else ():
+            want = modes.model_grams(one, shape=shape, last=last)
+            got = modes.model_grams(many, shape=shape, last=last, mesh=mesh)
+            np.testing.assert_allclose(got, want, atol=1e-13 * np.abs(want).max())
+
+
 @pytest.mark.slow
-def test_sketch_is_the_same_on_eight_devices():
-    x, key = stack((64, 32)), layers.layer_key("w", 0)
-    for one, eight in zip(sketch(x, key, 1), sketch(x, key, 8), strict=True):
-        np.testing.assert_allclose(one, eight, atol=2e-4 * np.abs(one).max())
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(30, 20), (4, 3, 2, 2)])
+def test_sketches_do_not_depend_on_the_mesh(shape, devices):
+    z, key, axes_ = stack(shape, 16), layers.layer_key("w", 0), tuple(range(len(shape)))
+    (one, _), (many, mesh) = on(z, 1), on(z, devices)
+    with jax.enable_x64(True):
+        given = {"shape": shape, "axes": axes_, "columns": 32}
+        wanted = modes.sketch(one, key, jnp.int32(0), **given)
+        found = modes.sketch(many, key, jnp.int32(0), **given, mesh=mesh)
+    for want, got in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def kinds(text):
+    return {found[1] for found in COLLECTIVE.finditer(text)}
+
+
+@pytest.mark.slow
+def test_what_devices_send_each_other():
+    """Models are dealt out once, sums are small: per device N D' / devices numbers and d^2, never a gather."""
+    devices, count, shape = 8, 16, (64, 48)
+    x, mesh = on(stack(shape, count), devices)
+    width = x.shape[1]
+    with jax.enable_x64(True):
+        compiled = modes.mode_gram.lower(x, shape=shape, axis=0, dtype="float32", mesh=mesh).compile().as_text()
+        assert kinds(compiled) == {"all-to-all", "all-reduce"}
+        # A step deals out as many models as there are devices; there are count / devices steps.
+        assert collective_bytes(compiled) <= 4 * width + 8 * 64**2
+        rows, _ = on(stack((100, 3), 4), devices, whole_rows=True)
+        compiled = modes.unfolding_gram.lower(rows, shape=(100, 3), dtype="float32", mesh=mesh).compile().as_text()
+        assert kinds(compiled) == {"all-reduce"} and collective_bytes(compiled) == 8 * 12**2
 
 
 @pytest.mark.parametrize("seed", [0, 1])
