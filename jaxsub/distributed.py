@@ -6,6 +6,7 @@ kernels, all processes must take the same way: a file that only one cannot read,
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ import numpy as np
 from jaxsub import errors
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends all
+STALL_SECONDS = 1800
 SHUTDOWN_SECONDS = 24 * 3600  # the others wait so long for process 0 to write the report
 DETECTED = (  # variables that say how many processes there are, of the launchers that JAX knows and our own
     "SLURM_NTASKS",
@@ -180,6 +182,34 @@ def share(failure):
         raise failure
     first = next(i for i, one in enumerate(said) if one is not None)
     raise errors.PeerError(f"process {first} of {len(said)}: {said[first][0]}", said[first][1])
+
+
+class Watchdog:
+    """Ends this process, with the stacks of its threads on stderr, if no `step` comes in time; the others then end too.
+
+    Heartbeats go on in a process that is stuck. With one process it does nothing: there is someone to press Ctrl-C.
+    """
+
+    def __init__(self, seconds=0):
+        """`seconds` between steps; 0: half an hour, or 20 times the median step so far where that is longer."""
+        self.seconds, self.steps, self.last = seconds, [], None
+
+    def __enter__(self):
+        self.step()
+        return self
+
+    def step(self):
+        """Something was finished; called once for each layer."""
+        if jax.process_count() == 1:
+            return
+        now = time.monotonic()
+        self.steps += [] if self.last is None else [now - self.last]
+        self.last = now
+        allowed = self.seconds or max(STALL_SECONDS, 20 * float(np.median(self.steps or [0])))
+        faulthandler.dump_traceback_later(allowed, exit=True, file=sys.__stderr__)
+
+    def __exit__(self, *_):
+        faulthandler.cancel_dump_traceback_later()
 
 
 def require_same(what, value):

@@ -44,6 +44,7 @@ class Config:
     coordinator: str = ""  # host:port of process 0, in a run of several processes; empty: as the launcher says, if any
     num_processes: int = 0  # of the run
     process_id: int = -1  # which of them this is
+    stall_timeout: int = 0  # seconds without a finished layer that end a run of several processes; 0: half an hour
     seed: int = 0
     dry_run: bool = False
     restart: bool = False
@@ -80,7 +81,14 @@ def run(config, workdir=None, *, stream=None):
 
 def validate(config):
     """Raises ConfigError for values that no run could use, before anything is read."""
-    for name, least in (("draws", 1), ("splits", 1), ("seed", 0), ("devices", 0), ("max_host_bytes", 0)):
+    for name, least in (
+        ("draws", 1),
+        ("splits", 1),
+        ("seed", 0),
+        ("devices", 0),
+        ("max_host_bytes", 0),
+        ("stall_timeout", 0),
+    ):
         if getattr(config, name) < least:
             raise errors.ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
     for name, known in (("precision", ("auto", "float32", "float64")), ("preflight", ("stream", "full"))):
@@ -119,7 +127,7 @@ def analyze(opened, config, workdir=None, *, stream=None):
     # How many models may be set aside says whether a run goes on, not what it finds: its own advice raises it.
     digest_of = dataclasses.replace(
         config, restart=False, dry_run=False, max_host_bytes=0, strict=False, max_quarantined=-1, coordinator="",
-        num_processes=0, process_id=-1,
+        num_processes=0, process_id=-1, stall_timeout=0,
     )  # fmt: skip
     identity = {
         "program": "analyze",
@@ -224,9 +232,11 @@ class _Session:
         groups = self.groups()
         total = sum(g.num_bytes for g in groups)
         found = {}
-        with progress.Progress(total, len(groups), stream=self.stream) as bar:
+        watchdog = distributed.Watchdog(self.config.stall_timeout)
+        with progress.Progress(total, len(groups), stream=self.stream) as bar, watchdog:
             for group in groups:
                 found[_key(group)] = self.layer(group)
+                watchdog.step()
                 bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
         # A model that dropped out late is still in the layers before: those are read again without it.
         groups = self.groups()

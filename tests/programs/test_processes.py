@@ -161,6 +161,17 @@ def test_the_death_of_one_ends_all(folder, tmp_path, killed):
 
 
 @pytest.mark.slow
+def test_one_that_hangs_shows_where_and_ends_all(folder):
+    stuck = "import time, jaxsub.pipelines.layers as l\n"
+    stuck += "def hanging_kernel(*a, **k):\n    time.sleep(1000)\nl.statistics = hanging_kernel\n"
+    began = time.monotonic()
+    given = ("analyze", f"--collection={folder}", "--config.stall_timeout=8")
+    ended = processes.run(2, *given, before={1: stuck}, seconds=90)
+    assert all(e.code for e in ended) and time.monotonic() - began < 60
+    assert "Timeout (0:00:08)" in ended[1].stderr and "hanging_kernel" in ended[1].stderr
+
+
+@pytest.mark.slow
 def test_processes_that_do_not_find_each_other_say_what_was_detected(folder, monkeypatch):
     monkeypatch.setenv("JAXSUB_CONNECT_SECONDS", "3")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
