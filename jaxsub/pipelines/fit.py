@@ -14,19 +14,16 @@ from jaxsub import (
     bundle,
     collection as collections,
     config as configs,
-    descriptors,
     errors,
     formats,
     lineup,
     plugins,
-    precision,
 )
 from jaxsub.bundle import allocation, storage
 from jaxsub.formats import peft
-from jaxsub.pipelines import aside, fit_layer, plan, progress
+from jaxsub.pipelines import aside, fit_common, fit_layer, plan, progress
 
 log = logging.getLogger("jaxsub")
-WORKING_COPIES = 4  # of a stack in the dtype of its products: itself, centred, the kernels' own, the rebuilt one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +99,12 @@ def _fit(opened, config, path, stream):
         if any("\ud800" <= c <= "\udfff" for c in ref.id + ref.path):  # bytes that are no UTF-8: manifests hold text
             raise errors.ConfigError(f"{errors.quote(ref.path)}: its name is no UTF-8; rename it")
     groups = _groups(opened, config)
-    needed = max(map(_peak, groups))
+    peaks = [fit_layer.peak(g, config) for g in groups]
     if config.dry_run:
-        return _plan_text(groups, needed)
-    free = config.max_host_bytes or plan.available_bytes()
-    if free and needed > free:
-        worst = max(groups, key=_peak)
+        return _plan_text(groups, peaks)
+    needed, free = max(peaks), fit_common.allowed(config)
+    if needed > free:
+        worst = groups[peaks.index(needed)]
         raise errors.ResourceError(
             f"layer {errors.quote(worst.name)} needs {plan.size(needed)} on the host, {plan.size(free)} are allowed or "
             "free; allow more with --config.max_host_bytes, or leave it whole with --exclude_layers"
@@ -227,27 +224,16 @@ def file_bytes(path):
     return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
 
 
-def _peak(group):
-    """Host bytes that a layer needs at most, from its header."""
-    if group.parametrisation == lineup.LORA:
-        rank = max(e.rank for e in group.entries)
-        sides = lineup.flat_shape(group.shape)
-        return 4 * WORKING_COPIES * len(group.members) * rank * sum(sides) + 24 * max(sides) ** 2
-    size = len(group.members) * math.prod(group.shape)
-    stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
-    return size * (stored + WORKING_COPIES * max(stored, 4))
-
-
-def _plan_text(groups, needed):
+def _plan_text(groups, peaks):
     lines = [f"{'layer':42} {'shape':>18} {'models':>7} {'to read':>10} {'host':>10}"]
-    for g in groups:
+    for g, needed in zip(groups, peaks, strict=True):
         shape = "x".join(map(str, g.shape))
         lines.append(
             f"{errors.quote(g.name, 42):42} {shape:>18} {len(g.members):>7} {plan.size(g.num_bytes):>10} "
-            f"{plan.size(_peak(g)):>10}"
+            f"{plan.size(needed):>10}"
         )
     total = plan.size(sum(g.num_bytes for g in groups))
-    return "\n".join([*lines, f"to read: {total}; peak host memory beyond the program's own: {plan.size(needed)}"])
+    return "\n".join([*lines, f"to read: {total}; peak host memory beyond the program's own: {plan.size(max(peaks))}"])
 
 
 def table(result):

@@ -1,0 +1,198 @@
+"""A dense layer's principal components block by block: two reads of the files, and memory for the result alone.
+
+    read 1   Gram matrix of the centred rows -> eigenvectors V, singular values s -> rank
+    read 2   per block: column means, basis = (V / s).T @ (x - mean), what V s @ basis misses of each model
+
+The way of layers whose stack does not fit; the same numbers as `decompositions.gram` to rounding.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jaxsub import bundle, errors, heldout, placement, precision, subspace
+from jaxsub.decompositions import gram as plugin
+from jaxsub.linalg import gram as kernels, pieces, products
+from jaxsub.pipelines import fit_common, layers, plan as plans
+from jaxsub.statistics import Statistics
+
+PIECE = 2**20  # columns of the basis transformed at once
+
+
+def can(group, config):
+    """Whether a group may be fitted so: by the Gram matrix of float32 or narrower weights, stored as computed."""
+    return (
+        group.parametrisation == "dense"
+        and config.decomposition in ("", "gram")
+        and config.max_error < 0
+        and not (config.basis_dtype or config.coefficient_dtype)
+        and "float64" not in group.dtypes
+    )
+
+
+def block_bytes(config):
+    """Bytes of a block: an eighth of what is allowed, at most the usual."""
+    return int(max(2**20, min(layers.Options().block_bytes, fit_common.allowed(config) / 8)))
+
+
+def peak(group, rank, config):
+    """Host bytes: two blocks, a block of the basis and what it leaves, and mean and basis of `rank` components."""
+    return 4 * block_bytes(config) + 4 * math.prod(group.shape) * (rank + 1)
+
+
+def fit(group, models, ids, config, rank):
+    """The fitted bundle.Layer; arguments as in `fit_layer.fit`, `ids` and Models of the group's members.
+
+    Raises:
+        NonFiniteError: naming the first model with a NaN or an Inf.
+        ResourceError: mean and basis, whose size is known after the first read, do not fit.
+    """
+    mesh = placement.make_mesh()
+    plan = placement.plan_dense(group, mesh.size, layers.Options(block_bytes=block_bytes(config)))
+    plan = dataclasses.replace(plan, exact_axes=(), sketched_axes=(), other_side=False, strengths=False)
+    stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
+    none = np.zeros((0, plan.num_models), np.float32)
+    with jax.enable_x64(True):
+        for block in placement.blocks(group, models, plan, mesh):
+            sums, _ = kernels.dense_gram(block.x, none, mesh=mesh, dtype=plan.dtype)
+            stats.add(jax.device_get(sums), block.exponent)
+        found = _components(stats, plan, config, rank)
+        _require_memory(group, found.rank, config)
+        mean, basis, left = _second_read(group, models, plan, mesh, stats.exponent, found)
+    values = found.vectors * found.s
+    values, basis = _orthonormal(values, basis)
+    space = subspace.LinearSubspace(
+        jnp.asarray(mean), jnp.asarray(basis), found.spectrum, tuple(group.shape), found.procedure, found.certificate
+    )
+    values = values.astype(np.float32)
+    if stats.exponent:
+        space, values = subspace.scaled(space, stats.exponent), np.ldexp(values, stats.exponent)
+    dtypes = tuple(e.dtype for e in group.entries)
+    return bundle.Layer(group.name, space, ids, values, dtypes, _figures(stats, left, found.rank))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Components:
+    """What the Gram matrix says: eigenvectors (N, k) and roots (k,) that are above the floor, zeros for the others."""
+
+    vectors: np.ndarray
+    s: np.ndarray
+    spectrum: subspace.Spectrum
+    procedure: subspace.Procedure
+    certificate: subspace.Certificate
+
+    @property
+    def rank(self):
+        return len(self.s)
+
+
+def _components(stats, plan, config, rank):
+    centred = stats.centred()
+    values, vectors = heldout.decompose(centred)
+    cap = max(1, min(stats.num_models - 1, stats.num_features))
+    s, total = np.sqrt(values), float(np.trace(centred))
+    floor = float(precision.gram_floor(s[0], stats.num_models, plan.dtype))
+    spectrum = subspace.Spectrum(s[:cap], total, floor)
+    needed = rank or spectrum.rank_of(config.energy)
+    chosen = min(needed or cap, cap)
+    resolved = s[:chosen] > floor
+    left = max(total - float(np.square(s[:chosen]).sum()), 0.0)
+    error = math.sqrt(left / total) if total > 0 else 0.0
+    slack = floor * math.sqrt(chosen / total) if total > 0 else 0.0
+    return _Components(
+        np.where(resolved, vectors[:, :chosen], 0.0),
+        np.where(resolved, s[:chosen], 0.0),
+        spectrum,
+        subspace.Procedure("gram", ("models",), "models", cap, reached=needed is not None, reference=plugin.REFERENCE),
+        subspace.Certificate(error, math.hypot(error, slack), exact=True, passes=2),
+    )
+
+
+def _second_read(group, models, plan, mesh, exponent, found):
+    """(mean (D,), basis (k, D) float32, (N,) squared errors), in units of 2**exponent."""
+    size = math.prod(plan.shape)
+    mean, basis = np.empty(size, np.float32), np.empty((found.rank, size), np.float32)
+    left = np.zeros(plan.num_models)
+    inverse = np.divide(1.0, found.s, out=np.zeros_like(found.s), where=found.s > 0)
+    weights = (found.vectors * inverse).T
+    at = 0
+    for block in placement.blocks(group, models, plan, mesh):
+        step = np.float64(2.0) ** (block.exponent - exponent)
+        rows = kernels.combinations(block.x, weights * step, mesh=mesh, dtype="float32")
+        means, missed = _rest(block.x, rows, found.vectors * found.s, step, mesh=mesh)
+        count = math.prod(block.shape)
+        mean[at : at + count] = np.asarray(means)[:count]
+        basis[:, at : at + count] = np.asarray(rows)[:, :count]
+        left += np.asarray(missed)
+        at += count
+    return mean, basis, left
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _rest(x, basis, coefficients, step, *, mesh):
+    """Column means (w,) of a block `step` x, x (N, w), and (N,) squares of what coefficients @ basis miss."""
+    wide, narrow = coefficients.astype(jnp.float32), jnp.float32
+
+    def local(x, basis):
+        def one(start, size, carry):
+            means, left = carry
+            z = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(narrow) * step.astype(narrow)
+            mean = jnp.mean(z.astype(jnp.float64), axis=0).astype(narrow)
+            part = jax.lax.dynamic_slice_in_dim(basis, start, size, axis=1)
+            rest = z - mean - products.row_major(products.matmul(wide, part))
+            left = left + jnp.sum(jnp.square(rest).astype(jnp.float64), axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(means, mean, start, axis=0), left
+
+        start = jnp.zeros(x.shape[1], narrow), jnp.zeros(len(x))
+        means, left = pieces.fold(one, x.shape[1], kernels.CHUNK, start)
+        return means, jax.lax.psum(left, kernels.FEATURES)
+
+    rows = P(None, kernels.FEATURES)
+    out = P(kernels.FEATURES), P()
+    return jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=out, check_vma=False)(x, basis)
+
+
+def _orthonormal(values, basis):
+    """The same models from rows of the basis that are orthonormal to rounding, the largest entry of each positive.
+
+    Rows of values near the floor lean on each other by the Gram matrix' rounding; B = L B' with L L.T = B B.T takes
+    that out (one round of CholeskyQR), and c B = (c L) B'. Rows of zeros stay.
+    """
+    ends = range(0, basis.shape[1], PIECE)
+    gram = sum(np.asarray(basis[:, j : j + PIECE], np.float64) @ basis[:, j : j + PIECE].T for j in ends)
+    empty = np.diag(gram) == 0
+    lower = np.linalg.cholesky(gram + np.diag(empty.astype(np.float64)))
+    inverse = np.linalg.inv(lower)
+    largest = np.zeros(len(basis))
+    for j in ends:
+        part = (inverse @ basis[:, j : j + PIECE]).astype(np.float32)
+        basis[:, j : j + PIECE] = part
+        most = part[np.arange(len(part)), np.abs(part).argmax(axis=1)]
+        largest = np.where(np.abs(most) > np.abs(largest), most, largest)
+    signs = np.where(largest < 0, -1.0, 1.0)
+    basis *= signs[:, None].astype(np.float32)
+    return values @ lower * signs, basis
+
+
+def _figures(stats, left, rank):
+    """What the manifest says of the layer; as `fit_layer` finds it from the whole stack."""
+    centred = stats.centred()
+    total, held = float(np.trace(centred)), {"held_out": None}
+    if total > 0 and rank <= stats.num_models - 2:
+        error = float(heldout.leave_one_out(centred, [rank])[0])
+        held = {"held_out": error, "held_out_by": "one model"}
+    return {**fit_common.errors_of(left, np.square(stats.norms()), total), **held}
+
+
+def _require_memory(group, rank, config):
+    needed, free = peak(group, rank, config), fit_common.allowed(config)
+    if needed > free:
+        raise errors.ResourceError(
+            f"layer {errors.quote(group.name)}: mean and basis of {rank} components need {plans.size(needed)}, "
+            f"{plans.size(free)} are allowed or free; take fewer components with --rank or --energy"
+        )

@@ -1,0 +1,115 @@
+"""Layers whose stack does not fit are fitted block by block: the same bundle, within the memory that is allowed."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jaxsub
+from jaxsub import errors
+from jaxsub.formats import safetensors
+from jaxsub.pipelines import fit_common, fit_streamed
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCALES = np.array([100, 10, 3, 1, 0.1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, rng = tmp_path_factory.mktemp("streamed"), np.random.default_rng(0)
+    basis = rng.standard_normal((5, 90, 70))
+    for n in range(12):
+        weight = 7 + np.tensordot(rng.standard_normal(5) * SCALES, basis, 1) + 0.01 * rng.standard_normal((90, 70))
+        safetensors.write(path / f"m{n:02d}.safetensors", {"w": weight.astype(np.float32)})
+    return str(path)
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Every layer is streamed, in several blocks."""
+
+    def on():
+        monkeypatch.setattr(fit_common, "stack_bytes", lambda _: 10**18)
+        monkeypatch.setattr(fit_streamed, "block_bytes", lambda _: 12 * 70 * 4 * 31)
+
+    return on
+
+
+SLOW = [pytest.param(options, marks=pytest.mark.slow) for options in ({"energy": 0.9999}, {"rank": 11})]
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, *SLOW], ids=str)
+def test_the_bundle_is_that_of_the_whole_stack(folder, streamed, options):
+    whole = jaxsub.fit(folder, **options).layers[0]
+    streamed()
+    found = jaxsub.fit(folder, **options).layers[0]
+    assert found.subspace.procedure == whole.subspace.procedure and found.subspace.rank == whole.subspace.rank
+    a, b = (np.asarray(layer.subspace.basis, np.float64) for layer in (whole, found))
+    np.testing.assert_allclose(b @ b.T, np.eye(len(b)), atol=2e-6)
+    above = np.asarray(whole.subspace.spectrum.values[: len(a)]) > 30 * whole.subspace.spectrum.floor
+    np.testing.assert_allclose(b[above], a[above], atol=2e-2 * np.abs(a).max())  # weak directions lean on strong ones
+    rebuilt = [np.asarray(layer.subspace.reconstruct(layer.values)) for layer in (whole, found)]
+    np.testing.assert_allclose(rebuilt[1], rebuilt[0], atol=1e-6 * np.abs(rebuilt[0]).max())
+    values = [layer.subspace.spectrum.values for layer in (whole, found)]
+    np.testing.assert_allclose(values[1], values[0], atol=1e-8 * values[0][0])
+    for name in ("energy_kept", "held_out"):
+        assert found.figures[name] == pytest.approx(whole.figures[name], abs=1e-7)
+    x = np.stack([safetensors.read(os.path.join(folder, f))["w"] for f in sorted(os.listdir(folder))])
+    left = np.asarray(found.subspace.reconstruct(found.values), np.float64) - x
+    errors_ = np.linalg.norm(left.reshape(12, -1), axis=1) / np.linalg.norm(x.reshape(12, -1), axis=1)
+    assert found.figures["error_max"] == pytest.approx(errors_.max(), rel=1e-3, abs=3e-7)
+
+
+@pytest.mark.slow
+def test_tiny_weights_are_scaled(folder, tmp_path, streamed):
+    for name in os.listdir(folder):
+        weight = safetensors.read(os.path.join(folder, name))["w"]
+        safetensors.write(tmp_path / name, {"w": np.ldexp(weight, -90)})
+    wanted = jaxsub.fit(folder, rank=3).layers[0]
+    streamed()
+    found = jaxsub.fit(str(tmp_path), rank=3).layers[0]
+    np.testing.assert_allclose(np.ldexp(found.values, 90), wanted.values, atol=1e-5 * np.abs(wanted.values).max())
+    np.testing.assert_allclose(np.ldexp(found.subspace.mean, 90), np.ravel(wanted.subspace.mean), rtol=1e-6)
+
+
+def test_what_cannot_be_streamed_is_refused_as_before(folder):
+    with pytest.raises(errors.ResourceError, match="needs"):
+        jaxsub.fit(folder, rank=2, decomposition="hosvd", max_host_bytes=100_000)
+    with pytest.raises(errors.ResourceError, match="needs"):
+        jaxsub.fit(folder, rank=2, max_host_bytes=100_000)
+
+
+def child(folder, allowed):
+    def resident(field):
+        text = pathlib.Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
+
+    small = os.path.join(folder, "small")
+    for place, rows in ((small, 256), (folder, 8192)):
+        os.makedirs(place, exist_ok=True)
+        for n in range(16):
+            weight = np.random.default_rng(n).standard_normal((rows, 1024), dtype=np.float32)
+            safetensors.write(os.path.join(place, f"m{n:02d}.safetensors"), {"w": weight})
+    jaxsub.fit(small, rank=2, max_host_bytes=2**23 + 2**22)
+    before = resident("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    jaxsub.fit(os.path.join(folder, "*.safetensors"), rank=2, max_host_bytes=allowed)
+    print(json.dumps(resident("VmHWM") - before))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux' high-water mark")
+def test_it_stays_within_the_memory_that_is_allowed(tmp_path):
+    """512 MiB of stack in 320 MiB, of which mean and basis of rank 2 are 96."""
+    allowed = 320 * 2**20
+    script = f"from tests.programs import test_fit_streamed as t; t.child({str(tmp_path)!r}, {allowed})"
+    environment = {n: v for n, v in os.environ.items() if n != "XLA_FLAGS"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) <= allowed
