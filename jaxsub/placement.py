@@ -59,6 +59,8 @@ class LayerPlan:
     pass_bytes: int = 0  # of the host, while the layer is read and summed
     figure_bytes: int = 0  # of the host, while its figures are made
     kept_bytes: int = 0  # of the host, its statistics until the report is made
+    device_bytes: int = 0  # of one device, while the layer is summed
+    written_bytes: int = 0  # of its statistics file
 
     @property
     def block_bytes(self):

@@ -15,7 +15,7 @@ SHORTHANDS = (
     "collection", "layers", "exclude_layers", "base", "match", "rank", "energy", "seed", "dry_run", "devices", "strict",
     "max_quarantined", "allow_roots", "restart", "preflight", "view", "draws", "world", "workloads", "peers", "quick",
     "rounds", "bundle", "decomposition", "write_models", "budget_bytes", "max_error", "members", "peft_layout",
-    "remove", "exact", "score",
+    "remove", "exact", "score", "max_host_bytes", "max_device_bytes", "profile",
 )  # fmt: skip
 RENAMED = {"allow_roots": "allow_root"}  # a flag that is repeated is called by the name of one value
 PROGRAM_FLAGS = {

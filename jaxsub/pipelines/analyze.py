@@ -16,6 +16,7 @@ from jaxsub.pipelines import plan, provenance
 
 NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
 MAX_NEAR_COPIES = 1000
+LISTED = 20  # layers of the plan before a run
 log = logging.getLogger("jaxsub")
 
 
@@ -38,10 +39,12 @@ class Config:
     splits: int = 20  # random halves for the stability of the subspace
     precision: str = "auto"  # auto, float32, float64
     max_host_bytes: int = 0  # bound on the plan's peak; 0: blocks of 128 MiB
+    max_device_bytes: int = 0  # bound on the plan's peak of each device: smaller blocks; 0: what the device has
     lineage_threshold: float = 0.15
     devices: int = 0  # 0: all
     seed: int = 0
     dry_run: bool = False
+    profile: bool = False  # write a trace for xprof and Perfetto to WORKDIR/profile
     restart: bool = False
 
 
@@ -61,18 +64,20 @@ def run(config, workdir=None, *, stream=None):
     """
     from jaxsub.pipelines import aside
 
+    started = time.perf_counter()
     validate(config)
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
     opened = aside.open_collection(
         config, layers=config.layers or None, exclude_layers=config.exclude_layers or None, match=config.match
     )
-    return analyze(opened, config, workdir, stream=stream)
+    return analyze(opened, config, workdir, stream=stream, started=started)
 
 
 def validate(config):
     """Raises ConfigError for values that no run could use, before anything is read."""
-    for name, least in (("draws", 1), ("splits", 1), ("seed", 0), ("devices", 0), ("max_host_bytes", 0)):
+    for name in ("draws", "splits", "seed", "devices", "max_host_bytes", "max_device_bytes"):
+        least = 1 if name in ("draws", "splits") else 0
         if getattr(config, name) < least:
             raise errors.ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
     for name, known in (("precision", ("auto", "float32", "float64")), ("preflight", ("stream", "full"))):
@@ -89,27 +94,30 @@ def validate(config):
         raise errors.ConfigError(f"view={config.view}: needs --base=MODEL")
 
 
-def analyze(opened, config, workdir=None, *, stream=None):
-    """`run` on a Collection that is open already."""
+def analyze(opened, config, workdir=None, *, stream=None, started=None):
+    """`run` on a Collection that is open already; `started` is the time.perf_counter() at which it began to be."""
     validate(config)
-    from jaxsub.pipelines import workdir as workdirs
+    from jaxsub.pipelines import tracing, workdir as workdirs
 
-    session = _Session(opened, config, workdir, stream)
+    trace = None if config.dry_run else tracing.folder_of(config, workdir)
+    session = _Session(opened, config, workdir, stream, started)
     if config.dry_run:
-        return plan.text(session.plans(), len(opened.refs), session.mesh.size)
+        return session.plan_text()
     if workdir is None:
         return session.run()
     # How many models may be set aside says whether a run goes on, not what it finds: its own advice raises it.
     digest_of = dataclasses.replace(
-        config, restart=False, dry_run=False, max_host_bytes=0, strict=False, max_quarantined=-1
-    )
+        config, restart=False, dry_run=False, profile=False, max_host_bytes=0, max_device_bytes=0, strict=False,
+        max_quarantined=-1,
+    )  # fmt: skip
     identity = {
         "program": "analyze",
         **{f"config.{name}": value for name, value in configs.to_dict(digest_of).items()},
         "collection_fingerprint": opened.fingerprint,
     }
     with workdirs.hold(workdir, identity, restart=config.restart):
-        report = session.run()
+        with tracing.traced(trace):
+            report = session.run()
         report.save(workdir)
     return report
 
@@ -117,12 +125,12 @@ def analyze(opened, config, workdir=None, *, stream=None):
 class _Session:
     """One analysis: the collection as it shrinks, the statistics as they grow."""
 
-    def __init__(self, opened, config, workdir, stream):
+    def __init__(self, opened, config, workdir, stream, started=None):
         from jaxsub import formats, placement
         from jaxsub.pipelines import layers
 
         self.opened, self.config, self.workdir, self.stream = opened, config, workdir, stream
-        self.started, self.meter = time.perf_counter(), layers.Meter()
+        self.started, self.meter = started or time.perf_counter(), layers.Meter()
         self.mesh = placement.make_mesh(config.devices)
         view = "difference" if config.base and config.view == "weights" else config.view
         self.view = plugins.load("views", view)
@@ -130,7 +138,8 @@ class _Session:
         self.dropped = []  # models found not finite while reading
         self.copies = []
         self.options = layers.Options(precision=config.precision, seed=config.seed)
-        while plan.exceeds(self.plans(), config.max_host_bytes) and self.options.block_bytes > 2**12:
+        self.bounds = config.max_host_bytes, config.max_device_bytes or plan.device_limit(self.mesh)
+        while plan.exceeds(self.plans(), *self.bounds) and self.options.block_bytes > 2**12:
             self.options = dataclasses.replace(self.options, block_bytes=self.options.block_bytes // 2)
 
     # Models ---------------------------------------------------------------------------------------------------
@@ -189,20 +198,29 @@ class _Session:
             return self.run_pass()
 
     def run_pass(self):
-        from jaxsub.pipelines import copies, progress
+        from jaxsub.pipelines import copies, progress, tracing
         from jaxsub.report import Report
 
-        plan.require_memory(self.plans(), self.config.max_host_bytes)
-        self.copies = copies.find(self.groups(), self.opened.models, self.meter)
+        if self.stream is not None:
+            self.stream.write(self.plan_text(most=LISTED) + "\n")
+        plan.require_memory(self.plans(), *self.bounds)
+        begun = time.perf_counter()
+        self.meter.open_seconds += begun - self.started
+        with tracing.stage("copies"):
+            self.copies = copies.find(self.groups(), self.opened.models, self.meter)
         if self.config.preflight == "full":
             self.preflight()
+        self.meter.read_seconds += time.perf_counter() - begun
         groups = self.groups()
         total = sum(g.num_bytes for g in groups)
         found = {}
         with progress.Progress(total, len(groups), stream=self.stream) as bar:
             for group in groups:
-                found[_key(group)] = self.layer(group)
-                bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
+                before = self.meter.bytes_read
+                with tracing.stage(group.name):
+                    found[_key(group)] = self.layer(group)
+                text, read = f"N={len(group.members)}", self.meter.bytes_read - before
+                bar.layer(group.name, group.num_bytes, text, read=read)
         # A model that dropped out late is still in the layers before: those are read again without it.
         groups = self.groups()
         found = {_key(g): found.get(_key(g)) for g in groups}
@@ -247,15 +265,21 @@ class _Session:
             if known is not None:
                 return known
             models = [(self.opened.refs[m].id, self.opened.models[m]) for m in members]
+            begun, meter = time.perf_counter(), self.meter
+            known = meter.read_seconds + meter.compute_seconds
             try:
-                stats = layers.statistics(group, models, self.mesh, self.options, base=self.base, meter=self.meter)
+                stats = layers.statistics(group, models, self.mesh, self.options, base=self.base, meter=meter)
             except placement.NonFiniteError as error:
                 self.drop(error, group)
                 continue
+            computed = time.perf_counter()
+            # What the loop over blocks did not see: spectra of weight axes, compiling.
+            meter.compute_seconds += computed - begun - (meter.read_seconds + meter.compute_seconds - known)
             stats.digest = digest
             if path:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 stats.save(path)
+                meter.write_seconds += time.perf_counter() - computed
             return stats
 
     def saved_at(self, group):
@@ -283,21 +307,33 @@ class _Session:
     def plans(self):
         return plan.of(self.groups(), self.mesh, self.options, self.base)
 
+    def plan_text(self, most=None):
+        """The plan for people, `most` of its layers, with an estimate of the time; reads no weight whole."""
+        from jaxsub.pipelines import estimate
+
+        plans, groups, config = self.plans(), self.groups(), self.config
+        drawn = {"nulls": config.nulls, "draws": config.draws}
+        time = estimate.of(plans, groups, self.opened.models, self.mesh, self.options, **drawn)
+        return plan.text(plans, len(self.opened.refs), self.mesh, time, saves=self.workdir is not None, most=most)
+
     # The report -----------------------------------------------------------------------------------------------
 
     def record(self, all_stats):
-        from jaxsub.pipelines import figures, kinship
+        from jaxsub.pipelines import figures, kinship, tracing
 
+        begun = time.perf_counter()
         kin = kinship.find(all_stats, [r.id for r in self.opened.refs], self.config.lineage_threshold)
         options = figures.Options(self.config.nulls, self.config.draws, self.config.splits, self.config.seed)
 
         def one(stats):
             position = {m: i for i, m in enumerate(stats.model_ids)}
             lineages = [[position[m] for m in g if m in position] for g in kin.lineages]
-            return figures.layer(stats, lineages, options)
+            with tracing.stage(f"figures of {stats.name}"):
+                return figures.layer(stats, lineages, options)
 
         with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             records = list(pool.map(one, all_stats))
+        self.meter.figure_seconds += time.perf_counter() - begun
         duplicates = [[self.opened.refs[m].id for m in c] for c in self.copies]
         return {
             "schema": "jaxsub.report/1",

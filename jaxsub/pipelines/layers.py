@@ -38,6 +38,9 @@ class Meter:
     bytes_read: int = 0
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
+    open_seconds: float = 0.0
+    figure_seconds: float = 0.0
+    write_seconds: float = 0.0
 
 
 def layer_key(name, seed):
