@@ -17,6 +17,7 @@ from jaxsub.pipelines import kinship, lora
 from jaxsub.statistics import QR_ENTRIES
 
 RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
+SMALL_BYTES = 2**16  # keys, sums of columns and the like on a device
 SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis
 SKETCHES = 2 * modes.MIXTURES
 TESTS = SKETCHES * modes.COLUMNS  # columns of both halves of a sketch
@@ -102,16 +103,20 @@ def _dense_device(plan, mesh):
     mixed = wide * SKETCHES * width if plan.sketched_axes else 0
     tests = sum(wide * TESTS * (plan.rows if a == 0 else shape[a]) for a in plan.sketched_axes)
     results = 8 * n**2 + tests
-    steps = [mixed + 2 * wide * n * min(width, gram.CHUNK) + 4 * 8 * n**2]
+    steps = [mixed + 3 * wide * n * min(width, gram.CHUNK) + 4 * 8 * n**2]
     if plan.sketched_axes:
         steps.append(mixed + max(_sketch(plan, axis) for axis in plan.sketched_axes) * wide)
     exact = [shape[a] for a in plan.exact_axes] + [n * (size // plan.rows)] * plan.other_side
-    steps += [3 * 8 * side**2 + 3 * 8 * size for side in exact]  # a model and the mean in float64
+    # A model and the mean in float64. Of columns that padding ends on several devices, XLA gathers the whole block on
+    # each, and converts it.
+    gathered = (stored + wide) * n * plan.width if mesh.size > 1 and plan.width != size else 0
+    steps += [gathered + 3 * 8 * side**2 + 3 * 8 * size for side in exact]
     if plan.strengths:
         steps.append(8 * n * min(shape) ** 2 + 2 * 8 * size)
     converted = 4 * n * width if stored == 2 else 0  # blocks of 16-bit floats, whole
     # The results of the block before are still there; a new block comes while the last one is, before any kernel runs.
-    return max(min(plan.num_blocks, 2) * block + results, block + 2 * results + converted + max(steps))
+    blocks = min(plan.num_blocks, 2)
+    return SMALL_BYTES + max(blocks * block + results, block + blocks * results + converted + max(steps))
 
 
 def written(plans, num_models):
@@ -163,7 +168,7 @@ def _lora(plan, group, mesh, options):
 def _lora_device(plan, group, mesh, options):
     """Bytes of one device: its share of the factors' columns, and one kernel's arrays as if it had all columns."""
     held, steps = _lora_parts(plan, group, mesh, options)
-    return held // mesh.size + max(steps)
+    return SMALL_BYTES + held // mesh.size + max(steps)
 
 
 def _lora_parts(plan, group, mesh, options):

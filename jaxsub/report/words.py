@@ -148,7 +148,8 @@ def time_line(provenance):
     if not given.get("total"):
         return ""
     parts = {name: value for name, value in given.items() if name != "total" and value}
-    parts["other"] = given["total"] - sum(parts.values())
+    if parts:
+        parts["other"] = given["total"] - sum(parts.values())
     shown = sorted(parts.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {value / given['total']:.0%}" for name, value in shown if value >= given["total"] / 200)
     return f"{given['total']:.1f} s" + (f": {listed}" if listed else "")
