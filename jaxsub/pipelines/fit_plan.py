@@ -9,7 +9,7 @@ import math
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
 from jaxsub.pipelines import estimate, memory, plan
 
-COPIES, TUCKER_COPIES = 5, 8  # of a stack in the dtype of its products, on the device: measured
+COPIES, TUCKER_COPIES = 5, 7  # of a stack in the dtype of its products, on the device: measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def text(plans, groups, opened, config, *, most=None):
         lines.append(
             f"time, an estimate: reading {plan.duration(num_bytes / rates.read)} at {plan.rate(rates.read)};"
             " decompositions come on top\n"
-            f"  (from {plan.size(rates.sampled)} of the files, no weight of them whole)"
+            f"  (from {plan.size(rates.sampled)} of the files, no weight whole)"
         )
     return "\n".join(lines)
 

@@ -114,7 +114,7 @@ def to_read(num_bytes, processes=1):
 def memory_lines(host, device, mesh):
     """Lines about the peaks of memory, bytes; on CPU the devices' is the host's, and is not to be added."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    note = " (of the host's memory above: CPU devices have none of their own)" if on_cpu else ""
+    note = " (on CPU a part of the host's)" if on_cpu else ""
     return [
         f"peak host memory beyond the program's own: {size(host)}",
         f"peak device memory, on each of {mesh.size}: {size(device)}{note}",
@@ -127,8 +127,7 @@ def time_lines(seconds, rates):
     return [
         f"time, an estimate: {duration(seconds.total)}; reading {read}, products {duration(seconds.compute)}"
         f" at {rates.product / 1e9:.0f} GFLOP/s, figures {duration(seconds.figures)}",
-        f"  (from {size(rates.sampled)} of the files, no weight of them whole, and one small product; compiling"
-        " kernels comes on top)",
+        f"  (from {size(rates.sampled)} of the files, no weight whole, and one small product; compiling comes on top)",
     ]
 
 
