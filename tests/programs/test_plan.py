@@ -57,7 +57,7 @@ CASES = {
     "few long models": (4, (30000, 8), "float32", {"mode_work": 2**30}),
     "singular values of each model": (64, (256, 24), "float32", {"block_bytes": 2**22, "mode_width": 8}),
 }
-QUICK_CASES = [("blocks, both axes sketched", 1), ("one block, axes exact, float64", 8)]
+QUICK_CASES = [("few long models", 1)]  # the others compile for longer
 
 
 KERNELS = (
