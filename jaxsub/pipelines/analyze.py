@@ -314,7 +314,7 @@ class _Session:
         plans, groups, config = self.plans(), self.groups(), self.config
         drawn = {"nulls": config.nulls, "draws": config.draws}
         time = estimate.of(plans, groups, self.opened.models, self.mesh, self.options, **drawn)
-        return plan.text(plans, len(self.opened.refs), self.mesh, time, saves=self.workdir is not None, most=most)
+        return plan.text(plans, len(self.opened.refs), self.mesh, time, workdir=self.workdir, most=most)
 
     # The report -----------------------------------------------------------------------------------------------
 

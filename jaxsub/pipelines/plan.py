@@ -1,5 +1,6 @@
 """The plan of an analysis, from headers alone: what is read, in which blocks, memory, disk and time that it takes."""
 
+import os
 import resource
 import sys
 
@@ -68,7 +69,7 @@ def require_device_memory(worst, bound):
         )
 
 
-def text(plans, num_models, mesh, time=(), *, saves=True, most=None):
+def text(plans, num_models, mesh, time=(), *, workdir=None, most=None):
     """The plan as a table of at most 100 columns, and its sums.
 
     Args:
@@ -76,7 +77,7 @@ def text(plans, num_models, mesh, time=(), *, saves=True, most=None):
         num_models: of the collection.
         mesh: devices.
         time: (Seconds, Rates) of `estimate`, or nothing.
-        saves: whether there is a folder to write to.
+        workdir: folder that is written to, or None.
         most: layers to list; None for all.
     """
     import jax
@@ -93,9 +94,11 @@ def text(plans, num_models, mesh, time=(), *, saves=True, most=None):
         )
     if len(plans[:most]) < len(plans):
         lines.append(f"... and {len(plans) - len(plans[:most])} more, which --dry_run lists")
-    lines.append(to_read(sum(p.bytes_read for p in plans), jax.process_count()))
+    spared = workdir is not None and os.path.isdir(os.path.join(workdir, "statistics"))
+    note = ", but for layers whose statistics in the workdir still hold" if spared else ""
+    lines.append(to_read(sum(p.bytes_read for p in plans), jax.process_count()) + note)
     lines += memory_lines(peak(plans), device_peak(plans), mesh)
-    if saves:
+    if workdir is not None:
         from jaxsub.pipelines import memory
 
         statistics, report = memory.written(plans, num_models)

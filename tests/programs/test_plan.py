@@ -209,6 +209,8 @@ def check_files(folder, workdir):
     assert "nothing without --workdir" in analyze.run(options(folder, dry_run=True))
     assert not workdir.exists()
     analyze.run(options(folder), str(workdir))
+    again = analyze.run(options(folder, dry_run=True), str(workdir))
+    assert "whose statistics in the workdir still hold" in again and "whose statistics" not in text
     found = sum(f.stat().st_size for f in (workdir / "statistics").iterdir())
     assert found == pytest.approx(statistics, rel=0.1)
     assert 0.4 < sum((workdir / f"report.{end}").stat().st_size for end in ("json", "html")) / report < 2
