@@ -57,6 +57,8 @@ class LayerPlan:
     num_processes: int = 1  # that share a block
     figure_bytes: int = 0  # of the host, while its figures are made
     kept_bytes: int = 0  # of the host, its statistics until the report is made
+    device_bytes: int = 0  # of one device, while the layer is summed
+    written_bytes: int = 0  # of its statistics file
 
     @property
     def block_bytes(self):
@@ -105,7 +107,7 @@ def plan_dense(group, num_devices, options, base=None):
         other_side=other,
         sketched_axes=sketched,
         strengths=strengths,
-        bytes_read=sum(t.num_bytes for t in group.entries) // jax.process_count(),
+        bytes_read=sum(t.num_bytes for t in group.entries),
         num_processes=jax.process_count(),
     )
 
@@ -303,8 +305,7 @@ def read_factors(group, models):
 
 
 def read_columns(model, tensor, member, first, end, *, leading):
-    """Columns first to end of a LoRA factor as (r, columns), float32 or wider: of A (r, width), of B (width, r) if
-    `leading`; fewer where it ends before. Raises NonFiniteError."""
+    """(r, columns) of A (r, width), of B (width, r) if `leading`: columns first to end, fewer where it ends before."""
     rank = tensor.shape[1] if leading else tensor.shape[0]
     width = tensor.size // rank
     first, end = min(first, width), min(end, width)
@@ -370,8 +371,7 @@ def _fill(buffer, index, window, sources, base, plan, group, pool):
             bad = np.flatnonzero(~np.isfinite(wide))
             return NonFiniteError(member, sources[member].model.path, group.name, len(bad), start + int(bad[0]))
         if reference is not None:
-            # Exact for neighbours (Sterbenz), else one rounding of the wider dtype.
-            np.subtract(target, reference, out=target)
+            np.subtract(target, reference, out=target)  # exact for neighbours (Sterbenz), else one rounding
             low, high = float(target.min()), float(target.max())
         return max(-low, high)
 

@@ -190,6 +190,16 @@ def relative(squares, energies):
     return np.sqrt(squares / np.where(energies > 0, energies, 1.0))
 
 
+def error_figures(left, energies, total):
+    """Figures of a fit from squared errors and norms of the models, and the energy that it set out to hold."""
+    found = relative(left, energies)
+    return {
+        "energy_kept": 1.0 - float(left.sum()) / total if total > 0 else 1.0,  # below 0: worse than the mean alone
+        "error_mean": float(found.mean()),
+        "error_max": float(found.max()),
+    }
+
+
 def from_mean(space, x):
     """(n,) squared distances of models (n, *shape) to the mean, float64; one model at a time."""
     mean = np.asarray(space.mean, np.float64)

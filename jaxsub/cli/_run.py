@@ -98,7 +98,7 @@ def _stop(number, _):
 def _resource(error):
     """What ran out, or None if the error is of another kind."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:2000]:
-        return "out of memory; bound it with --config.max_host_bytes, or look at the plan with --dry_run"
+        return "out of memory; bound it with --max_host_bytes or --max_device_bytes, or look at the plan with --dry_run"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return f"{errors.quote(error.filename or 'output')}: {error.strerror}; make room and run the same command again"
     return None

@@ -5,19 +5,11 @@ open (headers) -> distinct models -> plan -> layers (Statistics) -> figures -> r
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import logging
-import os
 import time
-from concurrent import futures
 
-from jaxsub import collection as collections, config as configs, errors, plugins
-from jaxsub.pipelines import plan, provenance
+from jaxsub import config as configs, errors, plugins
 
 NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
-MAX_NEAR_COPIES = 1000
-log = logging.getLogger("jaxsub")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +31,7 @@ class Config:
     splits: int = 20  # random halves for the stability of the subspace
     precision: str = "auto"  # auto, float32, float64
     max_host_bytes: int = 0  # bound on the plan's peak; 0: blocks of 128 MiB
+    max_device_bytes: int = 0  # bound on the plan's peak of each device: smaller blocks; 0: what the device has
     lineage_threshold: float = 0.15
     devices: int = 0  # 0: all
     coordinator: str = ""  # host:port of process 0, in a run of several processes; empty: as the launcher says, if any
@@ -47,6 +40,7 @@ class Config:
     stall_timeout: int = 0  # seconds without a finished layer that end a run of several processes; 0: half an hour
     seed: int = 0
     dry_run: bool = False
+    profile: bool = False  # write a trace for xprof and Perfetto to WORKDIR/profile
     restart: bool = False
 
 
@@ -67,6 +61,7 @@ def run(config, workdir=None, *, stream=None):
     from jaxsub import distributed
     from jaxsub.pipelines import aside
 
+    started = time.perf_counter()
     validate(config)
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
@@ -76,19 +71,13 @@ def run(config, workdir=None, *, stream=None):
         chosen = {"layers": config.layers or None, "exclude_layers": config.exclude_layers or None}
         return aside.open_collection(config, match=config.match, **chosen)
 
-    return analyze(distributed.together(open_here), config, workdir, stream=stream)
+    return analyze(distributed.together(open_here), config, workdir, stream=stream, started=started)
 
 
 def validate(config):
     """Raises ConfigError for values that no run could use, before anything is read."""
-    for name, least in (
-        ("draws", 1),
-        ("splits", 1),
-        ("seed", 0),
-        ("devices", 0),
-        ("max_host_bytes", 0),
-        ("stall_timeout", 0),
-    ):
+    for name in ("draws", "splits", "seed", "devices", "max_host_bytes", "max_device_bytes", "stall_timeout"):
+        least = 1 if name in ("draws", "splits") else 0
         if getattr(config, name) < least:
             raise errors.ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
     for name, known in (("precision", ("auto", "float32", "float64")), ("preflight", ("stream", "full"))):
@@ -105,29 +94,27 @@ def validate(config):
         raise errors.ConfigError(f"view={config.view}: needs --base=MODEL")
 
 
-def analyze(opened, config, workdir=None, *, stream=None):
-    """`run` on a Collection that is open already."""
+def analyze(opened, config, workdir=None, *, stream=None, started=None):
+    """`run` on a Collection that is open already; `started` is the time.perf_counter() at which it began to be."""
     validate(config)
     from jaxsub import distributed
-    from jaxsub.pipelines import workdir as workdirs
+    from jaxsub.pipelines import session as sessions, tracing, workdir as workdirs
 
     distributed.require_same("collection", opened.fingerprint)
     main = distributed.is_main()
-    session = distributed.together(
-        lambda: _Session(opened, config, workdir if main else None, stream if main else None)
-    )
-    if config.dry_run and not main:
-        return None
+    trace = None if config.dry_run or not main else tracing.folder_of(config, workdir)
+    here = (workdir, stream) if main else (None, None)
+    session = distributed.together(lambda: sessions.Session(opened, config, *here, started))
     if config.dry_run:
-        return plan.text(session.plans(), len(opened.refs), session.mesh.size)
-    if workdir is None or not main:
-        if workdir is not None:
-            distributed.together(lambda: None)  # process 0 holds the workdir now
+        return session.plan_text() if main else None
+    if not main and workdir is not None:
+        distributed.together(lambda: None)  # process 0 holds the workdir now
+    if not main or workdir is None:
         return session.run()
     # How many models may be set aside says whether a run goes on, not what it finds: its own advice raises it.
     digest_of = dataclasses.replace(
-        config, restart=False, dry_run=False, max_host_bytes=0, strict=False, max_quarantined=-1, coordinator="",
-        num_processes=0, process_id=-1, stall_timeout=0,
+        config, restart=False, dry_run=False, profile=False, max_host_bytes=0, max_device_bytes=0, strict=False,
+        max_quarantined=-1, coordinator="", num_processes=0, process_id=-1, stall_timeout=0,
     )  # fmt: skip
     identity = {
         "program": "analyze",
@@ -136,268 +123,7 @@ def analyze(opened, config, workdir=None, *, stream=None):
     }
     with contextlib.ExitStack() as stack:
         distributed.together(lambda: stack.enter_context(workdirs.hold(workdir, identity, restart=config.restart)))
-        report = session.run()
+        with tracing.traced(trace):
+            report = session.run()
         report.save(workdir)
     return report
-
-
-class _Session:
-    """One analysis: the collection as it shrinks, the statistics as they grow."""
-
-    def __init__(self, opened, config, workdir, stream):
-        import jax
-
-        from jaxsub import formats, placement
-        from jaxsub.pipelines import layers
-
-        self.opened, self.config, self.workdir, self.stream = opened, config, workdir, stream
-        self.started, self.meter = time.perf_counter(), layers.Meter()
-        self.mesh = placement.make_mesh(config.devices)
-        view = "difference" if config.base and config.view == "weights" else config.view
-        self.view = plugins.load("views", view)
-        self.base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
-        self.dropped = []  # models found not finite while reading
-        self.copies = []
-        # A block is shared by the processes: each reads as much of it as one would alone.
-        self.options = layers.Options(precision=config.precision, seed=config.seed)
-        whole = self.options.block_bytes * jax.process_count()
-        self.options = dataclasses.replace(self.options, block_bytes=whole)
-        while plan.exceeds(self.plans(), config.max_host_bytes) and self.options.block_bytes > 2**12:
-            self.options = dataclasses.replace(self.options, block_bytes=self.options.block_bytes // 2)
-
-    # Models ---------------------------------------------------------------------------------------------------
-
-    def groups(self):
-        """Layer groups of the distinct models that are still in."""
-        out = {m for c in self.copies for m in c[1:]} | {d["member"] for d in self.dropped}
-        found = []
-        for group in self.view.groups(self.opened):
-            keep = [i for i, m in enumerate(group.members) if m not in out]
-            if len(keep) >= 3:  # below that a layer is skipped, as one that few models have
-                members, entries = (tuple(x[i] for i in keep) for x in (group.members, group.entries))
-                found.append(dataclasses.replace(group, members=members, entries=entries))
-        return found
-
-    def skipped(self):
-        """Layers of the view that fewer than three distinct readable models have."""
-        from jaxsub import lineup
-
-        kept = {_key(g) for g in self.groups()}
-        reasons = {True: lineup.TOO_FEW, False: "fewer than 3 distinct models that can be read have it"}
-        return [
-            {
-                "name": g.name,
-                "shape": list(g.shape),
-                "num_models": len(g.members),
-                "reason": reasons[len(g.members) < lineup.SMALLEST_GROUP],
-            }
-            for g in self.view.groups(self.opened)
-            if _key(g) not in kept
-        ]
-
-    def drop(self, error, group):
-        """Sets a model aside whose weights are not finite; too many stop the run."""
-        from jaxsub.pipelines import aside
-
-        member = group.members[error.member]
-        alike = next((c for c in self.copies if member in c), [member])  # its copies hold the same numbers
-        self.copies = [c for c in self.copies if member not in c]
-        for one in alike:
-            ref = self.opened.refs[one]
-            self.dropped.append({"id": ref.id, "member": one, "layer": error.key, "reason": error.message()})
-            log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
-        total = len(self.opened.refs) + len(self.opened.quarantined)
-        count = len(self.opened.quarantined) + len(self.dropped)
-        aside.require_few(error, count, total, len(self.opened.refs) - len(self.dropped), self.config)
-
-    # The pass -------------------------------------------------------------------------------------------------
-
-    def run(self):
-        import threadpoolctl
-
-        # BLAS threads spin against XLA's and the readers': an eigenproblem of 121 models took 8 ms instead of 0.6.
-        # Layers, not their small matrices, are what is worked on in parallel.
-        with threadpoolctl.threadpool_limits(1, "blas"):
-            return self.run_pass()
-
-    def run_pass(self):
-        from jaxsub import distributed
-        from jaxsub.pipelines import copies, progress
-        from jaxsub.report import Report
-
-        distributed.together(lambda: plan.require_memory(self.plans(), self.config.max_host_bytes))
-        self.copies = distributed.together(lambda: copies.find(self.groups(), self.opened.models, self.meter))
-        if self.config.preflight == "full":
-            self.preflight()
-        groups = self.groups()
-        total = sum(g.num_bytes for g in groups)
-        found = {}
-        watchdog = distributed.Watchdog(self.config.stall_timeout)
-        with progress.Progress(total, len(groups), stream=self.stream) as bar, watchdog:
-            for group in groups:
-                found[_key(group)] = self.layer(group)
-                watchdog.step()
-                bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
-        # A model that dropped out late is still in the layers before: those are read again without it.
-        groups = self.groups()
-        found = {_key(g): found.get(_key(g)) for g in groups}
-        for group in groups:
-            known = found[_key(group)]
-            if known is None or known.model_ids != self.ids(group):
-                found[_key(group)] = self.layer(group)
-        if not distributed.is_main():
-            return None
-        return Report(self.record([s for s in found.values() if s is not None]))
-
-    def preflight(self):
-        from jaxsub import collection, formats, placement
-
-        for group in self.groups():
-            for position, (member, entry) in enumerate(zip(group.members, group.entries, strict=True)):
-                if any(d["member"] == member for d in self.dropped):
-                    continue
-                model = self.opened.models[member]
-                try:
-                    for tensor in collection.stored_tensors(entry):
-                        placement.require_finite(formats.read(model, tensor), position, model, tensor)
-                        self.meter.bytes_read += tensor.num_bytes
-                except placement.NonFiniteError as error:
-                    self.drop(error, group)
-
-    def ids(self, group):
-        return tuple(self.opened.refs[m].id for m in group.members)
-
-    def layer(self, group):
-        """Statistics of one layer: from the workdir if they are there, else read, dropping models not finite."""
-        from jaxsub import distributed, placement
-        from jaxsub.pipelines import layers
-
-        while True:
-            out = {d["member"] for d in self.dropped}
-            keep = [i for i, m in enumerate(group.members) if m not in out]
-            members, entries = (tuple(x[i] for i in keep) for x in (group.members, group.entries))
-            group = dataclasses.replace(group, members=members, entries=entries)
-            if len(members) < 3:
-                return None
-            path, digest = self.saved_at(group)
-            known = _load(path, digest)
-            if distributed.gather_objects(known is not None)[0]:  # process 0 alone sees the workdir
-                return known or layers.Statistics.empty(group.name, group.shape, "", self.ids(group), "", "")
-            models = [(self.opened.refs[m].id, self.opened.models[m]) for m in members]
-            try:
-                stats = layers.statistics(group, models, self.mesh, self.options, base=self.base, meter=self.meter)
-            except placement.NonFiniteError as error:
-                self.drop(error, group)
-                continue
-            stats.digest = digest
-            distributed.together(lambda found=stats, place=path: _save(found, place))
-            return stats
-
-    def saved_at(self, group):
-        """(path, digest) of a layer's statistics file; names come from a hash, never from a key."""
-        from jaxsub import __version__
-
-        files = [_identity(e, self.opened.models[m]) for m, e in zip(group.members, group.entries, strict=True)]
-        base = (
-            [self.base.path] + [_identity(t, self.base) for n, t in self.base.tensors.items() if n == group.name]
-            if self.base
-            else []
-        )
-        record = [
-            __version__, group.name, group.shape, self.ids(group), files, base, self.view.__name__,
-            dataclasses.astuple(self.options), self.mesh.size, self.mesh.devices.flat[0].platform,
-        ]  # fmt: skip
-        digest = hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
-        if self.workdir is None:
-            return None, digest
-        name = hashlib.sha256(
-            f"{group.name}\0{group.shape}\0{group.parametrisation}".encode("utf-8", "surrogatepass")
-        ).hexdigest()[:16]
-        return os.path.join(self.workdir, "statistics", f"layer_{name}.safetensors"), digest
-
-    def plans(self):
-        return plan.of(self.groups(), self.mesh, self.options, self.base)
-
-    # The report -----------------------------------------------------------------------------------------------
-
-    def record(self, all_stats):
-        from jaxsub.pipelines import figures, kinship
-
-        kin = kinship.find(all_stats, [r.id for r in self.opened.refs], self.config.lineage_threshold)
-        options = figures.Options(self.config.nulls, self.config.draws, self.config.splits, self.config.seed)
-
-        def one(stats):
-            position = {m: i for i, m in enumerate(stats.model_ids)}
-            lineages = [[position[m] for m in g if m in position] for g in kin.lineages]
-            return figures.layer(stats, lineages, options)
-
-        with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            records = list(pool.map(one, all_stats))
-        duplicates = [[self.opened.refs[m].id for m in c] for c in self.copies]
-        return {
-            "schema": "jaxsub.report/1",
-            "provenance": provenance.record(self.config, self.opened.fingerprint, self.mesh, self.meter, self.started),
-            "collection": self.collection_record(kin, duplicates, records),
-            "layers": records,
-        }
-
-    def collection_record(self, kin, duplicates, records):
-        opened = self.opened
-        out = {d["member"] for d in self.dropped}
-        refs = [r for i, r in enumerate(opened.refs) if i not in out]
-        warnings = list(opened.warnings) + kin.warnings
-        if duplicates:
-            extra = sum(len(d) - 1 for d in duplicates)
-            warnings.append(f"bit-identical copies of other models, left out of every figure: {extra}")
-        for record in records:
-            warnings += [f"{errors.quote(record['name'])}: {w}" for w in record["warnings"][:2]]
-        return {
-            "name": opened.name,
-            "num_models": len(refs),
-            "num_distinct": len(refs) - sum(len(d) - 1 for d in duplicates),
-            "models": [{"id": r.id, "path": r.path, "format": r.format} for r in refs],
-            "duplicates": duplicates,
-            "near_duplicates": [[a, b, c] for a, b, c in kin.near_copies[:MAX_NEAR_COPIES]],
-            "lineages": kin.lineages,
-            "lineage_threshold": kin.threshold,
-            "lineage_threshold_chance": kin.chance,
-            "lora_starts": kin.lora_starts,
-            "untrained": kin.untrained,
-            "identical_layers": [r["name"] for r in records if "identical" in r["flags"]],
-            "cosine": kin.picture,
-            "quarantined": [dict(q) for q in opened.quarantined]
-            + [{k: d[k] for k in ("id", "layer", "reason")} for d in self.dropped],
-            "skipped_layers": [dict(s) for s in opened.skipped_layers] + self.skipped(),
-            "warnings": warnings[:200],
-        }
-
-
-def _save(stats, path):
-    if path:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        stats.save(path)
-
-
-def _load(path, digest):
-    from jaxsub.statistics import Statistics
-
-    if not path or not os.path.exists(path):
-        return None
-    try:
-        stats = Statistics.load(path)
-    except errors.InputError as error:
-        log.warning("statistics are read again: %s", error)
-        return None
-    return stats if stats.digest == digest else None
-
-
-def _key(group):
-    return group.name, group.shape, group.parametrisation
-
-
-def _identity(entry, model):
-    """What must be the same for statistics to be used again: the tensor, and its files as they were."""
-    if hasattr(entry, "a"):
-        return (_identity(entry.a, model), _identity(entry.b, model), entry.scale, entry.transposed, entry.shape)
-    files = [(f.path, f.size, f.mtime_ns) for f in collections.files_of(entry, model)]
-    return (entry.name, entry.dtype, files, -1 if entry.extent is None else entry.extent.offset)

@@ -21,9 +21,10 @@ from jaxsub import (
 )
 from jaxsub.bundle import allocation, storage
 from jaxsub.formats import peft
-from jaxsub.pipelines import aside, fit_common, fit_layer, plan, progress
+from jaxsub.pipelines import aside, fit_layer, fit_plan, plan, progress, tracing
 
 log = logging.getLogger("jaxsub")
+LISTED = 20  # layers of the plan before a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Config:
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     max_host_bytes: int = 0  # bound on the plan's peak; 0: what is free
+    max_device_bytes: int = 0  # bound on the plan's peak of the device; 0: what it has
     seed: int = 0
     dry_run: bool = False
+    profile: bool = False  # write a trace for xprof and Perfetto to WORKDIR/profile
 
 
 def run(config, path=None, *, stream=None):
@@ -68,6 +71,8 @@ def validate(config):
     """Raises ConfigError for values that no run could use, before anything is read."""
     if config.rank < 0 or not 0 < config.energy <= 1:
         raise errors.ConfigError(f"rank={config.rank}, energy={config.energy}: a rank of 1 or more, or 0 < energy <= 1")
+    if min(config.max_host_bytes, config.max_device_bytes) < 0:
+        raise errors.ConfigError("max_host_bytes, max_device_bytes: must be at least 0")
     if config.budget_bytes < 0 or (config.budget_bytes and config.rank):
         raise errors.ConfigError(f"budget_bytes={config.budget_bytes}, rank={config.rank}: a budget chooses the ranks")
     if not 0 <= config.seed < 2**63:
@@ -89,7 +94,13 @@ def validate(config):
 def fit(opened, config, path=None, *, stream=None):
     """`run` on a Collection that is open already."""
     validate(config)
-    return aside.going_on(lambda left: _fit(left, config, path, stream), opened, config)
+    trace = (
+        None
+        if config.dry_run
+        else tracing.folder_of(config, None if path is None else os.path.dirname(os.path.abspath(path)))
+    )
+    with tracing.traced(trace):
+        return aside.going_on(lambda left: _fit(left, config, path, stream), opened, config)
 
 
 def _fit(opened, config, path, stream):
@@ -99,16 +110,12 @@ def _fit(opened, config, path, stream):
         if any("\ud800" <= c <= "\udfff" for c in ref.id + ref.path):  # bytes that are no UTF-8: manifests hold text
             raise errors.ConfigError(f"{errors.quote(ref.path)}: its name is no UTF-8; rename it")
     groups = _groups(opened, config)
-    peaks = [fit_layer.peak(g, config) for g in groups]
+    plans = fit_plan.of(groups, [fit_layer.module(g, config) for g in groups], config)
     if config.dry_run:
-        return _plan_text(groups, peaks)
-    needed, free = max(peaks), fit_common.allowed(config)
-    if needed > free:
-        worst = groups[peaks.index(needed)]
-        raise errors.ResourceError(
-            f"layer {errors.quote(worst.name)} needs {plan.size(needed)} on the host, {plan.size(free)} are allowed or "
-            "free; allow more with --config.max_host_bytes, or leave it whole with --exclude_layers"
-        )
+        return fit_plan.text(plans, groups, opened, config)
+    if stream is not None:
+        stream.write(fit_plan.text(plans, groups, opened, config, most=LISTED) + "\n")
+    fit_plan.require_memory(plans, config)
     passes = 2 if config.budget_bytes else 1
     empty = bundle.Bundle(
         model_ids=tuple(r.id for r in opened.refs),
@@ -122,7 +129,8 @@ def _fit(opened, config, path, stream):
         def fitted(ranks):
             found = []
             for group, rank in zip(groups, ranks, strict=True):
-                found.append(fit_layer.fit(group, opened, config, rank))
+                with tracing.stage(group.name):
+                    found.append(fit_layer.fit(group, opened, config, rank))
                 bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
             return dataclasses.replace(empty, layers=tuple(found))
 
@@ -224,18 +232,6 @@ def file_bytes(path):
     return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
 
 
-def _plan_text(groups, peaks):
-    lines = [f"{'layer':42} {'shape':>18} {'models':>7} {'to read':>10} {'host':>10}"]
-    for g, needed in zip(groups, peaks, strict=True):
-        shape = "x".join(map(str, g.shape))
-        lines.append(
-            f"{errors.quote(g.name, 42):42} {shape:>18} {len(g.members):>7} {plan.size(g.num_bytes):>10} "
-            f"{plan.size(needed):>10}"
-        )
-    total = plan.size(sum(g.num_bytes for g in groups))
-    return "\n".join([*lines, f"to read: {total}; peak host memory beyond the program's own: {plan.size(max(peaks))}"])
-
-
 def table(result):
     """The layers of a Bundle and its bytes, as text of at most 100 columns."""
     lines = [f"{'layer':39} {'shape':>16} {'models':>6} {'rank':>9} {'kept':>7} {'held out':>9} {'error':>8}"]
@@ -271,6 +267,7 @@ def table(result):
 def _provenance(opened, config):
     from jaxsub import __version__
 
+    config = dataclasses.replace(config, profile=False, max_host_bytes=0, max_device_bytes=0)  # change no byte of it
     return {
         "program": "fit",
         "config": configs.to_dict(config),

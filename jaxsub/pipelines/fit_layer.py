@@ -23,7 +23,7 @@ from jaxsub import (
 from jaxsub.bundle import cores, corrections, storage
 from jaxsub.formats import peft
 from jaxsub.linalg import gram
-from jaxsub.pipelines import fit_common, fit_streamed, layers, plan
+from jaxsub.pipelines import fit_plan, fit_streamed, layers, plan
 
 
 def module(group, config):
@@ -38,7 +38,7 @@ def fit(group, opened, config, rank):
     ids = tuple(opened.refs[m].id for m in group.members)
     if group.parametrisation == lineup.LORA:
         return _lora_layer(group, models, ids, config, rank)
-    if fit_streamed.can(group, config) and fit_common.stack_bytes(group) > fit_common.allowed(config):
+    if fit_plan.of_layer(group, module(group, config), config).is_streamed:
         return fit_streamed.fit(group, models, ids, config, rank)
     x = placement.read_stack(group, models)
     exponent = _exponent(x)
@@ -56,14 +56,6 @@ def fit(group, opened, config, rank):
         space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
     dtypes = stored_dtypes(group)
     return bundle.Layer(group.name, space, ids, values, dtypes, figures, storage=_storage(config), corrections=found)
-
-
-def peak(group, config):
-    """Host bytes that a layer needs at most; of a streamed one as far as its header tells (see fit_streamed)."""
-    needed = fit_common.stack_bytes(group)
-    if needed > fit_common.allowed(config) and fit_streamed.can(group, config):
-        return min(needed, fit_streamed.peak(group, config.rank or 1, config))
-    return needed
 
 
 def stored_dtypes(group):
@@ -107,7 +99,7 @@ def _stored(space, x, config, inner=0):
     energies, left = subspace.missed(space, x, values)
     space = bundle.rounded(space, basis_dtype)
     values, halves = cores.stored(subspace.project(space, x), coefficient_dtype, inner)
-    return space, values, halves, {"error_unrounded": fit_common.errors_of(left, energies, 0.0)["error_mean"]}
+    return space, values, halves, {"error_unrounded": subspace.error_figures(left, energies, 0.0)["error_mean"]}
 
 
 def _lora_layer(group, models, ids, config, rank):
@@ -131,7 +123,8 @@ def _lora_layer(group, models, ids, config, rank):
         left[[] if found is None else found.positions] = 0.0
     inside = cores.energies(*factors).tolist()
     held = _held_out_half(stack, space, config)
-    figures = {**fit_common.errors_of(left, energies, energies.sum()), **held, "energies_of_ranks": inside, **unrounded}
+    fitted = subspace.error_figures(left, energies, energies.sum())
+    figures = {**fitted, **held, "energies_of_ranks": inside, **unrounded}
     return bundle.Layer(
         group.name,
         space,
@@ -209,7 +202,7 @@ def _figures(stack, values, space, found, exponent, config):
     elif total > 0 and space.rank <= count - 2:
         error = float(heldout.leave_one_out(centred, [space.rank])[0])
         held = {"held_out": error, "held_out_by": "one model"}
-    return {**fit_common.errors_of(left, energies, total), **held}
+    return {**subspace.error_figures(left, energies, total), **held}
 
 
 def _held_out_half(stack, space, config):

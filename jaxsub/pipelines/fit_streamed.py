@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxsub import bundle, errors, heldout, placement, precision, subspace
 from jaxsub.decompositions import gram as plugin
 from jaxsub.linalg import gram as kernels, pieces, products
-from jaxsub.pipelines import fit_common, layers, plan as plans
+from jaxsub.pipelines import layers, plan as plans
 from jaxsub.statistics import Statistics
 
 PIECE = 2**20  # columns of the basis transformed at once
@@ -35,9 +35,17 @@ def can(group, config):
     )
 
 
+def allowed(config):
+    """Host bytes that a layer may take before it is streamed.
+
+    Without a bound half of the machine's memory, not what is free at the time: the same files give the same bits.
+    """
+    return config.max_host_bytes or plans.total_bytes() / 2 or math.inf
+
+
 def block_bytes(config):
     """Bytes of a block: an eighth of what is allowed, at most the usual."""
-    return int(max(2**20, min(layers.Options().block_bytes, fit_common.allowed(config) / 8)))
+    return int(max(2**20, min(layers.Options().block_bytes, allowed(config) / 8)))
 
 
 def peak(group, rank, config):
@@ -186,11 +194,11 @@ def _figures(stats, left, rank):
     if total > 0 and rank <= stats.num_models - 2:
         error = float(heldout.leave_one_out(centred, [rank])[0])
         held = {"held_out": error, "held_out_by": "one model"}
-    return {**fit_common.errors_of(left, np.square(stats.norms()), total), **held}
+    return {**subspace.error_figures(left, np.square(stats.norms()), total), **held}
 
 
 def _require_memory(group, rank, config):
-    needed, free = peak(group, rank, config), fit_common.allowed(config)
+    needed, free = peak(group, rank, config), allowed(config)
     if needed > free:
         raise errors.ResourceError(
             f"layer {errors.quote(group.name)}: mean and basis of {rank} components need {plans.size(needed)}, "

@@ -38,6 +38,9 @@ class Meter:
     bytes_read: int = 0
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
+    open_seconds: float = 0.0
+    figure_seconds: float = 0.0
+    write_seconds: float = 0.0
 
 
 def layer_key(name, seed):
@@ -98,7 +101,7 @@ def _dense(group, models, mesh, options, base, meter, key):
         if block is None:
             break
     hostmemory.trim()
-    meter.bytes_read += plan.bytes_read
+    meter.bytes_read += plan.bytes_read // plan.num_processes
     total = float(np.trace(stats.centred()))
     stats.base_norm = math.sqrt(sums.base_square)
     if plan.strengths:

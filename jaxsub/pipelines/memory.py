@@ -1,6 +1,7 @@
-"""Host memory of a layer, from its plan: the arrays that are held together when most are.
+"""Memory of a layer on the host and on each device, from its plan: the arrays that are held together when most are.
 
-    peak = RUNTIME + statistics of all layers + the larger of (the pass over one layer, figures of layers at once)
+    host   = RUNTIME + statistics of all layers + the larger of (the pass over one layer, figures of layers at once)
+    device = blocks + the results of one + what a kernel adds; on CPU a part of the former
 
 Follows the code of `placement.blocks`, `layers`, `linalg` and `figures`; a change of what they hold belongs here too.
 Right to -10 and +25 % for one CPU device, which a test measures; an upper bound where devices have memory of their own.
@@ -12,15 +13,18 @@ import os
 
 from jaxsub import descriptors, placement
 from jaxsub.linalg import gram, modes, secular
-from jaxsub.pipelines import lora
+from jaxsub.pipelines import kinship, lora
 from jaxsub.statistics import QR_ENTRIES
 
 RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
+SMALL_BYTES = 2**16  # keys, sums of columns and the like on a device
 SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis
 SKETCHES = 2 * modes.MIXTURES
 TESTS = SKETCHES * modes.COLUMNS  # columns of both halves of a sketch
 DRAW = 10  # matrices (N, N) of a thread that draws and judges a null
 ARENAS, MOST = 20, 200 * 2**20  # matrices that malloc keeps of all draws, and bytes of them: large ones it gives back
+HEADER_BYTES, ID_BYTES = 1800, 12  # of a statistics file: names of its arrays, and of a model
+REPORT_BYTES, REPORT_LAYER = 50_000, 20_000  # of the report without models: the page itself, and each layer's card
 SECULAR = 40  # work arrays of secular.BLOCK_ELEMENTS
 
 
@@ -28,7 +32,14 @@ def of(plan, group, mesh, options, base=None):
     """The LayerPlan with its bytes; `group`, `mesh`, `options` and `base` are those that it was made for."""
     is_lora = group.parametrisation == "lora"
     found, kept = _lora(plan, group, mesh, options) if is_lora else _dense(plan, group, mesh, base)
-    return dataclasses.replace(plan, pass_bytes=found, figure_bytes=_figures(plan.num_models), kept_bytes=kept)
+    return dataclasses.replace(
+        plan,
+        pass_bytes=found,
+        figure_bytes=_figures(plan.num_models),
+        kept_bytes=kept,
+        device_bytes=_lora_device(plan, group, mesh, options) if is_lora else _dense_device(plan, mesh),
+        written_bytes=_written(plan, group, options),
+    )
 
 
 def peak(plans):
@@ -84,6 +95,58 @@ def _dense(plan, group, mesh, base):
     return max(held + sums + max(steps), sums + after) + kernels, kept
 
 
+def _dense_device(plan, mesh):
+    """Bytes of one device in the pass over a dense layer: it holds its share of the columns, and all of the results."""
+    n, width, shape = plan.num_models, -(-plan.width // mesh.size), plan.shape
+    size, block = math.prod(shape) // shape[0] * plan.rows if shape[0] else 0, plan.block_bytes // mesh.size
+    stored, wide = descriptors.numpy_dtype(plan.storage).itemsize, 8 if plan.dtype == "float64" else 4
+    mixed = wide * SKETCHES * width if plan.sketched_axes else 0
+    tests = sum(wide * TESTS * (plan.rows if a == 0 else shape[a]) for a in plan.sketched_axes)
+    results = 8 * n**2 + tests
+    steps = [mixed + 3 * wide * n * min(width, gram.CHUNK) + 4 * 8 * n**2]
+    if plan.sketched_axes:
+        steps.append(mixed + max(_sketch(plan, axis) for axis in plan.sketched_axes) * wide)
+    exact = [shape[a] for a in plan.exact_axes] + [n * (size // plan.rows)] * plan.other_side
+    # A model and the mean in float64. Of columns that padding ends on several devices, XLA gathers the whole block on
+    # each, and converts it.
+    gathered = (stored + wide) * n * plan.width if mesh.size > 1 and plan.width != size else 0
+    steps += [gathered + 3 * 8 * side**2 + 3 * 8 * size for side in exact]
+    if plan.strengths:
+        steps.append(8 * n * min(shape) ** 2 + 2 * 8 * size)
+    converted = 4 * n * width if stored == 2 else 0  # blocks of 16-bit floats, whole
+    # The results of the block before are still there; a new block comes while the last one is, before any kernel runs.
+    blocks = min(plan.num_blocks, 2)
+    return SMALL_BYTES + max(blocks * block + results, block + blocks * results + converted + max(steps))
+
+
+def written(plans, num_models):
+    """Bytes that an analysis of `num_models` models writes: (statistics, the report's files roughly)."""
+    layers = sum(REPORT_LAYER + 300 * p.num_models for p in plans)
+    return sum(p.written_bytes for p in plans), REPORT_BYTES + layers + 12 * min(num_models, kinship.PICTURED) ** 2
+
+
+def _written(plan, group, options):
+    """Bytes of a layer's statistics file: its arrays, and what they are called."""
+    n, numbers = plan.num_models, plan.num_models**2 + 4 * plan.num_models
+    if group.parametrisation == "lora":
+        pair, rank = group.entries[0], max(e.rank for e in group.entries)
+        numbers += 2 * n**2 + n * (2 + rank)
+        for sizes in (pair.a.shape[1:], pair.b.shape[:1]):
+            rows = n * rank * math.prod(sizes)
+            numbers += sum(s if lora.mode_is_exact(rows // s, s, options) else min(s, TESTS // 2) for s in sizes)
+    else:
+        numbers += (n**2 if plan.storage == "float64" else 0) + (n * min(plan.shape) if plan.strengths else 0)
+        numbers += sum(
+            min(plan.shape[a], TESTS // 2) if a in plan.sketched_axes else plan.shape[a] for a in _axes(plan)
+        )
+    return 8 * numbers + HEADER_BYTES + ID_BYTES * n
+
+
+def _axes(plan):
+    """Weight axes that have a mode spectrum."""
+    return {*plan.exact_axes, *plan.sketched_axes, *([0] if plan.other_side else [])}
+
+
 def _sketch(plan, axis):
     """Entries of the temporary arrays of `modes.sketch`: mixtures as a matrix, a piece of them, its random signs."""
     shape = (plan.rows, *plan.shape[1:])
@@ -96,16 +159,29 @@ def _sketch(plan, axis):
 
 def _lora(plan, group, mesh, options):
     """The same of a LoRA layer: the factors of all models are held at once."""
+    n, rank = plan.num_models, max(e.rank for e in group.entries)
+    held, steps = _lora_parts(plan, group, mesh, options)
+    steps.append(6 * 8 * n * rank**2)  # roots of the factors' Gram matrices, and cores
+    return held * (1 if mesh.size == 1 else 2) + max(steps), 3 * 8 * n**2 + 8 * n * rank
+
+
+def _lora_device(plan, group, mesh, options):
+    """Bytes of one device: its share of the factors' columns, and one kernel's arrays as if it had all columns."""
+    held, steps = _lora_parts(plan, group, mesh, options)
+    return SMALL_BYTES + held // mesh.size + max(steps)
+
+
+def _lora_parts(plan, group, mesh, options):
+    """Bytes of the factors, and of what each kernel adds to them."""
     pairs, n = group.entries, plan.num_models
     stored, wide = 8 if plan.storage == "float64" else 4, 8 if plan.dtype == "float64" else 4
     rank = max(e.rank for e in pairs)
     widths = [math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]]
-    held = stored * n * rank * sum(lora.padded(w, mesh) for w in widths) * (1 if mesh.size == 1 else 2)
+    held = stored * n * rank * sum(lora.padded(w, mesh) for w in widths)
     # One or two blocks of models, both factors of each; their products, and the sums over them.
     together = min(n, gram.models_together(rank))
     pair, side = min(2, -(-n // together)), together * rank
     steps = [pair * wide * side * sum(widths) + 4 * wide * side**2 + 8 * (6 * n**2 + 2 * n * rank**2)]
-    steps.append(6 * 8 * n * rank**2)  # roots of the factors' Gram matrices, and cores
     for sizes in (pairs[0].a.shape[1:], (widths[1],)):
         entries = n * rank * math.prod(sizes)
         copies = stored * entries * min(2, len(sizes))  # rows of one axis are gathered where a side has several
@@ -115,7 +191,7 @@ def _lora(plan, group, mesh, options):
                 steps.append(copies + 8 * entries + 4 * 8 * min(rows, size) ** 2)
             else:
                 steps.append(SKETCH_BYTES + copies + stored * TESTS * (rows + size) + 8 * TESTS * size)
-    return held + max(steps), 3 * 8 * n**2 + 8 * n * rank
+    return held, steps
 
 
 def _figures(num_models):

@@ -1,10 +1,10 @@
 """Where a report comes from: command, options, inputs, versions, devices, time and memory."""
 
-import resource
 import sys
 import time
 
 from jaxsub import config as configs, errors
+from jaxsub.pipelines import plan
 
 
 def record(config, fingerprint, mesh, meter, started):
@@ -14,7 +14,8 @@ def record(config, fingerprint, mesh, meter, started):
         config: Config of the run.
         fingerprint: the collection's.
         mesh: devices it ran on.
-        meter: `layers.Meter` of bytes and seconds.
+        meter: `layers.Meter` of bytes and seconds. "open" is all before the pass (headers, the plan), "write" the
+            statistics' files; the report itself is written when its record is made.
         started: time.perf_counter() at the start.
     """
     import jax
@@ -23,8 +24,11 @@ def record(config, fingerprint, mesh, meter, started):
     from jaxsub import __version__
 
     seconds = {
+        "open": meter.open_seconds,
         "read": meter.read_seconds,
         "compute": meter.compute_seconds,
+        "figures": meter.figure_seconds,
+        "write": meter.write_seconds,
         "total": time.perf_counter() - started,
     }
     return {
@@ -42,5 +46,5 @@ def record(config, fingerprint, mesh, meter, started):
         "precision": config.precision,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "bytes_read": meter.bytes_read,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_host_bytes": plan.peak_resident(),
     }

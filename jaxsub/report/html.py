@@ -37,7 +37,7 @@ def render(report):
         ("aside", "Set aside", collection_parts.set_aside(collection, bool(layers))),
         ("cards", "Layer by layer", _cards(layers) if layers else None),
         ("definitions", "How each figure is defined", [_glossary()]),
-        ("provenance", "Provenance", [_provenance(report["provenance"])]),
+        ("provenance", "Provenance", [_time(report["provenance"]), _provenance(report["provenance"])]),
     ]
     sections = [section for section in sections if section[2] is not None]
     body = tag(
@@ -279,6 +279,11 @@ def _cards(layers):
 
 def _glossary():
     return tag("dl", [tag("div", tag("dt", term), tag("dd", said)) for term, said in words.GLOSSARY], class_="glossary")
+
+
+def _time(provenance):
+    spent = words.time_line(provenance)
+    return tag("p", f"Time: {spent}.") if spent else None
 
 
 def _provenance(provenance):

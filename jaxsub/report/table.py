@@ -52,6 +52,8 @@ def render(report, width=100):
     if said and said != summary:
         lines += _wrap(said, width)
     lines += ["", *_collection_lines(collection, width)]
+    spent = words.time_line(report["provenance"])
+    lines += _wrap(f"time: {spent}", width, "  ") if spent else []
     return "\n".join(line.rstrip()[:width] for line in lines).strip("\n")
 
 

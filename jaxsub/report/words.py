@@ -142,6 +142,19 @@ def held_out_figures(layer, rank):
     return named + ratio(error), ratio(null_error), ratio(gain), ratio(null_gain)
 
 
+def time_line(provenance):
+    """Where the time went, on one line, largest part first; empty where the report does not say."""
+    given = provenance.get("seconds") or {}
+    if not given.get("total"):
+        return ""
+    parts = {name: value for name, value in given.items() if name != "total" and value}
+    if parts:
+        parts["other"] = given["total"] - sum(parts.values())
+    shown = sorted(parts.items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {value / given['total']:.0%}" for name, value in shown if value >= given["total"] / 200)
+    return f"{given['total']:.1f} s" + (f": {listed}" if listed else "")
+
+
 def summary(report):
     """One sentence with the verdict counts: 'Of 12 layers, 9 are explained by lineage alone, ...'."""
     layers = fields.complete(report)["layers"]

@@ -1,0 +1,122 @@
+"""The plan of a fit, from headers alone: what is read, the memory of the host and of the device, what is written.
+
+A layer's stack is whole on one device; one that would not fit is streamed where it can be, else the fit is refused.
+"""
+
+import dataclasses
+import math
+
+from jaxsub import collection, descriptors, errors, lineup, placement, precision
+from jaxsub.pipelines import estimate, fit_streamed, memory, plan
+
+COPIES, TUCKER_COPIES = 5, 7  # of a stack in the dtype of its products, on the device: measured
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What the fit of one layer takes; bytes. `device_bytes` are on the one device, on CPU a part of `host_bytes`."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_models: int
+    bytes_read: int
+    host_bytes: int
+    device_bytes: int
+    bundle_bytes: int  # mean, directions and coefficients; 0 where the spectra decide
+    is_streamed: bool = False  # block by block, in two reads
+
+
+def of(groups, modules, config):
+    """LayerPlans of layer groups, `modules` their decompositions, on a mesh of one device."""
+    return [of_layer(g, m, config) for g, m in zip(groups, modules, strict=True)]
+
+
+def of_layer(group, module, config):
+    """LayerPlan of one layer group; streamed where its whole stack is more than may be, and it can be."""
+    count, size = len(group.members), math.prod(group.shape)
+    by_axes = "ranks" in {f.name for f in dataclasses.fields(module.Options)}
+    stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
+    wide, kept = max(stored, 4), 0
+    if group.parametrisation == lineup.LORA:
+        rank, sides = max(e.rank for e in group.entries), lineup.flat_shape(group.shape)
+        stack = wide * count * rank * sum(sides)
+        # Squares of the sides: their Gram matrices, and the eigenproblems of these.
+        host, device = stack, TUCKER_COPIES * stack + 24 * max(sides) ** 2
+    else:
+        host, device = count * size * stored, (TUCKER_COPIES if by_axes else COPIES) * count * size * wide
+        if config.rank and not by_axes:
+            each = wide if not config.basis_dtype else 1 if config.basis_dtype == "int8" else 2
+            kept = (1 + min(config.rank, count - 1)) * size * each + count * config.rank * wide
+    found = LayerPlan(group.name, group.shape, count, group.num_bytes, host + device, device, kept)
+    bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1))
+    is_too_large = peak([found]) > fit_streamed.allowed(config) or (bound and device > bound)
+    if not (is_too_large and fit_streamed.can(group, config)):
+        return found
+    block, host = fit_streamed.block_bytes(config), fit_streamed.peak(group, config.rank or 1, config)
+    more = {"bytes_read": 2 * group.num_bytes, "host_bytes": host, "device_bytes": 4 * block, "is_streamed": True}
+    return dataclasses.replace(found, **more)
+
+
+def peak(plans):
+    """Largest host memory of the fit, bytes, beyond the program's own."""
+    return memory.RUNTIME_BYTES + max(p.host_bytes for p in plans)
+
+
+def require_memory(plans, config):
+    """Raises ResourceError, naming the layer that needs most, where the host's or the device's memory does not do."""
+    free = config.max_host_bytes or plan.available_bytes()
+    if free and peak(plans) > free:
+        worst = max(plans, key=lambda p: p.host_bytes)
+        raise errors.ResourceError(
+            f"layer {errors.quote(worst.name)} needs {plan.size(peak([worst]))} on the host, {plan.size(free)} are "
+            "allowed or free; allow more with --max_host_bytes, or leave it whole with --exclude_layers"
+        )
+    bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1))
+    plan.require_device_memory(max(plans, key=lambda p: p.device_bytes), bound)
+
+
+def text(plans, groups, opened, config, *, most=None):
+    """The plan as a table of at most 100 columns and its sums; reads no weight whole.
+
+    Args:
+        plans: LayerPlans.
+        groups: their LayerGroups.
+        opened: the Collection.
+        config: Config of the fit.
+        most: layers to list; None for all.
+    """
+    lines = [f"{'layer':42} {'shape':>18} {'models':>6} {'to read':>10} {'host':>10} {'a device':>9}"]
+    for p in plans[:most]:
+        shape = "x".join(map(str, p.shape))
+        lines.append(
+            f"{errors.quote(p.name, 42):42} {shape:>18} {p.num_models:>6} {plan.size(p.bytes_read):>10} "
+            f"{plan.size(p.host_bytes):>10} {plan.size(p.device_bytes):>9}"
+        )
+    if len(plans[:most]) < len(plans):
+        lines.append(f"... and {len(plans) - len(plans[:most])} more, which --dry_run lists")
+    mesh, passes = placement.make_mesh(1), 2 if config.budget_bytes else 1
+    num_bytes = passes * sum(p.bytes_read for p in plans)
+    lines.append(plan.to_read(num_bytes) + (", in two passes" if passes > 1 else ""))
+    lines += plan.memory_lines(peak(plans), plan.device_peak(plans), mesh)
+    lines.append(_to_write(plans, groups, opened, config))
+    rates = estimate.measure(groups, opened.models, mesh)
+    if rates.read:
+        lines.append(
+            f"time, an estimate: reading {plan.duration(num_bytes / rates.read)} at {plan.rate(rates.read)};"
+            " decompositions come on top\n"
+            f"  (from {plan.size(rates.sampled)} of the files, no weight whole)"
+        )
+    return "\n".join(lines)
+
+
+def _to_write(plans, groups, opened, config):
+    """The line about the bundle's size."""
+    if config.budget_bytes:
+        return f"to write: at most {plan.size(config.budget_bytes)}"
+    covered = sum(t.num_bytes for g in groups for e in g.entries for t in collection.stored_tensors(e))
+    pairs = [t for m in opened.models for pair in m.adapters.values() for t in (pair.a, pair.b)]
+    everything = sum(t.num_bytes for m in opened.models for t in m.tensors.values()) + sum(t.num_bytes for t in pairs)
+    whole = f"at most {plan.size(everything - covered)} of tensors kept whole"
+    if not all(p.bundle_bytes for p in plans):
+        return f"to write: {whole}; of layers as much as their spectra ask for"
+    return f"to write: about {plan.size(sum(p.bundle_bytes for p in plans))} of layers, {whole}"
