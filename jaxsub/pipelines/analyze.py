@@ -12,7 +12,7 @@ import os
 import time
 from concurrent import futures
 
-from jaxsub import collection as collections, config as configs, errors, plugins
+from jaxsub import errors, plugins
 from jaxsub.pipelines import plan, provenance
 
 NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
@@ -124,16 +124,7 @@ def analyze(opened, config, workdir=None, *, stream=None):
         if workdir is not None:
             distributed.together(lambda: None)  # process 0 holds the workdir now
         return session.run()
-    # How many models may be set aside says whether a run goes on, not what it finds: its own advice raises it.
-    digest_of = dataclasses.replace(
-        config, restart=False, dry_run=False, max_host_bytes=0, strict=False, max_quarantined=-1, coordinator="",
-        num_processes=0, process_id=-1, stall_timeout=0,
-    )  # fmt: skip
-    identity = {
-        "program": "analyze",
-        **{f"config.{name}": value for name, value in configs.to_dict(digest_of).items()},
-        "collection_fingerprint": opened.fingerprint,
-    }
+    identity = workdirs.identity("analyze", config, opened, session.base)
     with contextlib.ExitStack() as stack:
         distributed.together(lambda: stack.enter_context(workdirs.hold(workdir, identity, restart=config.restart)))
         report = session.run()
@@ -150,7 +141,8 @@ class _Session:
         from jaxsub import formats, placement
         from jaxsub.pipelines import layers
 
-        self.opened, self.config, self.workdir, self.stream = opened, config, workdir, stream
+        self.opened, self.config, self.stream = opened, config, stream
+        self.folder = None if workdir is None else os.path.join(workdir, "statistics")
         self.started, self.meter = time.perf_counter(), layers.Meter()
         self.mesh = placement.make_mesh(config.devices)
         view = "difference" if config.base and config.view == "weights" else config.view
@@ -206,6 +198,12 @@ class _Session:
             ref = self.opened.refs[one]
             self.dropped.append({"id": ref.id, "member": one, "layer": error.key, "reason": error.message()})
             log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
+        aside.keep(self.folder, self.dropped, self.opened, self.config)
+        self.require_few(error)
+
+    def require_few(self, error):
+        from jaxsub.pipelines import aside
+
         total = len(self.opened.refs) + len(self.opened.quarantined)
         count = len(self.opened.quarantined) + len(self.dropped)
         aside.require_few(error, count, total, len(self.opened.refs) - len(self.dropped), self.config)
@@ -222,10 +220,14 @@ class _Session:
 
     def run_pass(self):
         from jaxsub import distributed
-        from jaxsub.pipelines import copies, progress
+        from jaxsub.pipelines import aside, copies, progress
         from jaxsub.report import Report
 
         distributed.together(lambda: plan.require_memory(self.plans(), self.config.max_host_bytes))
+        # Process 0 alone sees the workdir.
+        self.dropped = distributed.gather_objects(aside.kept(self.folder, self.opened, self.config))[0]
+        if self.dropped:
+            self.require_few(aside.error_of(self.dropped[-1], self.opened))
         self.copies = distributed.together(lambda: copies.find(self.groups(), self.opened.models, self.meter))
         if self.config.preflight == "full":
             self.preflight()
@@ -235,9 +237,11 @@ class _Session:
         watchdog = distributed.Watchdog(self.config.stall_timeout)
         with progress.Progress(total, len(groups), stream=self.stream) as bar, watchdog:
             for group in groups:
+                before = self.meter.bytes_read
                 found[_key(group)] = self.layer(group)
                 watchdog.step()
-                bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
+                how = " as saved" if self.meter.bytes_read == before else ""
+                bar.layer(group.name, group.num_bytes, f"N={len(group.members)}{how}")
         # A model that dropped out late is still in the layers before: those are read again without it.
         groups = self.groups()
         found = {_key(g): found.get(_key(g)) for g in groups}
@@ -296,10 +300,11 @@ class _Session:
     def saved_at(self, group):
         """(path, digest) of a layer's statistics file; names come from a hash, never from a key."""
         from jaxsub import __version__
+        from jaxsub.pipelines.workdir import identity_of
 
-        files = [_identity(e, self.opened.models[m]) for m, e in zip(group.members, group.entries, strict=True)]
+        files = [identity_of(e, self.opened.models[m]) for m, e in zip(group.members, group.entries, strict=True)]
         base = (
-            [self.base.path] + [_identity(t, self.base) for n, t in self.base.tensors.items() if n == group.name]
+            [self.base.path] + [identity_of(t, self.base) for n, t in self.base.tensors.items() if n == group.name]
             if self.base
             else []
         )
@@ -308,12 +313,12 @@ class _Session:
             dataclasses.astuple(self.options), self.mesh.size, self.mesh.devices.flat[0].platform,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
-        if self.workdir is None:
+        if self.folder is None:
             return None, digest
         name = hashlib.sha256(
             f"{group.name}\0{group.shape}\0{group.parametrisation}".encode("utf-8", "surrogatepass")
         ).hexdigest()[:16]
-        return os.path.join(self.workdir, "statistics", f"layer_{name}.safetensors"), digest
+        return os.path.join(self.folder, f"layer_{name}.safetensors"), digest
 
     def plans(self):
         return plan.of(self.groups(), self.mesh, self.options, self.base)
@@ -393,11 +398,3 @@ def _load(path, digest):
 
 def _key(group):
     return group.name, group.shape, group.parametrisation
-
-
-def _identity(entry, model):
-    """What must be the same for statistics to be used again: the tensor, and its files as they were."""
-    if hasattr(entry, "a"):
-        return (_identity(entry.a, model), _identity(entry.b, model), entry.scale, entry.transposed, entry.shape)
-    files = [(f.path, f.size, f.mtime_ns) for f in collections.files_of(entry, model)]
-    return (entry.name, entry.dtype, files, -1 if entry.extent is None else entry.extent.offset)
