@@ -111,6 +111,8 @@ def _in_workdir(opened, config, workdir, stream):
         if found is None:
             found = aside.going_on(lambda left: _fit(left, config, kept, stream), opened, config)
             parts.commit(found, path)
+        elif stream is not None:
+            stream.write(f"{errors.quote(path)}: there already, of the same run\n")
         kept.remove()
     return found
 
@@ -128,7 +130,7 @@ def _committed(path, opened, config):
             return None
         raise errors.WorkdirError(f"{errors.quote(path)}: is no bundle; remove it, or give another --workdir")
     try:
-        found = files.load(path)
+        found = None if files.verify(path) else files.load(path)
     except errors.InputError:
         found = None
     if found is not None and "updates" not in found.provenance:
@@ -137,7 +139,8 @@ def _committed(path, opened, config):
         if all(found.provenance[k] == wanted[k] for k in ("config_digest", "collection_fingerprint", "jaxsub_version")):
             return found
     raise errors.WorkdirError(
-        f"{errors.quote(path)}: exists already; remove it, replace it with --restart, or give another --workdir"
+        f"{errors.quote(path)}: exists already and is not what this run writes; remove it, replace it with --restart, "
+        "or give another --workdir"
     )
 
 

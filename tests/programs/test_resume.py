@@ -236,7 +236,8 @@ def stopped_and_whole(tmp_path, killed, make, options, stop):
 
     every, whole = killed(fit_layer, "fit", EVERY, run("whole"))
     killed(fit_layer, "fit", stop, run("out"))
-    os.makedirs(tmp_path / "out" / "parts" / ".tmp-999999999-0123456789ab" / "layers")
+    for place in (tmp_path / "out", tmp_path / "out" / "parts"):
+        os.makedirs(place / ".tmp-999999999-0123456789ab" / "layers")
     again, result = killed(fit_layer, "fit", EVERY, run("out"))
     assert again == every[stop:]
     assert sorted(os.listdir(tmp_path / "out")) == [".jaxsub.lock", "bundle", "run.json"]
@@ -272,6 +273,12 @@ def test_a_fit_meets_its_own_remains_and_those_of_others(tmp_path, killed, quick
     assert tree(out / "bundle") == first
     jaxsub.analyze(folder, str(out), **QUICK)  # another program in the same folder
     run()()
+    damaged = out / "bundle" / "coefficients.safetensors"
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(errors.WorkdirError, match="exists already"):
+        run()()
+    damaged.write_bytes(data)
     (out / "run.json").unlink()
     jaxsub.fit(folder, tmp_path / "b", rank=1)
     os.rename(tmp_path / "b", out / "other")
@@ -279,6 +286,25 @@ def test_a_fit_meets_its_own_remains_and_those_of_others(tmp_path, killed, quick
     os.rename(out / "other", out / "bundle")
     with pytest.raises(errors.WorkdirError, match="exists already"):
         fit.run(config, workdir=str(out))
+
+
+def test_a_workdir_among_the_models_is_none_of_them(tmp_path, killed, quick):
+    folder = dense(tmp_path / "c")
+    os.rename(folder, tmp_path / "d")
+    os.makedirs(folder)
+    os.rename(tmp_path / "d", os.path.join(folder, "models"))  # so that what the run makes are folders beside one
+
+    def run(place, collection):
+        return lambda: fit.run(fit.Config(collection=(str(collection),), rank=2), workdir=str(place))
+
+    killed(fit_layer, "fit", 2, run(folder, folder))
+    assert killed(fit_layer, "fit", EVERY, run(folder, folder))[0] == ["c"]
+    first = killed(fit_layer, "fit", EVERY, run(folder, folder))[1]
+    # The same files under other ids are other members.
+    killed(fit_layer, "fit", 2, run(tmp_path / "out", folder))
+    other = fit.Config(collection=(os.path.join(folder, "models"),), rank=2, restart=True)
+    assert fit.run(other, workdir=str(tmp_path / "out")).layers[0].model_ids[0] == "m000"
+    assert first.model_ids[0] == "models/m000"
 
 
 def test_options_that_no_run_could_use_do_not_claim_the_folder(tmp_path, quick):
