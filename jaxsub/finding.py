@@ -13,7 +13,7 @@ import os
 
 from jaxsub import errors, formats, hubcache
 
-_WORKDIR_LOCK = ".jaxsub.lock"
+_WORKDIR_LOCK, _WORKDIR_FOLDERS = ".jaxsub.lock", ("statistics", "parts", "bundle")
 MAX_DEPTH = 32  # folders under folders; deeper is a loop or an accident
 MAX_LIST_BYTES = 64 * 2**20  # of a text file of paths
 _LIST = ".txt"
@@ -152,7 +152,7 @@ class _Walk:
             raise errors.InputError(folder, f"cannot be listed: {error.strerror}", rule="H12") from error
         passed_over = _CACHE_ONLY if any(e.name == "snapshots" for e in entries) else ()
         if any(e.name == _WORKDIR_LOCK for e in entries):
-            passed_over = (*passed_over, "statistics")  # an analysis wrote its output here
+            passed_over = (*passed_over, *_WORKDIR_FOLDERS)  # a run wrote its output here
         passed_over = (*passed_over, formats.SHARED_BASIS)
         return [e for e in entries if not e.name.startswith(".") and e.name not in ("__pycache__", *passed_over)]
 

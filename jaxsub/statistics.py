@@ -7,6 +7,7 @@ All are stored for weights times 2**-exponent, so that no square over- or underf
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -197,6 +198,7 @@ class Statistics:
             arrays[f"mode_{mode.axis}"] = mode.values
         described = [{**dataclasses.asdict(m), "values": None} for m in self.modes]
         record = {n: getattr(self, n) for n in _FIELDS} | {"modes": described, "schema": SCHEMA}
+        record["content"] = _content(record, arrays)
         safetensors.write(str(path), arrays, {"jaxsub": json.dumps(record, sort_keys=True)})
 
     @classmethod
@@ -212,6 +214,8 @@ class Statistics:
             if record.pop("schema") != SCHEMA:
                 raise ValueError("unknown schema")
             arrays = {n: formats.read(model, t) for n, t in model.tensors.items()}
+            if record.pop("content") != _content({**record, "schema": SCHEMA}, arrays):
+                raise ValueError("other numbers than were written")
             modes = tuple(ModeEnergies(**{**m, "values": arrays[f"mode_{m['axis']}"]}) for m in record.pop("modes"))
             record["shape"], record["model_ids"] = tuple(record["shape"]), tuple(record["model_ids"])
             fields = {n: arrays.get(n) for n in _ARRAYS}
@@ -220,6 +224,14 @@ class Statistics:
             return cls(**record, **fields, modes=modes)
         except (KeyError, TypeError, ValueError) as error:
             raise errors.InputError(path, f"not a statistics file of this version ({error})") from error
+
+
+def _content(record, arrays):
+    """sha256 of what a file of statistics says: a whole header says nothing of the numbers behind it."""
+    whole = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(arrays):
+        whole.update(name.encode() + np.asarray(arrays[name], order="C").tobytes())
+    return whole.hexdigest()
 
 
 # Additive sums and the power of the scale they carry.

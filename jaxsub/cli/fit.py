@@ -20,7 +20,6 @@ def main(parsed):
         return
     if not parsed.workdir:
         raise errors.ConfigError("no place for the bundle: give --workdir=FOLDER")
-    path = os.path.join(parsed.workdir, "bundle")
-    result = fit.run(config, path, stream=sys.stderr)
+    result = fit.run(config, workdir=parsed.workdir, stream=sys.stderr)
     sys.stdout.write(aside.listed(result.provenance["quarantined"]))
-    sys.stdout.write(fit.table(result) + f"\nbundle: {path}\n")
+    sys.stdout.write(fit.table(result) + f"\nbundle: {os.path.join(parsed.workdir, 'bundle')}\n")

@@ -22,6 +22,7 @@ from jaxsub.formats import _hints
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git or sha256 digest: the names in a hub cache
+_LEFTOVER = re.compile(r"\.tmp-([0-9]+)-[0-9a-f]{12}")  # see `temporary_in`
 MAX_TREE_FILES = 100_000  # of one model that is a folder of many files
 _MAX_PREAD = 1 << 30  # Linux moves at most 2^31 - 4096 bytes a call
 _LARGE = 1 << 18  # bytes from which a read is a block of its own: see `_advise`
@@ -278,7 +279,7 @@ def new_file(path):
     """
     path = os.path.abspath(os.fspath(path))
     folder = os.path.dirname(path)
-    temporary = _temporary(folder)
+    temporary = temporary_in(folder)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         with os.fdopen(fd, "wb") as stream:
@@ -293,8 +294,32 @@ def new_file(path):
     sync_folder(folder)
 
 
-def _temporary(folder):
+def temporary_in(folder):
+    """A path in a folder that is nobody's yet, under the name of a write that is not finished."""
     return os.path.join(folder, f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
+
+
+def sweep(folder):
+    """Removes what writes of dead processes left in a folder; those of living ones stay.
+
+    An own name is a leftover too: in a container that starts anew every run has the same process id.
+    """
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        found = _LEFTOVER.fullmatch(entry.name)
+        if found and (int(found[1]) == os.getpid() or not _is_alive(int(found[1]))):
+            remove = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink
+            with contextlib.suppress(OSError):
+                remove(entry.path)
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # someone else's
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -309,7 +334,7 @@ def new_folder(path):
     path = os.path.abspath(os.fspath(path))
     if os.path.lexists(path):
         raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
-    temporary = _temporary(os.path.dirname(path))
+    temporary = temporary_in(os.path.dirname(path))
     try:
         os.makedirs(temporary)
     except OSError as error:

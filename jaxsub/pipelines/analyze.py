@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import time
 
-from jaxsub import config as configs, errors, plugins
+from jaxsub import errors, plugins
 
 NULLS = ("permutation", "gaussian", "strength", "shuffle", "fresh_init")
 
@@ -111,16 +111,7 @@ def analyze(opened, config, workdir=None, *, stream=None, started=None):
         distributed.together(lambda: None)  # process 0 holds the workdir now
     if not main or workdir is None:
         return session.run()
-    # How many models may be set aside says whether a run goes on, not what it finds: its own advice raises it.
-    digest_of = dataclasses.replace(
-        config, restart=False, dry_run=False, profile=False, max_host_bytes=0, max_device_bytes=0, strict=False,
-        max_quarantined=-1, coordinator="", num_processes=0, process_id=-1, stall_timeout=0,
-    )  # fmt: skip
-    identity = {
-        "program": "analyze",
-        **{f"config.{name}": value for name, value in configs.to_dict(digest_of).items()},
-        "collection_fingerprint": opened.fingerprint,
-    }
+    identity = workdirs.identity("analyze", config, opened, session.base)
     with contextlib.ExitStack() as stack:
         distributed.together(lambda: stack.enter_context(workdirs.hold(workdir, identity, restart=config.restart)))
         with tracing.traced(trace):

@@ -1,9 +1,14 @@
 """Models set aside while their weights are read: how many may be, and going on without them."""
 
+import json
 import logging
+import os
 
 from jaxsub import bundle as bundles, collection, errors, lineup, placement
+from jaxsub.pipelines import workdir
+from jaxsub.report import _write
 
+RECORD = "set_aside.json"
 log = logging.getLogger("jaxsub")
 
 
@@ -57,6 +62,44 @@ def require_few(error, aside, total, left, config, least=lineup.SMALLEST_GROUP):
             hint=f"remove them, or allow more with --max_quarantined={aside}" if left >= least else "too few are left",
             rule="N2",
         )
+
+
+def keep(folder, dropped, opened, config):
+    """Writes down which models turned out to be faulty: the next run in the folder need not find them again.
+
+    Args:
+        folder: of the statistics; None writes nothing.
+        dropped: [{"id", "member", "layer", "reason"}], `member` a position in the Collection `opened`.
+        opened: Collection.
+        config: the program's; with other options other layers might be read.
+    """
+    if folder is not None:
+        os.makedirs(folder, exist_ok=True)
+        found = [{**d, "digest": collection.digest(opened.models[d["member"]])} for d in dropped]
+        _write.write_json(os.path.join(folder, RECORD), {"options": workdir.options(config), "models": found})
+
+
+def kept(folder, opened, config):
+    """What `keep` wrote with the same options of those models that are still as they were, as it was given."""
+    try:
+        with open(os.path.join(folder or "", RECORD), encoding="utf-8") as file:
+            record = json.load(file)
+        position, dropped = {ref.id: i for i, ref in enumerate(opened.refs)}, []
+        is_same = folder is not None and record["options"] == json.loads(json.dumps(workdir.options(config)))
+        for one in record["models"] if is_same else ():
+            member, wanted = position.get(one["id"]), one.pop("digest")
+            if member is not None and collection.digest(opened.models[member]) == wanted:
+                dropped.append({**one, "member": member})
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: they are found again
+        return []
+    for one in dropped:
+        log.warning("set aside %s: %s", errors.quote(one["id"]), one["reason"])
+    return dropped
+
+
+def error_of(one, opened):
+    """An InputError of a model that `kept` gave."""
+    return errors.InputError(opened.models[one["member"]].path, "it holds NaN or Inf", key=one["layer"])
 
 
 def going_on(work, opened, config, least=lineup.SMALLEST_GROUP):

@@ -19,9 +19,9 @@ from jaxsub import (
     lineup,
     plugins,
 )
-from jaxsub.bundle import allocation, storage
+from jaxsub.bundle import allocation, files, storage
 from jaxsub.formats import peft
-from jaxsub.pipelines import aside, fit_layer, fit_plan, plan, progress, tracing
+from jaxsub.pipelines import aside, fit_layer, fit_plan, parts, plan, progress, tracing, workdir as workdirs
 
 log = logging.getLogger("jaxsub")
 LISTED = 20  # layers of the plan before a run
@@ -50,10 +50,14 @@ class Config:
     seed: int = 0
     dry_run: bool = False
     profile: bool = False  # write a trace for xprof and Perfetto to WORKDIR/profile
+    restart: bool = False  # start over in a workdir that is in use by other options; its bundle is replaced
 
 
-def run(config, path=None, *, stream=None):
-    """Fits a bundle and saves it in the new folder `path` (nothing is written without one).
+def run(config, path=None, *, workdir=None, stream=None):
+    """Fits a bundle and saves it in the new folder `path`, or as `workdir`/bundle (without either nothing is written).
+
+    With a workdir every layer is kept as it is finished: the same call goes on where it was killed and gives the same
+    bundle to the bit; where it had finished already, the bundle that is there.
 
     Returns:
         Bundle; with `dry_run`, the plan as text.
@@ -64,7 +68,7 @@ def run(config, path=None, *, stream=None):
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
     validate(config)
-    return fit(aside.open_collection(config), config, path, stream=stream)
+    return fit(aside.open_collection(config), config, path, workdir=workdir, stream=stream)
 
 
 def validate(config):
@@ -91,21 +95,65 @@ def validate(config):
         )
 
 
-def fit(opened, config, path=None, *, stream=None):
+def fit(opened, config, path=None, *, workdir=None, stream=None):
     """`run` on a Collection that is open already."""
     validate(config)
-    trace = (
-        None
-        if config.dry_run
-        else tracing.folder_of(config, None if path is None else os.path.dirname(os.path.abspath(path)))
-    )
-    with tracing.traced(trace):
-        return aside.going_on(lambda left: _fit(left, config, path, stream), opened, config)
-
-
-def _fit(opened, config, path, stream):
+    place = os.path.dirname(os.path.abspath(path)) if path is not None else workdir
+    trace = None if config.dry_run else tracing.folder_of(config, place)
+    if workdir is not None and not config.dry_run:
+        return _in_workdir(opened, config, workdir, stream, trace)
     if path is not None and os.path.lexists(path):
         raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
+    with tracing.traced(trace):
+        result = aside.going_on(lambda left: _fit(left, config, parts.Parts(None, config), stream), opened, config)
+    if path is not None and not config.dry_run:
+        result.save(path)
+    return result
+
+
+def _in_workdir(opened, config, workdir, stream, trace):
+    _groups(opened, config)  # what no run could do leaves no trace
+    path, kept = os.path.join(workdir, "bundle"), parts.Parts(workdir, config)
+    with workdirs.hold(workdir, workdirs.identity("fit", config, opened), restart=config.restart):
+        found = _committed(path, opened, config)
+        if found is None:
+            with tracing.traced(trace):
+                found = aside.going_on(lambda left: _fit(left, config, kept, stream), opened, config)
+            parts.commit(found, path)
+        elif stream is not None:
+            stream.write(f"{errors.quote(path)}: there already, of the same run\n")
+        kept.remove()
+    return found
+
+
+def _committed(path, opened, config):
+    """The bundle that this run has written before, or None where there is none, or one that is to be replaced.
+
+    Raises:
+        WorkdirError: something else is there.
+    """
+    if not os.path.lexists(path):
+        return None
+    if config.restart:
+        if os.path.exists(os.path.join(path, files.MANIFEST)):
+            return None
+        raise errors.WorkdirError(f"{errors.quote(path)}: is no bundle; remove it, or give another --workdir")
+    try:
+        found = None if files.verify(path) else files.load(path)
+    except errors.InputError:
+        found = None
+    if found is not None and "updates" not in found.provenance:
+        gone = [q["id"] for q in found.provenance["quarantined"]]
+        wanted = _provenance(opened.without([ref.id for ref in opened.refs if ref.id in gone]), config)
+        if all(found.provenance[k] == wanted[k] for k in ("config_digest", "collection_fingerprint", "jaxsub_version")):
+            return found
+    raise errors.WorkdirError(
+        f"{errors.quote(path)}: exists already and is not what this run writes; remove it, replace it with --restart, "
+        "or give another --workdir"
+    )
+
+
+def _fit(opened, config, kept, stream):
     for ref in opened.refs:
         if any("\ud800" <= c <= "\udfff" for c in ref.id + ref.path):  # bytes that are no UTF-8: manifests hold text
             raise errors.ConfigError(f"{errors.quote(ref.path)}: its name is no UTF-8; rename it")
@@ -130,8 +178,13 @@ def _fit(opened, config, path, stream):
             found = []
             for group, rank in zip(groups, ranks, strict=True):
                 with tracing.stage(group.name):
-                    found.append(fit_layer.fit(group, opened, config, rank))
-                bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
+                    layer, is_known = kept.fit(group, opened, rank)
+                found.append(layer)
+                text, read = (
+                    f"N={len(group.members)}{' as saved' if is_known else ''}",
+                    0 if is_known else group.num_bytes,
+                )
+                bar.layer(group.name, group.num_bytes, text, read=read)
             return dataclasses.replace(empty, layers=tuple(found))
 
         if config.budget_bytes:
@@ -153,8 +206,6 @@ def _fit(opened, config, path, stream):
             plan.size(count["total"]),
             plan.size(count["originals"]),
         )
-    if path is not None:
-        result.save(path)
     return result
 
 
@@ -267,11 +318,12 @@ def table(result):
 def _provenance(opened, config):
     from jaxsub import __version__
 
-    config = dataclasses.replace(config, profile=False, max_host_bytes=0, max_device_bytes=0)  # change no byte of it
+    # The bundle is the same whatever these are.
+    plain = dataclasses.replace(config, restart=False, profile=False, max_host_bytes=0, max_device_bytes=0)
     return {
         "program": "fit",
-        "config": configs.to_dict(config),
-        "config_digest": configs.digest(config),
+        "config": configs.to_dict(plain),
+        "config_digest": configs.digest(plain),
         "collection_fingerprint": opened.fingerprint,
         "jaxsub_version": __version__,
         "quarantined": [dict(q) for q in opened.quarantined],

@@ -8,7 +8,7 @@ import os
 import time
 from concurrent import futures
 
-from jaxsub import collection as collections, errors, plugins
+from jaxsub import errors, plugins
 from jaxsub.pipelines import plan, provenance
 
 MAX_NEAR_COPIES = 1000
@@ -26,6 +26,7 @@ class Session:
         from jaxsub.pipelines import layers
 
         self.opened, self.config, self.workdir, self.stream = opened, config, workdir, stream
+        self.folder = None if workdir is None else os.path.join(workdir, "statistics")
         self.started, self.meter = started or time.perf_counter(), layers.Meter()
         self.mesh = placement.make_mesh(config.devices)
         view = "difference" if config.base and config.view == "weights" else config.view
@@ -82,6 +83,12 @@ class Session:
             ref = self.opened.refs[one]
             self.dropped.append({"id": ref.id, "member": one, "layer": error.key, "reason": error.message()})
             log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
+        aside.keep(self.folder, self.dropped, self.opened, self.config)
+        self._require_few(error)
+
+    def _require_few(self, error):
+        from jaxsub.pipelines import aside
+
         total = len(self.opened.refs) + len(self.opened.quarantined)
         count = len(self.opened.quarantined) + len(self.dropped)
         aside.require_few(error, count, total, len(self.opened.refs) - len(self.dropped), self.config)
@@ -99,12 +106,16 @@ class Session:
 
     def _run_pass(self):
         from jaxsub import distributed
-        from jaxsub.pipelines import copies, progress, tracing
+        from jaxsub.pipelines import aside, copies, progress, tracing
         from jaxsub.report import Report
 
         if self.stream is not None:
             self.stream.write(self.plan_text(most=LISTED) + "\n")
         distributed.together(lambda: plan.require_memory(self.plans(), *self.bounds))
+        # Process 0 alone sees the workdir.
+        self.dropped = distributed.gather_objects(aside.kept(self.folder, self.opened, self.config))[0]
+        if self.dropped:
+            self._require_few(aside.error_of(self.dropped[-1], self.opened))
         begun = time.perf_counter()
         self.meter.open_seconds += begun - self.started
         with tracing.stage("copies"):
@@ -122,7 +133,8 @@ class Session:
                 with tracing.stage(group.name):
                     found[_key(group)] = self.layer(group)
                 watchdog.step()
-                text, read = f"N={len(group.members)}", self.meter.bytes_read - before
+                read = self.meter.bytes_read - before
+                text = f"N={len(group.members)}{'' if read else ' as saved'}"
                 bar.layer(group.name, group.num_bytes, text, read=read)
         # A model that dropped out late is still in the layers before: those are read again without it.
         groups = self.groups()
@@ -188,10 +200,11 @@ class Session:
     def saved_at(self, group):
         """(path, digest) of a layer's statistics file; names come from a hash, never from a key."""
         from jaxsub import __version__
+        from jaxsub.pipelines.workdir import identity_of
 
-        files = [_identity(e, self.opened.models[m]) for m, e in zip(group.members, group.entries, strict=True)]
+        files = [identity_of(e, self.opened.models[m]) for m, e in zip(group.members, group.entries, strict=True)]
         base = (
-            [self.base.path] + [_identity(t, self.base) for n, t in self.base.tensors.items() if n == group.name]
+            [self.base.path] + [identity_of(t, self.base) for n, t in self.base.tensors.items() if n == group.name]
             if self.base
             else []
         )
@@ -200,12 +213,12 @@ class Session:
             dataclasses.astuple(self.options), self.mesh.size, self.mesh.devices.flat[0].platform,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
-        if self.workdir is None:
+        if self.folder is None:
             return None, digest
         name = hashlib.sha256(
             f"{group.name}\0{group.shape}\0{group.parametrisation}".encode("utf-8", "surrogatepass")
         ).hexdigest()[:16]
-        return os.path.join(self.workdir, "statistics", f"layer_{name}.safetensors"), digest
+        return os.path.join(self.folder, f"layer_{name}.safetensors"), digest
 
     def plans(self):
         """LayerPlans of `groups`."""
@@ -298,11 +311,3 @@ def _load(path, digest):
 
 def _key(group):
     return group.name, group.shape, group.parametrisation
-
-
-def _identity(entry, model):
-    """What must be the same for statistics to be used again: the tensor, and its files as they were."""
-    if hasattr(entry, "a"):
-        return (_identity(entry.a, model), _identity(entry.b, model), entry.scale, entry.transposed, entry.shape)
-    files = [(f.path, f.size, f.mtime_ns) for f in collections.files_of(entry, model)]
-    return (entry.name, entry.dtype, files, -1 if entry.extent is None else entry.extent.offset)

@@ -281,7 +281,7 @@ def test_statistics_are_reused_and_a_changed_file_is_read_again(tmp_path):
     assert again.layers == first.layers
     assert sorted(os.listdir(workdir))[:1] == [".jaxsub.lock"] and os.path.exists(f"{workdir}/report.html")
     safetensors.write(str(folder / "m003.safetensors"), {"w": worlds.noise(1, seed=77)[0]}, None)
-    with pytest.raises(errors.WorkdirError, match="collection_fingerprint"):
+    with pytest.raises(errors.WorkdirError, match="model m003 changed"):
         analyze(folder, workdir=workdir)
     changed = analyze(folder, workdir=workdir, restart=True)
     assert changed["provenance"]["bytes_read"] > 0 and changed.layers != first.layers

@@ -41,8 +41,10 @@ def test_fit_and_verify_from_the_command_line(folder, tmp_path, capsys):
     assert max(map(len, lines[:-1])) <= 100 and lines[-1] == f"bundle: {place}/bundle"
     path = os.path.join(place, "bundle")
     assert jaxsub.load(path).layers[0].figures["energy_kept"] == pytest.approx(1.0, abs=1e-6)
-    with pytest.raises(errors.WorkdirError, match="exists already"):
-        call("fit", *wanted)
+    call("fit", *wanted)  # finished: says the same again
+    assert capsys.readouterr().out.splitlines() == lines
+    with pytest.raises(errors.WorkdirError, match="config.rank was 2, is 1"):
+        call("fit", *wanted[:2], "--rank=1", wanted[3])
     call("verify", f"--bundle={path}")
     assert capsys.readouterr().out == "whole: every file is as it was written\n"
     with open(os.path.join(path, "coefficients.safetensors"), "r+b") as file:
