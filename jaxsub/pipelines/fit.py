@@ -180,11 +180,8 @@ def _fit(opened, config, kept, stream):
                 with tracing.stage(group.name):
                     layer, is_known = kept.fit(group, opened, rank)
                 found.append(layer)
-                text, read = (
-                    f"N={len(group.members)}{' as saved' if is_known else ''}",
-                    0 if is_known else group.num_bytes,
-                )
-                bar.layer(group.name, group.num_bytes, text, read=read)
+                text = f"N={len(group.members)}{' as saved' if is_known else ''}"
+                bar.layer(group.name, group.num_bytes, text, read=0 if is_known else group.num_bytes)
             return dataclasses.replace(empty, layers=tuple(found))
 
         if config.budget_bytes:

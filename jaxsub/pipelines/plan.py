@@ -128,7 +128,7 @@ def time_lines(seconds, rates):
     """Lines about the time, from `estimate.Seconds` and `estimate.Rates`."""
     read = f"{duration(seconds.read)} at {rate(rates.read)}" if rates.read else "of files that are not raw, unknown"
     return [
-        f"time, an estimate: {duration(seconds.total)}; reading {read}, products {duration(seconds.compute)}"
+        f"time, about {duration(seconds.total)}; reading {read}, products {duration(seconds.compute)}"
         f" at {rates.product / 1e9:.0f} GFLOP/s, figures {duration(seconds.figures)}",
         f"  (from {size(rates.sampled)} of the files, no weight whole, and one small product; compiling comes on top)",
     ]

@@ -125,6 +125,7 @@ def convolutions(folder, count=8, noise=0.0):
     return str(folder), np.stack(updates).reshape(count, 6, 4, 3, 3)
 
 
+@pytest.mark.slow
 def test_updates_of_convolutions_come_back_in_their_shape(tmp_path):
     folder, updates = convolutions(tmp_path / "m")
     jaxsub.fit(folder, tmp_path / "b", rank=2)

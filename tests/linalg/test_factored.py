@@ -152,6 +152,7 @@ def test_equal_models_have_no_centred_energy_above_the_floor():
         assert float(energies[0]) <= float(floor) < 1e-4 * raw
 
 
+@pytest.mark.slow
 def test_a_large_mean_is_within_the_certificate():
     a, b, scales = stack(mean=30.0)
     w = dense(a, b, scales, True)

@@ -48,7 +48,8 @@ def sketch(x, key, devices=1):
         return [np.asarray(t) for t in found]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_sketched_energies_do_not_flatter(seed):
     """A flat mode spectrum: directions scored on the half that found them claim too much; across halves never."""
     x = stack((256, 64), num_models=24, seed=seed)
@@ -80,7 +81,8 @@ def on(x, devices, whole_rows=False):
     return place(flat, mesh), mesh
 
 
-SHARDED = [(12, (6, 5)), (3, (4, 3, 2, 2)), (17, (40, 3))]  # more, fewer models than devices, and no multiple
+# More and fewer models than devices, and no multiple of them.
+SHARDED = [(17, (40, 3)), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((12, (6, 5)), (3, (4, 3, 2, 2))))]
 
 
 @pytest.mark.parametrize("devices", [8, *(pytest.param(d, marks=pytest.mark.slow) for d in (2, 4))])

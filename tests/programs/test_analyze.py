@@ -128,7 +128,7 @@ def test_one_broken_file_is_named_and_the_run_goes_on(tmp_path):
     assert aside["id"] == "m004" and "m004.safetensors" in aside["reason"]
 
 
-@pytest.mark.parametrize("scale", [1e-41, 1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e-41, *(pytest.param(s, marks=pytest.mark.slow) for s in (1e-30, 1e30))])
 def test_scale_changes_nothing_but_the_scale(tmp_path, scale):
     # Powers of two, so that float32 subnormals are exact multiples.
     power = 2.0 ** np.round(np.log2(scale))

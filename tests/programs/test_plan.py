@@ -285,7 +285,7 @@ def test_the_plan_stands_before_the_first_weight_is_read(tmp_path, monkeypatch):
         session.run()
     said = str(caught.value)
     assert all(len(line) <= 100 for line in said.splitlines())
-    assert "to read: 4.9 KiB" in said and "time, an estimate: " in said and "no weight whole" in said
+    assert "to read: 4.9 KiB" in said and "time, about " in said and "no weight whole" in said
     assert "... and 3 more, which --dry_run lists" in said and "l22" not in said
     assert said.count("on CPU a part of the host's") == 1 and "nothing without --workdir" in said
     whole = analyze.run(options(folder, dry_run=True))

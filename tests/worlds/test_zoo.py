@@ -38,7 +38,7 @@ def contents(folder):
 
 
 # Trained anew twice, in seconds each; the other trained worlds share their code.
-TRAINED = ("lora", "own_start_same_task", "own_start_split_task")
+TRAINED = ("lora", "same_start_same_task", "own_start_same_task", "own_start_split_task")
 
 
 @pytest.mark.parametrize(
