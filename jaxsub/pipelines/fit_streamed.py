@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxsub import bundle, errors, heldout, placement, precision, subspace
 from jaxsub.decompositions import gram as plugin
 from jaxsub.linalg import gram as kernels, pieces, products
-from jaxsub.pipelines import layers, plan as plans
+from jaxsub.pipelines import layers, memory, plan as plans
 from jaxsub.statistics import Statistics
 
 PIECE = 2**20  # columns of the basis transformed at once
@@ -44,8 +44,8 @@ def allowed(config):
 
 
 def block_bytes(config):
-    """Bytes of a block: an eighth of what is allowed, at most the usual."""
-    return int(max(2**20, min(layers.Options().block_bytes, allowed(config) / 8)))
+    """Bytes of a block: an eighth of what is allowed beyond the kernels' own, at most the usual."""
+    return int(max(2**20, min(layers.Options().block_bytes, (allowed(config) - memory.RUNTIME_BYTES) / 8)))
 
 
 def peak(group, rank, config):
@@ -198,7 +198,7 @@ def _figures(stats, left, rank):
 
 
 def _require_memory(group, rank, config):
-    needed, free = peak(group, rank, config), allowed(config)
+    needed, free = memory.RUNTIME_BYTES + peak(group, rank, config), allowed(config)
     if needed > free:
         raise errors.ResourceError(
             f"layer {errors.quote(group.name)}: mean and basis of {rank} components need {plans.size(needed)}, "

@@ -107,10 +107,7 @@ def _dense_device(plan, mesh):
     if plan.sketched_axes:
         steps.append(mixed + max(_sketch(plan, axis) for axis in plan.sketched_axes) * wide)
     exact = [shape[a] for a in plan.exact_axes] + [n * (size // plan.rows)] * plan.other_side
-    # A model and the mean in float64. Of columns that padding ends on several devices, XLA gathers the whole block on
-    # each, and converts it.
-    gathered = (stored + wide) * n * plan.width if mesh.size > 1 and plan.width != size else 0
-    steps += [gathered + 3 * 8 * side**2 + 3 * 8 * size for side in exact]
+    steps += [3 * 8 * side**2 + 3 * 8 * size for side in exact]  # a model and the mean in float64
     if plan.strengths:
         steps.append(8 * n * min(shape) ** 2 + 2 * 8 * size)
     converted = 4 * n * width if stored == 2 else 0  # blocks of 16-bit floats, whole

@@ -96,7 +96,7 @@ def child(folder, allowed):
         for n in range(16):
             weight = np.random.default_rng(n).standard_normal((rows, 1024), dtype=np.float32)
             safetensors.write(os.path.join(place, f"m{n:02d}.safetensors"), {"w": weight})
-    jaxsub.fit(small, rank=2, max_host_bytes=2**23 + 2**22)
+    jaxsub.fit(small, rank=2, max_host_bytes=100 * 2**20)
     before = resident("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     jaxsub.fit(os.path.join(folder, "*.safetensors"), rank=2, max_host_bytes=allowed)
