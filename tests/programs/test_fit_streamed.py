@@ -35,7 +35,7 @@ def streamed(monkeypatch):
 
     def on():
         monkeypatch.setattr(fit_streamed, "allowed", lambda _: 1)
-        monkeypatch.setattr(fit_streamed, "peak", lambda *_: 0)
+        monkeypatch.setattr(fit_streamed, "_require_memory", lambda *_: None)
         monkeypatch.setattr(fit_streamed, "block_bytes", lambda _: 12 * 70 * 4 * 31)
 
     return on
