@@ -161,7 +161,7 @@ def require_finite(array, member, model, tensor):
     return wide
 
 
-def blocks(group, models, plan, mesh, *, base=None):
+def blocks(group, models, plan, mesh, *, base=None, past_cache=False):
     """Yields the `Block`s of a dense group in order, the next one being read meanwhile.
 
     Args:
@@ -170,12 +170,13 @@ def blocks(group, models, plan, mesh, *, base=None):
         plan: LayerPlan of the group.
         mesh: mesh with the axis "features".
         base: Model to subtract, or None; its tensor must have the group's name and shape.
+        past_cache: see `formats.read_into`.
 
     Raises:
         NonFiniteError: at the first block with a NaN or an Inf, for the first such model.
     """
     window = columns_here(plan.width, mesh)
-    sources = [_Source(m, t) for m, t in zip(models, group.entries, strict=True)]
+    sources = [_Source(m, t, past_cache) for m, t in zip(models, group.entries, strict=True)]
     base_source = _Source(base, _base_tensor(base, group)) if base is not None else None
     dtype = descriptors.numpy_dtype(plan.storage)
     buffers = [
@@ -307,15 +308,14 @@ def read_factors(group, models):
 def read_columns(model, tensor, member, first, end, *, leading):
     """(r, columns) of A (r, width), of B (width, r) if `leading`: columns first to end, fewer where it ends before."""
     rank = tensor.shape[1] if leading else tensor.shape[0]
-    width = tensor.size // rank
-    first, end = min(first, width), min(end, width)
+    first, end = (min(at, tensor.size // rank) for at in (first, end))
     source = _Source(model, tensor)
     part = np.empty((end - first, rank) if leading else (rank, end - first), source.dtype)
-    if leading or end - first == width:
+    if leading or end - first == tensor.size // rank:
         source.read(first * rank, part.size, part.reshape(-1))
     else:
         for row, out in enumerate(part):
-            source.read(row * width + first, out.size, out)
+            source.read(row * (tensor.size // rank) + first, out.size, out)
     part = require_finite(part, member, model, tensor)
     return part.T if leading else part
 
@@ -323,17 +323,17 @@ def read_columns(model, tensor, member, first, end, *, leading):
 class _Source:
     """Rows of one model's tensor; tensors without an extent are loaded once and kept while the layer lasts."""
 
-    def __init__(self, model, tensor):
-        self.model, self.tensor, self.loaded = model, tensor, None
+    def __init__(self, model, tensor, past_cache=False):
+        self.model, self.tensor, self.loaded, self.past_cache = model, tensor, None, past_cache
         self.dtype = descriptors.numpy_dtype(tensor.dtype)
 
     def read(self, start, count, out):
         """Copies `count` entries from flat index `start` on into `out` (count,), converting exactly."""
         if self.tensor.extent is not None and out.dtype == self.dtype:
-            formats.read_into(self.tensor.extent, start * self.dtype.itemsize, out.view(np.uint8))
+            formats.read_into(self.tensor.extent, start * self.dtype.itemsize, out.view(np.uint8), self.past_cache)
         elif self.tensor.extent is not None:
             raw = np.empty(count, self.dtype)
-            formats.read_into(self.tensor.extent, start * self.dtype.itemsize, raw.view(np.uint8))
+            formats.read_into(self.tensor.extent, start * self.dtype.itemsize, raw.view(np.uint8), self.past_cache)
             out[:] = raw
         else:
             if self.loaded is None:

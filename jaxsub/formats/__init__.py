@@ -80,9 +80,9 @@ def read(model, tensor):
     return _model.read(tensor, model.load)
 
 
-def read_into(extent, byte_start, view):
+def read_into(extent, byte_start, view, past_cache=False):
     """Fills a writable buffer from `byte_start` bytes into an Extent; see `_files.read_into`."""
-    _files.read_into(extent, byte_start, view)
+    _files.read_into(extent, byte_start, view, past_cache)
 
 
 def ending(model):

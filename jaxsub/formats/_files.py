@@ -18,7 +18,7 @@ import shutil
 import stat
 
 from jaxsub import descriptors, errors
-from jaxsub.formats import _hints
+from jaxsub.formats import _direct, _hints
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git or sha256 digest: the names in a hub cache
@@ -76,8 +76,10 @@ def read_bytes(file, offset, num_bytes):
         return opened.read(offset, num_bytes)
 
 
-def read_into(extent, byte_start, view):
+def read_into(extent, byte_start, view, past_cache=False):
     """Fills the writable `view` (contiguous, any item size) from `extent.offset + byte_start` on; releases the GIL.
+
+    `past_cache`: large reads leave what is not cached so (`_direct`); for what is read once and more than memory holds.
 
     Raises:
         InputChangedError: the file is not the one whose header was read, or changed during this read.
@@ -88,7 +90,7 @@ def read_into(extent, byte_start, view):
         with _opened(file.path) as fd:
             _require_unchanged(file, os.fstat(fd))
             _advise(fd, "RANDOM" if view.nbytes >= _LARGE else "NORMAL")
-            _fill(fd, position, view, file)
+            _fill(fd, position, view, file, past_cache and view.nbytes >= _LARGE)
             _require_unchanged(file, os.fstat(fd))
     except errors.InputChangedError:
         raise
@@ -151,8 +153,11 @@ def _too_short(file, end):
     )
 
 
-def _fill(fd, position, view, file):
-    done = 0
+def _fill(fd, position, view, file, past_cache=False):
+    try:
+        done = _direct.fill(fd, file.device, position, view) if past_cache else 0
+    except OSError as error:
+        raise errors.InputError(file.path, f"cannot be read: {error.strerror}", rule="F4") from error
     while done < view.nbytes:
         try:
             count = os.preadv(fd, [view[done : done + _MAX_PREAD]], position + done)

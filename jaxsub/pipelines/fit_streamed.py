@@ -66,7 +66,7 @@ def fit(group, models, ids, config, rank):
     stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
     none = np.zeros((0, plan.num_models), np.float32)
     with jax.enable_x64(True):
-        for block in placement.blocks(group, models, plan, mesh):
+        for block in placement.blocks(group, models, plan, mesh, past_cache=True):
             sums, _ = kernels.dense_gram(block.x, none, mesh=mesh, dtype=plan.dtype)
             stats.add(jax.device_get(sums), block.exponent)
         found = _components(stats, plan, config, rank)
@@ -129,7 +129,7 @@ def _second_read(group, models, plan, mesh, exponent, found):
     inverse = np.divide(1.0, found.s, out=np.zeros_like(found.s), where=found.s > 0)
     weights = (found.vectors * inverse).T
     at = 0
-    for block in placement.blocks(group, models, plan, mesh):
+    for block in placement.blocks(group, models, plan, mesh, past_cache=True):
         step = np.float64(2.0) ** (block.exponent - exponent)
         rows = kernels.combinations(block.x, weights * step, mesh=mesh, dtype="float32")
         means, missed = _rest(block.x, rows, found.vectors * found.s, step, mesh=mesh)

@@ -48,7 +48,7 @@ def layer_key(name, seed):
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode("utf-8", "surrogatepass")))
 
 
-def statistics(group, models, mesh, options, *, base=None, meter=None):
+def statistics(group, models, mesh, options, *, base=None, meter=None, past_cache=False):
     """Statistics of one layer group.
 
     Args:
@@ -58,6 +58,7 @@ def statistics(group, models, mesh, options, *, base=None, meter=None):
         options: Options.
         base: Model to subtract from dense layers, or None.
         meter: Meter to add to.
+        past_cache: dense layers are read past the page cache, see `formats.read_into`.
 
     Raises:
         NonFiniteError: naming the first model with a NaN or an Inf.
@@ -66,17 +67,17 @@ def statistics(group, models, mesh, options, *, base=None, meter=None):
     with jax.enable_x64(True):
         if group.parametrisation == "lora":
             return lora.statistics(group, models, mesh, options, meter, key)
-        return _dense(group, models, mesh, options, base, meter, key)
+        return _dense(group, models, mesh, options, base, meter, key, past_cache)
 
 
-def _dense(group, models, mesh, options, base, meter, key):
+def _dense(group, models, mesh, options, base, meter, key, past_cache):
     plan = placement.plan_dense(group, mesh.size, options, base)
     ids = tuple(i for i, _ in models)
     stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
     stats.roundings = np.array([precision.rounding(t.dtype) for t in group.entries])
     weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
     sums = _Sums(plan, stats)
-    stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base)
+    stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base, past_cache=past_cache)
     before, most = None, hostmemory.resident() + HELD_BLOCKS * plan.block_bytes
     while True:
         started = time.perf_counter()

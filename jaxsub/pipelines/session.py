@@ -33,7 +33,7 @@ class Session:
         self.view = plugins.load("views", view)
         self.base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
         self.dropped = []  # models found not finite while reading
-        self.copies = []
+        self.copies, self.past_cache = [], False
         # A block is shared by the processes: each reads as much of it as one would alone.
         self.options = layers.Options(precision=config.precision, seed=config.seed)
         whole = self.options.block_bytes * jax.process_count()
@@ -125,6 +125,7 @@ class Session:
         self.meter.read_seconds += time.perf_counter() - begun
         groups = self.groups()
         total = sum(g.num_bytes for g in groups)
+        self.past_cache = total > plan.total_bytes() / 2  # the cache would not hold it for the next program either
         found = {}
         watchdog = distributed.Watchdog(self.config.stall_timeout)
         with progress.Progress(total, len(groups), stream=self.stream) as bar, watchdog:
@@ -185,7 +186,9 @@ class Session:
             begun, meter = time.perf_counter(), self.meter
             known = meter.read_seconds + meter.compute_seconds
             try:
-                stats = layers.statistics(group, models, self.mesh, self.options, base=self.base, meter=meter)
+                stats = layers.statistics(
+                    group, models, self.mesh, self.options, base=self.base, meter=meter, past_cache=self.past_cache
+                )
             except placement.NonFiniteError as error:
                 self.drop(error, group)
                 continue

@@ -58,7 +58,7 @@ def quick(monkeypatch):
         found = [placement.require_finite(formats.read(m, t), i, m, t) for i, (m, t) in pairs]
         return np.stack(found).reshape(len(found), -1).astype(np.float64)
 
-    def statistics_of(group, models, mesh, options, *, base=None, meter=None):
+    def statistics_of(group, models, mesh, options, *, base=None, meter=None, past_cache=False):
         x, ids = rows_of(group, [m for _, m in models]), [i for i, _ in models]
         found = statistics.Statistics.empty(group.name, group.shape, "dense", ids, "float32", "float64")
         mean = x.mean(0)
