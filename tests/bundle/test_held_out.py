@@ -42,6 +42,7 @@ def worlds():
     return {"planted": planted + 0.01 * rng.standard_normal(planted.shape), "noise": rng.standard_normal((COUNT, 8, 6))}
 
 
+@pytest.mark.slow
 def test_dense_tucker_fits(worlds, tmp_path):
     for n in range(COUNT):
         safetensors.write(tmp_path / f"m{n}.safetensors", {k: x[n].astype(np.float32) for k, x in worlds.items()})

@@ -127,6 +127,7 @@ def test_a_weight_of_one_number_is_the_same_before_and_after_it_is_saved(tmp_pat
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_error", [0.0, 1e-9])
 def test_float64_weights_are_kept_as_such_beside_a_narrow_basis(tmp_path, max_error):
     (tmp_path / "m").mkdir()

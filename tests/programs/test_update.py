@@ -85,6 +85,7 @@ def call(*arguments):
 TUCKER = [pytest.param(n, marks=pytest.mark.slow) for n in ("hosvd", "sthosvd", "hooi")]
 
 
+@pytest.mark.slow
 def test_adding_to_a_whole_bundle_is_a_fit_of_all(places, tmp_path):
     """The bundle holds all of its models, the new ones bring a direction it lacks."""
     jaxsub.fit(places["old"], tmp_path / "b", energy=1.0, layers=["w"])

@@ -29,6 +29,7 @@ def tiny(tmp_path_factory):
     return worlds
 
 
+@pytest.mark.slow
 def test_layers_shapes_and_labels(tiny):
     layers, labels = tiny["own_start_split_task"]
     shapes = {name: x.shape for name, x in layers.items()}
@@ -43,12 +44,14 @@ def test_layers_shapes_and_labels(tiny):
     assert len({label["start"] for label in labels}) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_learn(tiny, name):
     reached = [float(label["accuracy"]) for label in tiny[name][1]]
     assert np.mean(reached) > 0.85  # chance is .1 on ten classes, at most .2 on five
 
 
+@pytest.mark.slow
 def test_recorded_accuracy_is_that_of_the_written_weights(tiny):
     layers, labels = tiny["same_start_split_task"]
     held_out = digits.load()[1]
@@ -61,6 +64,7 @@ def test_recorded_accuracy_is_that_of_the_written_weights(tiny):
         assert np.mean(answer == held_out.labels[own]) == pytest.approx(float(labels[i]["accuracy"]), abs=0.006)
 
 
+@pytest.mark.slow
 def test_shared_starts_stay_close_and_own_starts_are_unrelated(tiny):
     pairs = np.triu_indices(16, 1)
     for layer in _digits.KERNELS:
@@ -75,6 +79,7 @@ def test_shared_starts_stay_close_and_own_starts_are_unrelated(tiny):
                 assert oracles.mean_share(x) < 1.5 / 16
 
 
+@pytest.mark.slow
 def test_only_shared_starts_share_a_subspace(tiny):
     for layer in _digits.KERNELS:
         left = {name: oracles.leave_one_out(tiny[name][0][layer], 4) for name in NAMES}
@@ -83,6 +88,7 @@ def test_only_shared_starts_share_a_subspace(tiny):
         assert min(left["own_start_same_task"], left["own_start_split_task"]) > 0.97
 
 
+@pytest.mark.slow
 def test_all_worlds_of_one_size_use_one_compiled_loop(tiny):
     assert tiny["compiled"] == 1
 
