@@ -22,7 +22,7 @@ HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends all
 STALL_SECONDS = 1800
 SHUTDOWN_SECONDS = 24 * 3600  # the others wait so long for process 0 to write the report
 DETECTED = (  # variables that say how many processes there are, of the launchers that JAX knows and our own
-    "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS",  # of srun; SLURM_NTASKS stands in a batch script too, which runs once
     "OMPI_COMM_WORLD_SIZE",
     "JAX_NUM_PROCESSES",
 )

@@ -1,0 +1,53 @@
+"""When a program takes itself for one of several processes; runs of several are in `programs/test_processes.py`."""
+
+import numpy as np
+import pytest
+
+from jaxsub import distributed, errors
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in distributed.SHOWN:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # a batch script: it runs once
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"JAX_NUM_PROCESSES": "nonsense"}, False),
+    ],
+)
+def test_what_says_that_there_are_several(monkeypatch, variables, several):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._several_detected() == several
+
+
+@pytest.mark.parametrize(
+    "given", [{"coordinator": "a:1"}, {"num_processes": 2}, {"coordinator": "a:1", "process_id": 0}]
+)
+def test_half_of_the_options_are_refused(given):
+    with pytest.raises(errors.ConfigError, match="give all three"):
+        distributed.start(**given)
+
+
+def test_a_number_beyond_the_count_is_refused():
+    with pytest.raises(errors.ConfigError, match=r"0 \.\. 1"):
+        distributed.start("host:1", 2, 2)
+
+
+def test_alone_everything_is_a_plain_call():
+    assert distributed.is_main() and distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    np.testing.assert_array_equal(distributed.gather(np.arange(3)), [[0, 1, 2]])
+    assert distributed.together(lambda: 5) == 5
+    with pytest.raises(errors.WorkdirError):
+        distributed.together(lambda: (_ for _ in ()).throw(errors.WorkdirError("x")))
+    distributed.require_same("collection", "abc")
