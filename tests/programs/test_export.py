@@ -156,7 +156,8 @@ def deltas(folder):
     return found
 
 
-@pytest.mark.parametrize("rank", [3, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [3, 7])
 def test_members_are_what_reconstruct_gives(tmp_path, rank):
     bundle = jaxsub.fit(collection(tmp_path / "m"), rank=rank)
     written = bundle.export(tmp_path / "new", ["sub/a3", "sub/a1"])

@@ -168,6 +168,7 @@ def test_rank_never_reached_is_said_and_is_not_the_cap(report, layer):
     assert "39" not in re.findall(r"components for.*?Share of", text)[0].split()
 
 
+@pytest.mark.slow
 def test_three_hundred_layers_are_small_and_quick(report, layer):
     given = report([layer(f"blocks.{i}.attention.query.kernel", num_models=120) for i in range(300)], num_models=120)
     start = time.process_time()
