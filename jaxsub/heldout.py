@@ -86,6 +86,13 @@ def leave_one_out(gram, ks, *, leverage=None, eigen=None):
     return _curve(baseline.sum(), explained.sum(0), ks)
 
 
+def of_one_model(gram, rank):
+    """Figures "held_out" and "held_out_by" of a fit of `rank` components; None where LOO(rank) says nothing."""
+    if not np.trace(gram) > 0 or rank > len(gram) - 2:
+        return {"held_out": None}
+    return {"held_out": float(leave_one_out(gram, [rank])[0]), "held_out_by": "one model"}
+
+
 def within_groups(gram, groups):
     """Gram matrix of the models about the mean of their own group, and the leverages for leaving one out.
 

@@ -108,24 +108,23 @@ def read(folder):
 CALLS = {"usual": usual, "streamed": streamed, "analyzed": analyzed, "read": read}
 
 
-def peak(field):
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
-
-
 def child(name, folder, cold):
     """Prints seconds and the MiB that the call took beyond what was there before it."""
+    from jaxsub import hostmemory
+    from jaxsub.pipelines import plan
+
     call = CALLS[name](folder)
     if cold:
         os.sync()
         with open("/proc/sys/vm/drop_caches", "w") as file:
             file.write("3")
-    before = peak("VmRSS")
+    before = hostmemory.resident()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     started = time.perf_counter()
     call()
-    print(json.dumps([time.perf_counter() - started, peak("VmHWM") - before, peak("VmHWM")]))
+    seconds, peak = time.perf_counter() - started, plan.peak_resident()
+    print(json.dumps([seconds, (peak - before) / 2**20, peak / 2**20]))
 
 
 def main():

@@ -130,35 +130,44 @@ def rule(stack, options):
 
 
 def row_cap(stack):
-    """Most components that N centred models of D weights can have."""
+    """Most components that N centred models of D weights can have; of a stack, or of its Statistics."""
     return min(stack.num_models - 1, stack.num_features)
 
 
 def fit_rows(name, reference, stack, *, rank, energy):
     """LinearSubspace of the models as rows, by their Gram matrix; rank 0 takes as many components as `energy` needs."""
     cap = row_cap(stack)
-    if rank:
-        operands.require_rank(rank, cap, f"a centred stack of {stack.num_models} models")
-    elif not 0 < energy <= 1:
-        raise errors.ConfigError(f"energy={energy}: must lie in (0, 1]")
+    require_rows(rank, energy, cap, stack.num_models)
     with jax.enable_x64(True):
         y, mean = centre(stack.x.reshape(stack.num_models, -1), centring="models")
         dtype = dtype_of(stack, min(stack.num_models, stack.num_features))
         found = svd.gram_svd(y, rank=rank or 1, dtype=dtype)
         spectrum = subspace.Spectrum(np.asarray(found.s)[:cap], float(found.energy), float(found.floor))
-        reached = True
+        chosen, procedure, certificate = rows_of(spectrum, cap, name, reference, rank=rank, energy=energy)
         if not rank:
-            needed = spectrum.rank_of(energy)
-            rank, reached = needed or cap, needed is not None
-            found = svd.gram_svd(y, rank=rank, dtype=dtype)
-        total = spectrum.total_energy
-        left = max(total - float(np.square(spectrum.values[:rank]).sum()), 0.0)
-        error = float(np.sqrt(left / total)) if total > 0 else 0.0
-        # What lies under the floor was not measured: it may be missing from the tail, or from the basis.
-        slack = spectrum.floor * np.sqrt(rank / total) if total > 0 else 0.0
-        certificate = subspace.Certificate(error, float(np.hypot(error, slack)), exact=True, passes=2)
-        procedure = subspace.Procedure(name, ("models",), "models", cap, reached=reached, reference=reference)
+            found = svd.gram_svd(y, rank=chosen, dtype=dtype)
         return subspace.LinearSubspace(mean, found.vt, spectrum, stack.shape, procedure, certificate)
+
+
+def require_rows(rank, energy, cap, num_models):
+    """Raises ConfigError for a rank that `num_models` centred rows cannot have, or an energy that is none."""
+    if rank:
+        operands.require_rank(rank, cap, f"a centred stack of {num_models} models")
+    elif not 0 < energy <= 1:
+        raise errors.ConfigError(f"energy={energy}: must lie in (0, 1]")
+
+
+def rows_of(spectrum, cap, name, reference, *, rank, energy):
+    """(rank, Procedure, Certificate) of principal components of rows, from their Spectrum."""
+    needed = rank or spectrum.rank_of(energy)
+    rank, reached = needed or cap, needed is not None
+    total = spectrum.total_energy
+    left = max(total - float(np.square(spectrum.values[:rank]).sum()), 0.0)
+    error = float(np.sqrt(left / total)) if total > 0 else 0.0
+    # What lies under the floor was not measured: it may be missing from the tail, or from the basis.
+    slack = spectrum.floor * np.sqrt(rank / total) if total > 0 else 0.0
+    certificate = subspace.Certificate(error, float(np.hypot(error, slack)), exact=True, passes=2)
+    return rank, subspace.Procedure(name, ("models",), "models", cap, reached=reached, reference=reference), certificate
 
 
 def long_axis(stack):

@@ -19,7 +19,6 @@ from jaxsub import errors
 from jaxsub.formats import _files, _header, _json, _loadings, _model, _peft, _sniff, peft
 
 META, HEAD = "adapter_meta.json", "classifier_head.safetensors"
-MAX_META = 1 << 22  # bytes
 _HINT = "compress the adapters again, or give the originals"
 
 
@@ -39,7 +38,7 @@ def open(path, *, root=None, allow_roots=()):
     basis = _content(os.path.join(above, _sniff.SHARED_BASIS), allow_roots=allow_roots)  # not in `path`, by design
     loadings = _content(os.path.join(path, _sniff.LOADINGS), **where)
     config, meta = _config(os.path.join(path, META), where)
-    file, products = loadings.file.path, _loadings.Products(loadings.file.path, _HINT)
+    file, products = loadings.file.path, _loadings.Products(loadings.file.path, _HINT, loadings.load)
     components, tensors = {t.name: t for t in basis.tensors}, []
     for tensor in loadings.tensors:
         layer, mark, side = tensor.name.rpartition(":")
@@ -68,9 +67,7 @@ def _config(path, where):
     if not os.path.lexists(path):
         raise errors.InputError(path, "is not there", hint="the scale of an adapter is in it", rule="H13")
     file = _files.identify(path, **where)
-    if not 0 < file.size <= MAX_META:
-        raise _files.damaged(file, f"has {file.size} bytes, 1 to {MAX_META} are possible", rule="H13")
-    fields = _json.parse(_files.read_bytes(file, 0, file.size), file.path, rule="H13")
+    fields = _json.parse(peft.config_bytes(file), file.path, rule="H13")
     config = fields.get("original_config") if isinstance(fields, dict) else None
     if not isinstance(config, dict) or not config:
         raise _fail(file.path, "original_config", "is no table of PEFT's fields: the scale is unknown")

@@ -50,7 +50,7 @@ def open(path, *, root=None, allow_roots=()):
     config_path = os.path.join(path, CONFIG)
     if CONFIG not in names:
         raise errors.InputError(config_path, "is not there", hint="the scale of an adapter is in it", rule="H13")
-    data = _config_bytes(_files.identify(config_path, **where))
+    data = config_bytes(_files.identify(config_path, **where))
     weights = next((name for name in _sniff.ADAPTER_FILES if name in names), None)
     config = _peft.parse(data, config_path, others=subspaceadapter.TYPES)
     if weights is None:
@@ -66,7 +66,8 @@ def open(path, *, root=None, allow_roots=()):
     return assemble(path, content, notes[key])
 
 
-def _config_bytes(file):
+def config_bytes(file):
+    """The bytes of a FileId that should be a small JSON file."""
     if not 0 < file.size <= MAX_CONFIG:
         raise _files.damaged(file, f"has {file.size} bytes, 1 to {MAX_CONFIG} are possible", rule="H13")
     return _files.read_bytes(file, 0, file.size)

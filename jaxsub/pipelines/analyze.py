@@ -102,7 +102,7 @@ def analyze(opened, config, workdir=None, *, stream=None, started=None):
 
     distributed.require_same("collection", opened.fingerprint)
     main = distributed.is_main()
-    trace = None if config.dry_run or not main else tracing.folder_of(config, workdir)
+    trace = None if config.dry_run else tracing.folder_of(config, workdir)  # refuses on all processes alike
     here = (workdir, stream) if main else (None, None)
     session = distributed.together(lambda: sessions.Session(opened, config, *here, started))
     if config.dry_run:

@@ -13,9 +13,8 @@ import time
 import numpy as np
 import threadpoolctl
 
-from jaxsub import collection, errors, formats, hostmemory, placement
-from jaxsub.linalg.modes import COLUMNS, MIXTURES
-from jaxsub.pipelines import lora
+from jaxsub import collection, errors, formats, hostmemory, placement, verdict
+from jaxsub.pipelines import lora, memory
 
 READ_SECONDS, READ_BYTES, PLACES = 0.1, 2**20, 64  # at most: of the measurement, of one place, places
 PRODUCT_WIDTH, PRODUCT_MODELS = 8192, 256  # columns, and rows at most, of the product that is timed
@@ -23,8 +22,6 @@ EIGEN_SIZE = 96
 LAYER_SECONDS = 0.01  # of calls, files and small products that every layer costs
 DRAW_SECONDS = 3e-3  # of a null draw, however few the models: Python's own, one thread at a time
 DRAW_EIGEN = 2  # and what grows with the models, its spectrum and held-out errors, in eigenproblems of N x N
-FEW_DRAWS = 8  # that suffice for layers much wider than there are models
-SKETCHED = 2 * MIXTURES * COLUMNS  # test columns of a sketched axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +156,7 @@ def seconds(plans, groups, rates, options, *, nulls, draws, processes=1):
 def _figures(plan, rates, nulls, draws):
     """Seconds of a layer's null draws."""
     wide = not plan.strengths
-    number = (len(nulls) - ("strength" in nulls and wide)) * (min(draws, FEW_DRAWS) if wide else draws)
+    number = (len(nulls) - ("strength" in nulls and wide)) * (min(draws, verdict.FEWEST_DRAWS) if wide else draws)
     return number * (DRAW_SECONDS + DRAW_EIGEN * rates.eigen * plan.num_models**3 / (os.cpu_count() or 1))
 
 
@@ -171,13 +168,13 @@ def operations(plan, group, options):
         total = 0
         for width in (math.prod(pair.a.shape[1:]), pair.b.shape[0]):
             exact = lora.mode_is_exact(rows, width, options)
-            total += 2 * rows * width * (rows + (2 * min(rows, width) if exact else SKETCHED))
+            total += 2 * rows * width * (rows + (2 * min(rows, width) if exact else memory.TESTS))
         return total * (2 if plan.dtype == "float64" else 1)
     size = math.prod(plan.shape)
     total = 2 * n**2 * size * (2 if plan.storage == "float64" else 1)
     total += sum(2 * n * size * plan.shape[a] for a in plan.exact_axes)
     if plan.sketched_axes:
-        total += 2 * size * (2 * MIXTURES * n + SKETCHED * len(plan.sketched_axes))
+        total += 2 * size * (memory.SKETCHES * n + memory.TESTS * len(plan.sketched_axes))
     if plan.other_side:
         total += 2 * n * size * n * (size // plan.shape[0])
     if plan.strengths:

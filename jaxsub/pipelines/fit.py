@@ -24,7 +24,6 @@ from jaxsub.formats import peft
 from jaxsub.pipelines import aside, fit_layer, fit_plan, parts, plan, progress, tracing, workdir as workdirs
 
 log = logging.getLogger("jaxsub")
-LISTED = 20  # layers of the plan before a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +161,7 @@ def _fit(opened, config, kept, stream):
     if config.dry_run:
         return fit_plan.text(plans, groups, opened, config)
     if stream is not None:
-        stream.write(fit_plan.text(plans, groups, opened, config, most=LISTED) + "\n")
+        stream.write(fit_plan.text(plans, groups, opened, config, most=plan.LISTED) + "\n")
     fit_plan.require_memory(plans, config)
     passes = 2 if config.budget_bytes else 1
     empty = bundle.Bundle(

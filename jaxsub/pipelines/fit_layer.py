@@ -196,13 +196,9 @@ def _figures(stack, values, space, found, exponent, config):
     flat = x.reshape(count, width)
     sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=placement.make_mesh(1), dtype=dtype)
     centred = spectrum.centred(np.asarray(sums.gram))
-    total, held = float(np.trace(centred)), {"held_out": None}
-    if not isinstance(space, subspace.LinearSubspace):
-        held = _held_out_half(stack, space, config)
-    elif total > 0 and space.rank <= count - 2:
-        error = float(heldout.leave_one_out(centred, [space.rank])[0])
-        held = {"held_out": error, "held_out_by": "one model"}
-    return {**subspace.error_figures(left, energies, total), **held}
+    is_linear = isinstance(space, subspace.LinearSubspace)
+    held = heldout.of_one_model(centred, space.rank) if is_linear else _held_out_half(stack, space, config)
+    return {**subspace.error_figures(left, energies, float(np.trace(centred))), **held}
 
 
 def _held_out_half(stack, space, config):

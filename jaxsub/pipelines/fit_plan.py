@@ -85,15 +85,7 @@ def text(plans, groups, opened, config, *, most=None):
         config: Config of the fit.
         most: layers to list; None for all.
     """
-    lines = [f"{'layer':42} {'shape':>18} {'models':>6} {'to read':>10} {'host':>10} {'a device':>9}"]
-    for p in plans[:most]:
-        shape = "x".join(map(str, p.shape))
-        lines.append(
-            f"{errors.quote(p.name, 42):42} {shape:>18} {p.num_models:>6} {plan.size(p.bytes_read):>10} "
-            f"{plan.size(p.host_bytes):>10} {plan.size(p.device_bytes):>9}"
-        )
-    if len(plans[:most]) < len(plans):
-        lines.append(f"... and {len(plans) - len(plans[:most])} more, which --dry_run lists")
+    lines = plan.listing(plans, most, "reads", lambda p: f"{1 + p.is_streamed:>6} {plan.size(p.host_bytes):>10}")
     mesh, passes = placement.make_mesh(1), 2 if config.budget_bytes else 1
     num_bytes = passes * sum(p.bytes_read for p in plans)
     lines.append(plan.to_read(num_bytes) + (", in two passes" if passes > 1 else ""))

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxsub import bundle, errors, heldout, placement, precision, subspace
-from jaxsub.decompositions import gram as plugin
+from jaxsub.decompositions import _fit, gram as plugin
 from jaxsub.linalg import gram as kernels, pieces, products
 from jaxsub.pipelines import layers, memory, plan as plans
 from jaxsub.statistics import Statistics
@@ -65,13 +65,15 @@ def fit(group, models, ids, config, rank):
     plan = dataclasses.replace(plan, exact_axes=(), sketched_axes=(), other_side=False, strengths=False)
     stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
     none = np.zeros((0, plan.num_models), np.float32)
+    _fit.require_rows(rank, config.energy, _fit.row_cap(stats), stats.num_models)
+    past_cache = plans.outgrows_cache(group.num_bytes)
     with jax.enable_x64(True):
-        for block in placement.blocks(group, models, plan, mesh, past_cache=True):
+        for block in placement.blocks(group, models, plan, mesh, past_cache=past_cache):
             sums, _ = kernels.dense_gram(block.x, none, mesh=mesh, dtype=plan.dtype)
             stats.add(jax.device_get(sums), block.exponent)
         found = _components(stats, plan, config, rank)
         _require_memory(group, found.rank, config)
-        mean, basis, left = _second_read(group, models, plan, mesh, stats.exponent, found)
+        mean, basis, left = _second_read(group, models, plan, mesh, stats.exponent, found, past_cache)
     values = found.vectors * found.s
     values, basis = _orthonormal(values, basis)
     space = subspace.LinearSubspace(
@@ -102,26 +104,17 @@ class _Components:
 def _components(stats, plan, config, rank):
     centred = stats.centred()
     values, vectors = heldout.decompose(centred)
-    cap = max(1, min(stats.num_models - 1, stats.num_features))
-    s, total = np.sqrt(values), float(np.trace(centred))
+    s, cap = np.sqrt(values), _fit.row_cap(stats)
     floor = float(precision.gram_floor(s[0], stats.num_models, plan.dtype))
-    spectrum = subspace.Spectrum(s[:cap], total, floor)
-    needed = rank or spectrum.rank_of(config.energy)
-    chosen = min(needed or cap, cap)
-    resolved = s[:chosen] > floor
-    left = max(total - float(np.square(s[:chosen]).sum()), 0.0)
-    error = math.sqrt(left / total) if total > 0 else 0.0
-    slack = floor * math.sqrt(chosen / total) if total > 0 else 0.0
-    return _Components(
-        np.where(resolved, vectors[:, :chosen], 0.0),
-        np.where(resolved, s[:chosen], 0.0),
-        spectrum,
-        subspace.Procedure("gram", ("models",), "models", cap, reached=needed is not None, reference=plugin.REFERENCE),
-        subspace.Certificate(error, math.hypot(error, slack), exact=True, passes=2),
-    )
+    spectrum = subspace.Spectrum(s[:cap], float(np.trace(centred)), floor)
+    named = plugin.__name__.rpartition(".")[2], plugin.REFERENCE
+    rank, procedure, certificate = _fit.rows_of(spectrum, cap, *named, rank=rank, energy=config.energy)
+    resolved = s[:rank] > floor
+    kept = np.where(resolved, vectors[:, :rank], 0.0), np.where(resolved, s[:rank], 0.0)
+    return _Components(*kept, spectrum, procedure, certificate)
 
 
-def _second_read(group, models, plan, mesh, exponent, found):
+def _second_read(group, models, plan, mesh, exponent, found, past_cache):
     """(mean (D,), basis (k, D) float32, (N,) squared errors), in units of 2**exponent."""
     size = math.prod(plan.shape)
     mean, basis = np.empty(size, np.float32), np.empty((found.rank, size), np.float32)
@@ -129,7 +122,7 @@ def _second_read(group, models, plan, mesh, exponent, found):
     inverse = np.divide(1.0, found.s, out=np.zeros_like(found.s), where=found.s > 0)
     weights = (found.vectors * inverse).T
     at = 0
-    for block in placement.blocks(group, models, plan, mesh, past_cache=True):
+    for block in placement.blocks(group, models, plan, mesh, past_cache=past_cache):
         step = np.float64(2.0) ** (block.exponent - exponent)
         rows = kernels.combinations(block.x, weights * step, mesh=mesh, dtype="float32")
         means, missed = _rest(block.x, rows, found.vectors * found.s, step, mesh=mesh)
@@ -190,11 +183,8 @@ def _orthonormal(values, basis):
 def _figures(stats, left, rank):
     """What the manifest says of the layer; as `fit_layer` finds it from the whole stack."""
     centred = stats.centred()
-    total, held = float(np.trace(centred)), {"held_out": None}
-    if total > 0 and rank <= stats.num_models - 2:
-        error = float(heldout.leave_one_out(centred, [rank])[0])
-        held = {"held_out": error, "held_out_by": "one model"}
-    return {**subspace.error_figures(left, np.square(stats.norms()), total), **held}
+    total = float(np.trace(centred))
+    return {**subspace.error_figures(left, np.square(stats.norms()), total), **heldout.of_one_model(centred, rank)}
 
 
 def _require_memory(group, rank, config):

@@ -6,6 +6,8 @@ import sys
 
 from jaxsub import errors
 
+LISTED = 20  # layers of the plan before a run
+
 
 def of(groups, mesh, options, base=None):
     """LayerPlans of layer groups on a mesh; `options` is a `layers.Options`, `base` a Model to subtract."""
@@ -83,17 +85,7 @@ def text(plans, num_models, mesh, time=(), *, workdir=None, most=None):
     import jax
 
     lines = [f"{num_models} models, {len(plans)} layers, {mesh.size} device(s)"]
-    lines.append(
-        f"{'layer':37} {'shape':>15} {'models':>6} {'to read':>10} {'blocks':>6} {'host':>10} {'a device':>10}"
-    )
-    for p in plans[:most]:
-        shape = "x".join(map(str, p.shape))
-        lines.append(
-            f"{errors.quote(p.name, 37):37} {shape:>15} {p.num_models:>6} {size(p.bytes_read):>10} "
-            f"{p.num_blocks:>6} {size(peak([p])):>10} {size(p.device_bytes):>10}"
-        )
-    if len(plans[:most]) < len(plans):
-        lines.append(f"... and {len(plans) - len(plans[:most])} more, which --dry_run lists")
+    lines += listing(plans, most, "blocks", lambda p: f"{p.num_blocks:>6} {size(peak([p])):>10}")
     spared = workdir is not None and os.path.isdir(os.path.join(workdir, "statistics"))
     note = ", but for layers whose statistics in the workdir still hold" if spared else ""
     lines.append(to_read(sum(p.bytes_read for p in plans), jax.process_count()) + note)
@@ -106,6 +98,28 @@ def text(plans, num_models, mesh, time=(), *, workdir=None, most=None):
     else:
         lines.append("to write: nothing without --workdir")
     return "\n".join([*lines, *(time_lines(*time) if time else [])])
+
+
+def listing(plans, most, head, middle):
+    """The table of a plan's layers, as lines of at most 100 columns.
+
+    Args:
+        plans: with name, shape, num_models, bytes_read and device_bytes.
+        most: layers to list; None for all.
+        head: of the column before the last two.
+        middle: function of a plan, its text in that column (6 wide) and in that of the host's memory (10 wide).
+    """
+    columns = f"{'shape':>15} {'models':>6} {'to read':>10} {head:>6} {'host':>10} {'a device':>10}"
+    lines = [f"{'layer':37} {columns}"]
+    for p in plans[:most]:
+        shape = "x".join(map(str, p.shape))
+        lines.append(
+            f"{errors.quote(p.name, 37):37} {shape:>15} {p.num_models:>6} {size(p.bytes_read):>10} {middle(p)} "
+            f"{size(p.device_bytes):>10}"
+        )
+    if len(plans[:most]) < len(plans):
+        lines.append(f"... and {len(plans) - len(plans[:most])} more, which --dry_run lists")
+    return lines
 
 
 def to_read(num_bytes, processes=1):
@@ -167,6 +181,12 @@ def available_bytes():
 def total_bytes():
     """Memory of the machine, bytes; 0 where the system does not say."""
     return _memory("MemTotal")
+
+
+def outgrows_cache(num_bytes):
+    """Whether the page cache would not hold so much for the next read either."""
+    total = total_bytes()
+    return bool(total) and num_bytes > total / 2
 
 
 def _memory(field):

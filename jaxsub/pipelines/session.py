@@ -12,7 +12,6 @@ from jaxsub import errors, plugins
 from jaxsub.pipelines import plan, provenance
 
 MAX_NEAR_COPIES = 1000
-LISTED = 20  # layers of the plan before a run
 log = logging.getLogger("jaxsub")
 
 
@@ -110,7 +109,7 @@ class Session:
         from jaxsub.report import Report
 
         if self.stream is not None:
-            self.stream.write(self.plan_text(most=LISTED) + "\n")
+            self.stream.write(self.plan_text(most=plan.LISTED) + "\n")
         distributed.together(lambda: plan.require_memory(self.plans(), *self.bounds))
         # Process 0 alone sees the workdir.
         self.dropped = distributed.gather_objects(aside.kept(self.folder, self.opened, self.config))[0]
@@ -125,7 +124,7 @@ class Session:
         self.meter.read_seconds += time.perf_counter() - begun
         groups = self.groups()
         total = sum(g.num_bytes for g in groups)
-        self.past_cache = total > plan.total_bytes() / 2  # the cache would not hold it for the next program either
+        self.past_cache = plan.outgrows_cache(total)
         found = {}
         watchdog = distributed.Watchdog(self.config.stall_timeout)
         with progress.Progress(total, len(groups), stream=self.stream) as bar, watchdog:
@@ -184,7 +183,7 @@ class Session:
                 return known or layers.Statistics.empty(group.name, group.shape, "", self._ids(group), "", "")
             models = [(self.opened.refs[m].id, self.opened.models[m]) for m in members]
             begun, meter = time.perf_counter(), self.meter
-            known = meter.read_seconds + meter.compute_seconds
+            counted = meter.read_seconds + meter.compute_seconds
             try:
                 stats = layers.statistics(
                     group, models, self.mesh, self.options, base=self.base, meter=meter, past_cache=self.past_cache
@@ -194,7 +193,7 @@ class Session:
                 continue
             computed = time.perf_counter()
             # What the loop over blocks did not see: spectra of weight axes, compiling.
-            meter.compute_seconds += computed - begun - (meter.read_seconds + meter.compute_seconds - known)
+            meter.compute_seconds += computed - begun - (meter.read_seconds + meter.compute_seconds - counted)
             stats.digest = digest
             distributed.together(lambda found=stats, place=path: _save(found, place))
             meter.write_seconds += time.perf_counter() - computed

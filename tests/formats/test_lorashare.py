@@ -9,6 +9,7 @@ import pytest
 import jaxsub
 from jaxsub import errors, formats
 from jaxsub.formats import peft, safetensors
+from tests.formats.lora_files import delta
 
 LAYERS = ("layer.0.query", "layer.1.query")
 SIZES = {"A": 7, "B": 9}
@@ -34,12 +35,6 @@ def share(path, count=4, *, rank=3, components=5, config=None, change=lambda nam
         wide = {name: basis[name].astype(np.float64) @ loadings[name] for name in basis}
         found[f"task{n}"] = {layer: wide[f"{layer}:B"] @ wide[f"{layer}:A"].T for layer in LAYERS}
     return found
-
-
-def delta(model, layer):
-    pair = model.adapters[layer]
-    a, b = (formats.read(model, t).astype(np.float64) for t in (pair.a, pair.b))
-    return pair.scale * b @ a
 
 
 def test_a_folder_is_a_collection_of_its_adapters(tmp_path):
@@ -132,3 +127,15 @@ def test_it_is_what_lorashare_rebuilds(tmp_path):
     theirs = formats.open_model(tmp_path / "rebuilt")
     for layer in LAYERS:
         np.testing.assert_allclose(delta(ours, layer), delta(theirs, layer), atol=1e-5)
+
+
+def test_a_packed_head_is_refused_when_it_is_read(tmp_path):
+    """Four bits an entry have no array type: an error that names the file, not a crash."""
+    share(tmp_path / "shared", 1)
+    path = tmp_path / "shared" / "adapters" / "task0" / "classifier_head.safetensors"
+    entry = {"base_model.model.score.weight": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}
+    header = json.dumps(entry).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    model = formats.open_model(path.parent)
+    with pytest.raises(errors.InputError, match="under 8 bits"):
+        formats.read(model, model.tensors["score.weight"])

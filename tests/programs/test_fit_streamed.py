@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import jaxsub
 from jaxsub import errors
 from jaxsub.formats import safetensors
 from jaxsub.pipelines import fit_streamed
+from tests.programs import resident
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCALES = np.array([100, 10, 3, 1, 0.1])
@@ -66,6 +66,30 @@ def test_the_bundle_is_that_of_the_whole_stack(folder, streamed, options):
     assert found.figures["error_max"] == pytest.approx(errors_.max(), rel=1e-3, abs=3e-7)
 
 
+def test_a_rank_that_no_stack_has_is_refused_alike(folder, streamed):
+    said = []
+    for way in (lambda: None, streamed):
+        way()
+        with pytest.raises(errors.ConfigError) as caught:
+            jaxsub.fit(folder, rank=12)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.slow
+def test_zeros_and_narrow_weights(tmp_path, streamed):
+    rng = np.random.default_rng(1)
+    for n in range(9):
+        weights = {"zero": np.zeros((40, 70), np.float32), "half": rng.standard_normal((40, 70)).astype(np.float16)}
+        safetensors.write(tmp_path / f"m{n}.safetensors", weights)
+    whole = jaxsub.fit(str(tmp_path), rank=2)
+    streamed()
+    for a, b in zip(whole.layers, jaxsub.fit(str(tmp_path), rank=2).layers, strict=True):
+        rebuilt = [np.asarray(layer.subspace.reconstruct(layer.values)) for layer in (a, b)]
+        np.testing.assert_allclose(rebuilt[1], rebuilt[0], atol=1e-5)
+        assert b.figures == pytest.approx(a.figures, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_tiny_weights_are_scaled(folder, tmp_path, streamed):
     for name in os.listdir(folder):
@@ -86,10 +110,6 @@ def test_what_cannot_be_streamed_is_refused_as_before(folder):
 
 
 def child(folder, allowed):
-    def resident(field):
-        text = pathlib.Path("/proc/self/status").read_text()
-        return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
-
     small = os.path.join(folder, "small")
     for place, rows in ((small, 256), (folder, 8192)):
         os.makedirs(place, exist_ok=True)
@@ -97,14 +117,12 @@ def child(folder, allowed):
             weight = np.random.default_rng(n).standard_normal((rows, 1024), dtype=np.float32)
             safetensors.write(os.path.join(place, f"m{n:02d}.safetensors"), {"w": weight})
     jaxsub.fit(small, rank=2, max_host_bytes=100 * 2**20)
-    before = resident("VmRSS")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    jaxsub.fit(os.path.join(folder, "*.safetensors"), rank=2, max_host_bytes=allowed)
-    print(json.dumps(resident("VmHWM") - before))
+    given = os.path.join(folder, "*.safetensors")
+    print(json.dumps(resident.grown(lambda: jaxsub.fit(given, rank=2, max_host_bytes=allowed))))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux' high-water mark")
+@resident.needs_high_water_mark
 def test_it_stays_within_the_memory_that_is_allowed(tmp_path):
     """512 MiB of stack in 320 MiB, of which mean and basis of rank 2 are 96."""
     allowed = 320 * 2**20

@@ -15,8 +15,9 @@ import time
 
 import pytest
 
+from tests.folders import contents
 from tests.programs import worlds
-from tests.programs.test_resume import report_of, tree
+from tests.programs.test_resume import report_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAYERS = 40
@@ -87,8 +88,8 @@ def stop(program, models, place, rng, longest, total, number):
 
 def result_of(program, place):
     if program == "fit":
-        return tree(os.path.join(place, "bundle"))
-    return tree(os.path.join(place, "statistics")), report_of(place)
+        return contents(os.path.join(place, "bundle"))
+    return contents(os.path.join(place, "statistics")), report_of(place)
 
 
 def check(program, models, folder, number, kills, seed):

@@ -128,6 +128,12 @@ def test_a_file_that_one_process_cannot_read_ends_all(folder, broken):
 
 
 @pytest.mark.slow
+def test_options_that_no_run_could_use_end_all_at_once(folder):
+    ended = processes.run(2, "analyze", f"--collection={folder}", "--profile", seconds=60)
+    assert [e.code for e in ended] == [2, 2] and all("--workdir" in e.stderr for e in ended)
+
+
+@pytest.mark.slow
 def test_processes_that_see_other_files_are_refused(folder, tmp_path):
     other = "import os, jaxsub.collection as c; c._fingerprint = lambda refs, models: 'other'\n"
     ended = processes.run(2, "analyze", f"--collection={folder}", before={1: other}, seconds=60)

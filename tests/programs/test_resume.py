@@ -1,6 +1,5 @@
 """Runs that stop between layers and go on: at most one layer is done again, the result is the same to the bit."""
 
-import hashlib
 import json
 import os
 
@@ -12,6 +11,7 @@ from jaxsub import errors
 from jaxsub.bundle import files
 from jaxsub.formats import peft, safetensors
 from jaxsub.pipelines import fit, fit_layer, layers
+from tests.folders import contents
 from tests.programs import worlds
 
 QUICK = dict(draws=2, splits=2, nulls=("gaussian",))
@@ -90,17 +90,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(fit_layer, "fit", fit_of)
 
 
-def tree(folder):
-    """Relative path -> sha256 of every file in a folder."""
-    found = {}
-    for where, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(where, name)
-            with open(path, "rb") as file:
-                found[os.path.relpath(path, folder)] = hashlib.sha256(file.read()).hexdigest()
-    return found
-
-
 def report_of(folder):
     """report.json without what differs from run to run."""
     with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
@@ -135,7 +124,7 @@ def test_an_analysis_goes_on_where_it_was_stopped(tmp_path, killed, make):
     (tmp_path / "out" / "statistics" / ".tmp-999999999-0123456789ab").write_bytes(b"half")
     again, _ = killed(layers, "statistics", EVERY, run("out"))
     assert len(again) == 1
-    assert tree(tmp_path / "out" / "statistics") == tree(tmp_path / "whole" / "statistics")
+    assert contents(tmp_path / "out" / "statistics") == contents(tmp_path / "whole" / "statistics")
     assert report_of(tmp_path / "out") == report_of(tmp_path / "whole")
 
 
@@ -152,7 +141,7 @@ def test_a_model_found_faulty_before_the_stop_is_not_read_again(tmp_path, killed
     again, report = killed(layers, "statistics", EVERY, run("out"))
     assert again == ["a"] and report["collection"]["quarantined"][0]["layer"] == "b"
     assert report_of(tmp_path / "out") == report_of(tmp_path / "whole")
-    assert tree(tmp_path / "out" / "statistics") == tree(tmp_path / "whole" / "statistics")
+    assert contents(tmp_path / "out" / "statistics") == contents(tmp_path / "whole" / "statistics")
     alone = run("out", layers=("a",), restart=True)()  # in this layer the model is sound
     assert alone["collection"]["num_models"] == 12
     with pytest.raises(errors.InputError, match="1 of 12 models set aside"):
@@ -241,7 +230,7 @@ def stopped_and_whole(tmp_path, killed, make, options, stop):
     again, result = killed(fit_layer, "fit", EVERY, run("out"))
     assert again == every[stop:]
     assert sorted(os.listdir(tmp_path / "out")) == [".jaxsub.lock", "bundle", "run.json"]
-    assert tree(tmp_path / "out" / "bundle") == tree(tmp_path / "whole" / "bundle")
+    assert contents(tmp_path / "out" / "bundle") == contents(tmp_path / "whole" / "bundle")
     assert result.accounting() == whole.accounting() == files.load(str(tmp_path / "out" / "bundle")).accounting()
 
 
@@ -262,15 +251,15 @@ def test_a_fit_meets_its_own_remains_and_those_of_others(tmp_path, killed, quick
     with pytest.raises(errors.WorkdirError, match="config.rank was 2, is 1"):
         run(rank=1)()
     assert len(killed(fit_layer, "fit", EVERY, run())[0]) == 2  # the damaged one, and the one that was missing
-    first = tree(out / "bundle")
+    first = contents(out / "bundle")
     os.makedirs(out / "parts" / "left")  # killed between the bundle and the end
     assert killed(fit_layer, "fit", EVERY, run())[0] == [] and not (out / "parts").exists()
     with pytest.raises(errors.ConfigError, match="no layer"):
         run(layers=("nothing",), restart=True)()
     run(rank=1, restart=True)()
-    assert tree(out / "bundle") != first and not list(out.glob(".tmp-*"))
+    assert contents(out / "bundle") != first and not list(out.glob(".tmp-*"))
     run(restart=True)()
-    assert tree(out / "bundle") == first
+    assert contents(out / "bundle") == first
     jaxsub.analyze(folder, str(out), **QUICK)  # another program in the same folder
     run()()
     damaged = out / "bundle" / "coefficients.safetensors"
@@ -325,7 +314,7 @@ def test_a_fit_without_a_model_that_is_not_finite_goes_on_without_it(tmp_path, k
     run("whole")()
     assert killed(fit_layer, "fit", 4, run("out"))[0] == ["a", "b", "a", "b", "c"]
     assert killed(fit_layer, "fit", EVERY, run("out"))[0] == ["b", "c"]  # b until the model is found again
-    assert tree(tmp_path / "out" / "bundle") == tree(tmp_path / "whole" / "bundle")
+    assert contents(tmp_path / "out" / "bundle") == contents(tmp_path / "whole" / "bundle")
     assert killed(fit_layer, "fit", EVERY, run("out"))[0] == []
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from jaxsub import errors, plugins
 from jaxsub.pipelines import zoo
+from tests.folders import contents
 
 SMALL = {
     "copies": {"num_distinct": 24, "num_originals": 4, "num_copies": 4},
@@ -24,17 +25,6 @@ SMALL |= {
     for task in ("same", "split")
 }
 VERDICTS = {"shared", "chance", "common_mean", "lineage", "lineage+shared", "undetermined"}
-
-
-def contents(folder):
-    """Relative path -> bytes of every file below a folder."""
-    found = {}
-    for place, _, files in os.walk(folder):
-        for name in files:
-            path = os.path.join(place, name)
-            with open(path, "rb") as file:
-                found[os.path.relpath(path, folder)] = file.read()
-    return found
 
 
 # Trained anew twice, in seconds each; the other trained worlds share their code.
