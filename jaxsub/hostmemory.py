@@ -9,6 +9,8 @@ import mmap
 import numpy as np
 
 ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
+WORTHWHILE = 8 * 2**20
+_trimmed = 0  # bytes resident after the last `trim`
 
 
 def zeros(shape, dtype):
@@ -29,7 +31,16 @@ def resident():
 
 
 def trim():
-    """Hands freed memory back to the system: glibc keeps up to several blocks of it, more in every thread."""
+    """Hands freed memory back to the system: glibc keeps up to several blocks of it, more in every thread.
+
+    Not where the process holds little more than after the time before: it takes a millisecond, most of a small layer.
+    """
+    global _trimmed
+    held = resident()
+    if held < _trimmed + WORTHWHILE:
+        _trimmed = min(_trimmed, held)
+        return
     gc.collect(0)  # only now does jax let go of host arrays that it used in place
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
         ctypes.CDLL(None).malloc_trim(0)
+    _trimmed = resident()

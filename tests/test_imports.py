@@ -13,7 +13,7 @@ LEVELS = [
     ["errors"],
     ["precision", "plugins", "config", "descriptors", "hubcache", "distributed", "hostmemory"],
     ["linalg", "formats", "finding", "lineup"],
-    ["spectrum", "statistics", "collection", "views", "placement", "stacks", "subspace", "estimators"],
+    ["spectrum", "statistics", "collection", "views", "placement", "reading", "stacks", "subspace", "estimators"],
     ["heldout", "lineage", "verdict", "nulls", "tasks", "models", "report", "decompositions", "workloads", "bundle"],
     ["training", "worlds"],
     ["pipelines"],
@@ -21,7 +21,7 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Modules that stand on others of their level.
-NAMED_SIBLINGS = {("finding", "formats"), ("statistics", "spectrum")}
+NAMED_SIBLINGS = {("finding", "formats"), ("statistics", "spectrum"), ("reading", "placement")}
 NO_JAX = (
     "errors", "plugins", "config", "descriptors", "formats", "finding", "hubcache", "lineup", "collection", "report",
     "spectrum", "heldout", "lineage", "verdict", "nulls", "cli",

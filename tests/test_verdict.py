@@ -66,5 +66,5 @@ def test_every_verdict_is_explained():
 def test_null_curves_are_settled_only_where_they_agree_at_every_k():
     curves = [{"1": 0.99 + 1e-5 * i, "2": 0.98} for i in range(8)]
     assert verdict.settled(curves)
-    curves[3]["2"] = 0.97  # sd 3.3e-3, over a hundredth of the margin
+    curves[3]["2"] = 0.97  # sd 3.3e-3, over a tenth of the margin
     assert not verdict.settled(curves)

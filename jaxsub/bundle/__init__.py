@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import errors, placement, subspace
+from jaxsub import errors, reading, subspace
 from jaxsub.bundle import cores, corrections, files, storage
 
 NOTHING_SHARED = "the models have no layer of the bundle (by name, shape and kind)"
@@ -337,7 +337,7 @@ def rounded(space, dtype):
 def read(group, collection):
     """The models of a layer group as `Layer.project` takes them: a stack, or the factors of low-rank updates."""
     models = [collection.models[m] for m in group.members]
-    return (placement.read_factors if group.parametrisation == "lora" else placement.read_stack)(group, models)
+    return (reading.read_factors if group.parametrisation == "lora" else reading.read_stack)(group, models)
 
 
 def _stacks(bundle, collection):

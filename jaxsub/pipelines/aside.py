@@ -4,7 +4,7 @@ import json
 import logging
 import os
 
-from jaxsub import bundle as bundles, collection, errors, lineup, placement
+from jaxsub import bundle as bundles, collection, errors, lineup, reading
 from jaxsub.pipelines import workdir
 from jaxsub.report import _write
 
@@ -111,7 +111,7 @@ def going_on(work, opened, config, least=lineup.SMALLEST_GROUP):
     while True:
         try:
             return work(opened)
-        except placement.NonFiniteError as error:
+        except reading.NonFiniteError as error:
             pairs = zip(opened.refs, opened.models, strict=True)
             name = next(ref.id for ref, model in pairs if model.path == error.file)
             log.warning("set aside %s: %s", errors.quote(name), error.message())

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import threadpoolctl
 
-from jaxsub import collection, errors, formats, hostmemory, placement, verdict
+from jaxsub import collection, errors, formats, hostmemory, reading, verdict
 from jaxsub.pipelines import lora, memory
 
 READ_SECONDS, READ_BYTES, PLACES = 0.1, 2**20, 64  # at most: of the measurement, of one place, places
@@ -93,7 +93,7 @@ def _read(groups, models):
         return size
 
     started = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(placement.READERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(reading.READERS) as pool:
         sampled = sum(pool.map(one, places))
     return sampled, time.perf_counter() - started
 

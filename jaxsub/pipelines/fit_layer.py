@@ -16,6 +16,7 @@ from jaxsub import (
     placement,
     plugins,
     precision,
+    reading,
     spectrum,
     stacks,
     subspace,
@@ -40,7 +41,7 @@ def fit(group, opened, config, rank):
         return _lora_layer(group, models, ids, config, rank)
     if fit_plan.of_layer(group, module(group, config), config).is_streamed:
         return fit_streamed.fit(group, models, ids, config, rank)
-    x = placement.read_stack(group, models)
+    x = reading.read_stack(group, models)
     exponent = _exponent(x)
     if exponent:  # squares would leave the range of the dtype
         x = np.ldexp(x, -exponent)
@@ -108,7 +109,7 @@ def _lora_layer(group, models, ids, config, rank):
     if isinstance(rank, tuple):
         rank, inner = rank[:2], rank[2]
     dtypes = stored_dtypes(group)
-    stack = stacks.LoraStack(*placement.read_factors(group, models), group.name, ids)
+    stack = stacks.LoraStack(*reading.read_factors(group, models), group.name, ids)
     with jax.enable_x64(True):
         space = plugin.fit(stack, _options(plugin, config, stack, rank), layers.layer_key(group.name, config.seed))
         factors = stack.a, stack.b, stack.scales

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxsub import bundle, errors, heldout, placement, precision, subspace
+from jaxsub import bundle, errors, heldout, placement, precision, reading, subspace
 from jaxsub.decompositions import _fit, gram as plugin
 from jaxsub.linalg import gram as kernels, pieces, products
 from jaxsub.pipelines import layers, memory, plan as plans
@@ -68,7 +68,7 @@ def fit(group, models, ids, config, rank):
     _fit.require_rows(rank, config.energy, _fit.row_cap(stats), stats.num_models)
     past_cache = plans.outgrows_cache(group.num_bytes)
     with jax.enable_x64(True):
-        for block in placement.blocks(group, models, plan, mesh, past_cache=past_cache):
+        for block in reading.Blocks(group, models, plan, mesh, past_cache=past_cache):
             sums, _ = kernels.dense_gram(block.x, none, mesh=mesh, dtype=plan.dtype)
             stats.add(jax.device_get(sums), block.exponent)
         found = _components(stats, plan, config, rank)
@@ -122,7 +122,7 @@ def _second_read(group, models, plan, mesh, exponent, found, past_cache):
     inverse = np.divide(1.0, found.s, out=np.zeros_like(found.s), where=found.s > 0)
     weights = (found.vectors * inverse).T
     at = 0
-    for block in placement.blocks(group, models, plan, mesh, past_cache=past_cache):
+    for block in reading.Blocks(group, models, plan, mesh, past_cache=past_cache):
         step = np.float64(2.0) ** (block.exponent - exponent)
         rows = kernels.combinations(block.x, weights * step, mesh=mesh, dtype="float32")
         means, missed = _rest(block.x, rows, found.vectors * found.s, step, mesh=mesh)

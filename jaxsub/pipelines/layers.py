@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import hostmemory, placement, precision
+from jaxsub import hostmemory, placement, precision, reading
 from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes, lora
@@ -48,7 +48,56 @@ def layer_key(name, seed):
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode("utf-8", "surrogatepass")))
 
 
-def statistics(group, models, mesh, options, *, base=None, meter=None, past_cache=False):
+class Ahead:
+    """Opens the blocks of dense layers, and keeps those of one layer that are being read before it is its turn."""
+
+    def __init__(self, mesh, options, base=None):
+        """Arguments as in `statistics`.
+
+        `following`, where it is set, is called once the last block of a layer is on its devices; with `past_cache`,
+        blocks are read past the page cache (`formats.read_into`).
+        """
+        self.mesh, self.options, self.base = mesh, options, base
+        self.begun, self.following, self.past_cache = None, None, False
+
+    def begin(self, group, models):
+        """Starts to read a layer's first block; low-rank updates are not read ahead: they are whole in memory."""
+        self.close()
+        if group.parametrisation != "lora":
+            self.begun = (_identity(group), self._open(group, models))
+
+    def take(self, group, models):
+        """Blocks of a layer."""
+        begun, self.begun = self.begun, None
+        if begun is not None and begun[0] == _identity(group):
+            return begun[1]
+        if begun is not None:
+            begun[1].close()
+        return self._open(group, models)
+
+    def close(self):
+        """Drops what was begun."""
+        if self.begun is not None:
+            self.begun[1].close()
+        self.begun = None
+
+    def _open(self, group, models):
+        plan = placement.plan_dense(group, self.mesh.size, self.options, self.base)
+        models = [m for _, m in models]
+        return reading.Blocks(
+            group, models, plan, self.mesh, base=self.base, past_cache=self.past_cache, then=self._then
+        )
+
+    def _then(self):
+        if self.following is not None:
+            self.following()
+
+
+def _identity(group):
+    return group.name, group.shape, group.parametrisation, group.members
+
+
+def statistics(group, models, mesh, options, *, ahead=None, base=None, meter=None):
     """Statistics of one layer group.
 
     Args:
@@ -56,9 +105,9 @@ def statistics(group, models, mesh, options, *, base=None, meter=None, past_cach
         models: (id, Model) of each member, same order.
         mesh: mesh with the axis "features".
         options: Options.
+        ahead: Ahead that opens the layer's blocks, made with the same mesh, options and base.
         base: Model to subtract from dense layers, or None.
         meter: Meter to add to.
-        past_cache: dense layers are read past the page cache, see `formats.read_into`.
 
     Raises:
         NonFiniteError: naming the first model with a NaN or an Inf.
@@ -67,17 +116,17 @@ def statistics(group, models, mesh, options, *, base=None, meter=None, past_cach
     with jax.enable_x64(True):
         if group.parametrisation == "lora":
             return lora.statistics(group, models, mesh, options, meter, key)
-        return _dense(group, models, mesh, options, base, meter, key, past_cache)
+        return _dense(group, models, mesh, options, ahead or Ahead(mesh, options, base), meter, key)
 
 
-def _dense(group, models, mesh, options, base, meter, key, past_cache):
-    plan = placement.plan_dense(group, mesh.size, options, base)
+def _dense(group, models, mesh, options, ahead, meter, key):
+    stream = ahead.take(group, models)
+    plan, stream = stream.plan, iter(stream)
     ids = tuple(i for i, _ in models)
     stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
     stats.roundings = np.array([precision.rounding(t.dtype) for t in group.entries])
     weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
     sums = _Sums(plan, stats)
-    stream = placement.blocks(group, [m for _, m in models], plan, mesh, base=base, past_cache=past_cache)
     before, most = None, hostmemory.resident() + HELD_BLOCKS * plan.block_bytes
     while True:
         started = time.perf_counter()
@@ -167,7 +216,7 @@ class _Sums:
         self.exact = {axis: 0.0 for axis in plan.exact_axes}
         self.halves = {axis: [] if axis == 0 else 0.0 for axis in plan.sketched_axes}
         self.other = self.strengths = self.base_square = 0.0
-        self.exponent = placement.ZERO_EXPONENT
+        self.exponent = reading.ZERO_EXPONENT
 
     def add(self, found):
         """Adds a block's _Launched."""

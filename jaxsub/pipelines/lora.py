@@ -1,5 +1,6 @@
 """Statistics of a layer of low-rank updates, from their factors alone: B @ A is never formed."""
 
+import concurrent.futures
 import functools
 import math
 import time
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import descriptors, distributed, errors, hostmemory, placement, precision
+from jaxsub import descriptors, distributed, errors, hostmemory, placement, precision, reading
 from jaxsub.linalg import gram as gram_kernels, unfold
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes
@@ -77,14 +78,19 @@ def _read(side, shape, pairs, models, mesh, dtype):
     """
     first, end = placement.columns_here(shape[2], mesh)
     x, failure = hostmemory.zeros((*shape[:2], end - first), dtype), None
+
+    def one(n):
+        tensor = getattr(pairs[n], side)
+        part = reading.read_columns(models[n][1], tensor, n, first, end, leading=side == "b")
+        x[n, : pairs[n].rank, : part.shape[1]] = part
+
     try:
-        for n, ((_, model), pair) in enumerate(zip(models, pairs, strict=True)):
-            tensor = getattr(pair, side)
-            part = placement.read_columns(model, tensor, n, first, end, leading=side == "b")
-            x[n, : pair.rank, : part.shape[1]] = part
+        with concurrent.futures.ThreadPoolExecutor(reading.READERS) as pool:
+            for done in [pool.submit(one, n) for n in range(len(pairs))]:
+                done.result()
     except errors.InputError as error:
         failure = error
-    placement.agree(0.0, 0.0, failure)
+    reading.agree(0.0, 0.0, failure)
     return x
 
 

@@ -3,15 +3,16 @@
     host   = RUNTIME + statistics of all layers + the larger of (the pass over one layer, figures of layers at once)
     device = blocks + the results of one + what a kernel adds; on CPU a part of the former
 
-Follows the code of `placement.blocks`, `layers`, `linalg` and `figures`; a change of what they hold belongs here too.
+Follows the code of `reading.Blocks`, `layers`, `linalg` and `figures`; a change of what they hold belongs here too.
 Right to -10 and +25 % for one CPU device, which a test measures; an upper bound where devices have memory of their own.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 
-from jaxsub import descriptors, placement
+from jaxsub import descriptors, reading
 from jaxsub.linalg import gram, modes, secular
 from jaxsub.pipelines import kinship, lora
 from jaxsub.statistics import QR_ENTRIES
@@ -47,7 +48,15 @@ def peak(plans):
     if not plans:
         return 0
     together = sorted((p.figure_bytes for p in plans), reverse=True)[: os.cpu_count() or 1]
-    return RUNTIME_BYTES + sum(p.kept_bytes for p in plans) + max(sum(together), *(p.pass_bytes for p in plans))
+    passes = [p.pass_bytes + _ahead(p, following) for p, following in itertools.pairwise([*plans, None])]
+    return RUNTIME_BYTES + sum(p.kept_bytes for p in plans) + max(sum(together), *passes)
+
+
+def _ahead(plan, following):
+    """Bytes of the next layer's first block, read while the last is computed, beyond the buffer that is then free."""
+    if following is None:
+        return 0
+    return max(0, following.block_bytes - (min(plan.num_blocks, 2) - 1) * plan.block_bytes)
 
 
 def _dense(plan, group, mesh, base):
@@ -65,7 +74,7 @@ def _dense(plan, group, mesh, base):
     if stored == 2:
         held += n * width * 4  # XLA on CPU converts a block of 16-bit floats before it slices it
     if stored == 2 or any(t.dtype != plan.storage for t in group.entries):
-        held += min(placement.READERS, n) * width * 4  # what a reader converts
+        held += min(reading.READERS, n) * width * 4  # what a reader converts
     if base is not None:
         held += width * (stored + 8)  # the base's rows and their squares
 

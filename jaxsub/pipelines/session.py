@@ -1,7 +1,10 @@
 """One analysis: the collection as it shrinks, the statistics as they grow, the record that becomes the report."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -32,7 +35,7 @@ class Session:
         self.view = plugins.load("views", view)
         self.base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
         self.dropped = []  # models found not finite while reading
-        self.copies, self.past_cache = [], False
+        self.copies = []
         # A block is shared by the processes: each reads as much of it as one would alone.
         self.options = layers.Options(precision=config.precision, seed=config.seed)
         whole = self.options.block_bytes * jax.process_count()
@@ -40,6 +43,7 @@ class Session:
         self.bounds = config.max_host_bytes, config.max_device_bytes or plan.device_limit(self.mesh)
         while plan.exceeds(self.plans(), *self.bounds) and self.options.block_bytes > 2**12:
             self.options = dataclasses.replace(self.options, block_bytes=self.options.block_bytes // 2)
+        self.ahead = layers.Ahead(self.mesh, self.options, self.base)
 
     # Models ---------------------------------------------------------------------------------------------------
 
@@ -124,18 +128,20 @@ class Session:
         self.meter.read_seconds += time.perf_counter() - begun
         groups = self.groups()
         total = sum(g.num_bytes for g in groups)
-        self.past_cache = plan.outgrows_cache(total)
+        self.ahead.past_cache = plan.outgrows_cache(total)
         found = {}
         watchdog = distributed.Watchdog(self.config.stall_timeout)
-        with progress.Progress(total, len(groups), stream=self.stream) as bar, watchdog:
-            for group in groups:
+        with contextlib.closing(self.ahead), progress.Progress(total, len(groups), stream=self.stream) as bar, watchdog:
+            for group, following in itertools.pairwise([*groups, None]):
                 before = self.meter.bytes_read
+                self.ahead.following = functools.partial(self._begin, following)
                 with tracing.stage(group.name):
                     found[_key(group)] = self.layer(group)
                 watchdog.step()
                 read = self.meter.bytes_read - before
                 text = f"N={len(group.members)}{'' if read else ' as saved'}"
                 bar.layer(group.name, group.num_bytes, text, read=read)
+        self.ahead.following = None
         # A model that dropped out late is still in the layers before: those are read again without it.
         groups = self.groups()
         found = {_key(g): found.get(_key(g)) for g in groups}
@@ -148,7 +154,7 @@ class Session:
         return Report(self._record([s for s in found.values() if s is not None]))
 
     def _preflight(self):
-        from jaxsub import collection, formats, placement
+        from jaxsub import collection, formats, reading
 
         for group in self.groups():
             for position, (member, entry) in enumerate(zip(group.members, group.entries, strict=True)):
@@ -157,38 +163,48 @@ class Session:
                 model = self.opened.models[member]
                 try:
                     for tensor in collection.stored_tensors(entry):
-                        placement.require_finite(formats.read(model, tensor), position, model, tensor)
+                        reading.require_finite(formats.read(model, tensor), position, model, tensor)
                         self.meter.bytes_read += tensor.num_bytes
-                except placement.NonFiniteError as error:
+                except reading.NonFiniteError as error:
                     self.drop(error, group)
 
     def _ids(self, group):
         return tuple(self.opened.refs[m].id for m in group.members)
 
+    def _without_dropped(self, group):
+        """(group of the models not set aside, [(id, Model)]); None where too few are left."""
+        out = {d["member"] for d in self.dropped}
+        keep = [i for i, m in enumerate(group.members) if m not in out]
+        members, entries = (tuple(x[i] for i in keep) for x in (group.members, group.entries))
+        models = [(self.opened.refs[m].id, self.opened.models[m]) for m in members]
+        group = dataclasses.replace(group, members=members, entries=entries)
+        return (group, models) if len(members) >= 3 else None
+
+    def _begin(self, group):
+        """Starts to read the layer that comes next, if there is one."""
+        left = group and self._without_dropped(group)
+        if left:
+            self.ahead.begin(*left)
+
     def layer(self, group):
         """Statistics of one layer: from the workdir if they are there, else read, dropping models not finite."""
-        from jaxsub import distributed, placement
+        from jaxsub import distributed, reading
         from jaxsub.pipelines import layers
 
         while True:
-            out = {d["member"] for d in self.dropped}
-            keep = [i for i, m in enumerate(group.members) if m not in out]
-            members, entries = (tuple(x[i] for i in keep) for x in (group.members, group.entries))
-            group = dataclasses.replace(group, members=members, entries=entries)
-            if len(members) < 3:
+            left = self._without_dropped(group)
+            if left is None:
                 return None
+            group, models = left
             path, digest = self.saved_at(group)
             known = _load(path, digest)
             if distributed.gather_objects(known is not None)[0]:  # process 0 alone sees the workdir
                 return known or layers.Statistics.empty(group.name, group.shape, "", self._ids(group), "", "")
-            models = [(self.opened.refs[m].id, self.opened.models[m]) for m in members]
             begun, meter = time.perf_counter(), self.meter
             counted = meter.read_seconds + meter.compute_seconds
             try:
-                stats = layers.statistics(
-                    group, models, self.mesh, self.options, base=self.base, meter=meter, past_cache=self.past_cache
-                )
-            except placement.NonFiniteError as error:
+                stats = layers.statistics(group, models, self.mesh, self.options, ahead=self.ahead, meter=meter)
+            except reading.NonFiniteError as error:
                 self.drop(error, group)
                 continue
             computed = time.perf_counter()

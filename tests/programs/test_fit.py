@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxsub
-from jaxsub import errors, placement
+from jaxsub import errors, reading
 from jaxsub.bundle import Bundle
 from jaxsub.cli import flags
 from jaxsub.formats import peft, safetensors
@@ -72,7 +72,7 @@ def test_a_bundle_larger_than_its_files_is_said_before_it_is_written(folder, tmp
 
 
 def test_a_plan_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(placement, "read_stack", None)
+    monkeypatch.setattr(reading, "read_stack", None)
     text = jaxsub.fit(folder, tmp_path / "b", dry_run=True)
     assert "to read" in text and "12x9" in text and not os.listdir(tmp_path)
 

@@ -112,8 +112,8 @@ UNREADABLE = """
 from jaxsub import errors, formats
 def read_into(extent, start, view):
     raise errors.InputChangedError(extent.file.path, "cannot be read here")
-from jaxsub import placement
-placement.formats.read_into = read_into
+from jaxsub import reading
+reading.formats.read_into = read_into
 """
 
 

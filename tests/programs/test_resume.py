@@ -51,14 +51,14 @@ EVERY = 10**6
 @pytest.fixture
 def quick(monkeypatch):
     """Layers by NumPy: what is kept and done again does not hang on the kernels, which take seconds to compile."""
-    from jaxsub import bundle, formats, placement, statistics, subspace
+    from jaxsub import bundle, formats, reading, statistics, subspace
 
     def rows_of(group, models):
         pairs = enumerate(zip(models, group.entries, strict=True))
-        found = [placement.require_finite(formats.read(m, t), i, m, t) for i, (m, t) in pairs]
+        found = [reading.require_finite(formats.read(m, t), i, m, t) for i, (m, t) in pairs]
         return np.stack(found).reshape(len(found), -1).astype(np.float64)
 
-    def statistics_of(group, models, mesh, options, *, base=None, meter=None, past_cache=False):
+    def statistics_of(group, models, mesh, options, *, ahead=None, base=None, meter=None):
         x, ids = rows_of(group, [m for _, m in models]), [i for i, _ in models]
         found = statistics.Statistics.empty(group.name, group.shape, "dense", ids, "float32", "float64")
         mean = x.mean(0)
