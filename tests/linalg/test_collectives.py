@@ -29,7 +29,8 @@ def mapped(function, specs, out):
 def gram_pca(o, devices=8):
     mesh = placement.make_mesh(devices)
     x = array((o.models, o.features), WIDE, devices)
-    return [gram._dense_gram.lower(x, array((0, o.models), P(), devices), mesh=mesh, dtype="float32")]
+    mixtures = array((4, o.models), P(), devices)  # as an analysis takes along; they stay sharded
+    return [gram._dense_gram.lower(x, mixtures, mesh=mesh, dtype="float32")]
 
 
 def gram_pca_basis(o):
