@@ -1,4 +1,7 @@
-"""`jaxsub bench`: time, rate, memory and accuracy of the kernels, beside the peers that are installed.
+"""`jaxsub bench`: time, rate, memory and accuracy of the kernels, beside a model of their cost and the peers.
+
+The model is the longer of arithmetic and reading at this machine's measured rates. What devices would send each other
+is counted, not timed; scripts/weak_scaling.py foretells larger machines from the same counts.
 
 One process; the project and its peers take turns (A B C, C B A, ...), inputs are where each wants them, and medians are
 compared. A machine is noisy: believe ratios within a run, not seconds across runs.
@@ -13,10 +16,12 @@ import time
 import numpy as np
 
 from jaxsub import errors, plugins
+from jaxsub.linalg import collectives
 from jaxsub.report import _write
 
 SCHEMA, RECORD = "jaxsub.bench/1", "bench.json"
 SAMPLE_SECONDS = 0.15  # short calls are repeated until a sample is this long
+DEVICES = 8  # that communication is counted for
 OTHERS = 0.08  # share of all cores that other processes may take in a sample; else it is set aside
 
 
@@ -77,7 +82,7 @@ def _measure(module, config, limits):
     del results
     times, clean = _interleaved(calls, config.rounds)
     flops, num_bytes = module.work(options)
-    floor = max(flops / limits["flops"], num_bytes / limits["bytes"])
+    exchanged = module.communication(options)
     ours = times["jaxsub"]
     return {
         "options": dataclasses.asdict(options),
@@ -86,7 +91,14 @@ def _measure(module, config, limits):
         "clean_samples": clean["jaxsub"],
         "gflops": flops / ours / 1e9,
         "gbytes_per_second": num_bytes / ours / 1e9,
-        "share_of_floor": floor / ours,
+        "model_seconds": max(flops / limits["flops"], num_bytes / limits["bytes"]),
+        "communication": None
+        if exchanged is None
+        else {
+            "devices": DEVICES,
+            "collectives": len(exchanged),
+            "bytes_sent": collectives.sent(exchanged, DEVICES),
+        },
         "peak_bytes": memory["jaxsub"],
         "error": accuracy["jaxsub"],
         "peers": [
@@ -205,24 +217,24 @@ def table(record):
     lines = [
         f"{record['machine']['num_devices']} x {record['machine']['device']}, {record['machine']['cores']} cores; "
         f"products {limits['flops'] / 1e9:.0f} GFLOP/s, memory {limits['bytes'] / 1e9:.0f} GB/s",
-        f"{'workload / peer':34} {'ms':>9} {'ratio':>6} {'first s':>8} {'GFLOP/s':>8} {'GB/s':>6} {'floor':>6} "
-        f"{'MiB':>6} {'error':>8}",
+        f"{'workload / peer':30} {'ms':>9} {'ratio':>6} {'first s':>8} {'model ms':>9} {'GFLOP/s':>8} {'MiB':>6} "
+        f"{'KiB sent':>8} {'error':>8}",
     ]
     for row in record["workloads"]:
         lines.append(
-            f"{row['workload']:34} {row['seconds'] * 1e3:9.1f} {_noise(row, rounds):>6} "
-            f"{row['first_call_seconds']:8.2f} {row['gflops']:8.0f} {row['gbytes_per_second']:6.1f} "
-            f"{row['share_of_floor']:6.0%} {_mebibytes(row['peak_bytes']):>6} {row['error']:8.1e}"
+            f"{row['workload']:30} {row['seconds'] * 1e3:9.1f} {_noise(row, rounds):>6} "
+            f"{row['first_call_seconds']:8.2f} {row['model_seconds'] * 1e3:9.1f} {row['gflops']:8.0f} "
+            f"{_mebibytes(row['peak_bytes']):>6} {_sent(row['communication']):>8} {row['error']:8.1e}"
         )
         lines += [
-            f"  {peer['name'][:32]:32} {peer['seconds'] * 1e3:9.1f} {peer['ratio']:6.2f} "
-            f"{_noise(peer, rounds):>8} {'':23}"
-            f"{_mebibytes(peer['peak_bytes']):>6} {peer['error']:8.1e}"
+            f"  {peer['name'][:28]:28} {peer['seconds'] * 1e3:9.1f} {peer['ratio']:6.2f} "
+            f"{_noise(peer, rounds):>8} {'':18} {_mebibytes(peer['peak_bytes']):>6} {'':8} {peer['error']:8.1e}"
             for peer in row["peers"]
         ]
-    lines.append("ratio: time of jaxsub / time of the peer; floor: share of the time that arithmetic or memory needs;")
-    lines.append("NOISY: other processes took part of the cores in most samples, the row does not count")
-    lines.append("MiB: peak beyond the inputs; error: against float64, see each workload")
+    lines.append("ratio: time of jaxsub / time of the peer; model ms: what arithmetic or memory needs at these rates;")
+    lines.append("NOISY: other processes took part of the cores in most samples, the row does not count;")
+    lines.append("MiB: peak beyond the inputs; error: against float64, see each workload;")
+    lines.append(f"KiB sent: by each of {DEVICES} devices, - where the kernel takes arrays of one device")
     return "\n".join(lines)
 
 
@@ -232,3 +244,7 @@ def _noise(row, rounds):
 
 def _mebibytes(num_bytes):
     return "-" if num_bytes is None else f"{num_bytes / 2**20:.0f}"
+
+
+def _sent(communication):
+    return "-" if communication is None else f"{communication['bytes_sent'] / 2**10:.1f}"

@@ -19,6 +19,11 @@ def work(options):
     return _data.tucker_work(options.shape, options.ranks), 8 * int(np.prod(options.shape))
 
 
+def communication(options):
+    """None: the kernel takes arrays of one device."""
+    return None
+
+
 def ours(x, options):
     """A call that computes (core, factors (k, d))."""
     placed = jax.device_put(x)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxsub import placement, spectrum
-from jaxsub.linalg import gram
+from jaxsub.linalg import collectives, gram
 from jaxsub.workloads import _data, _peers
 
 REFERENCE = "method of snapshots (Sirovich 1987)"
@@ -32,6 +32,11 @@ def problem(options, rng):
 def work(options):
     """(floating-point operations of the symmetric half, bytes read)."""
     return options.models**2 * options.features, 4 * options.models * options.features
+
+
+def communication(options):
+    """One all-reduce of the Gram matrix and moments, whatever the features."""
+    return collectives.dense_gram(options.models)
 
 
 def ours(x, options):

@@ -18,6 +18,11 @@ def work(options):
     return flops + 2 * options.rank * size, 2 * num_bytes + 4 * options.rank * options.features
 
 
+def communication(options):
+    """As `gram_pca`: the directions stay where their features are."""
+    return gram_pca.communication(options)
+
+
 def ours(x, options):
     """A call that computes (s (k,), coefficients (N, k), directions (k, D))."""
     mesh = placement.make_mesh()

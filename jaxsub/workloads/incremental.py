@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxsub import placement
-from jaxsub.linalg import incremental
+from jaxsub.linalg import collectives, incremental
 from jaxsub.workloads import _data, _peers
 
 REFERENCE = "Levy and Lindenbaum 2000; Ross et al. 2008"
@@ -35,6 +35,13 @@ def work(options):
     kept, updates = 2 * options.rank, options.models // options.batch
     rows = kept + options.batch + 1
     return updates * (rows**2 + 2 * kept * rows) * options.features, updates * 4 * (2 * rows + kept) * options.features
+
+
+def communication(options):
+    """A Gram matrix each update, and what turns the state into components at the end."""
+    kept, updates = 2 * options.rank, options.models // options.batch
+    each = collectives.incremental_update(kept, options.batch)
+    return each * updates + collectives.incremental_finish(kept, options.rank)
 
 
 def ours(x, options):

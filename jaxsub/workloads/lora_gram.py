@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxsub import placement
-from jaxsub.linalg import gram
+from jaxsub.linalg import collectives, gram
 from jaxsub.workloads import _data, _peers
 
 REFERENCE = "<W_i, W_j> = tr((B_i^T B_j)(A_j A_i^T)) (E18)"
@@ -36,6 +36,11 @@ def work(options):
     """(operations of one half of the pairs, bytes of the factors)."""
     width = options.inputs + options.outputs
     return (options.models * options.rank) ** 2 * width, 4 * options.models * options.rank * width
+
+
+def communication(options):
+    """The products of both factors, block pair by block pair."""
+    return collectives.lora_gram(options.models, options.rank, gram.models_together(options.rank))
 
 
 def ours(factors, options):

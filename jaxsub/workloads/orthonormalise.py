@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxsub.linalg import orth
+from jaxsub.linalg import collectives, orth
 from jaxsub.workloads import _data, _peers
 
 REFERENCE = "CholeskyQR2: Yamamoto et al. 2015"
@@ -31,6 +31,11 @@ def problem(options, rng):
 def work(options):
     """(operations, bytes) of two rounds: a half Gram product and a product with a triangle each."""
     return 6 * options.rows * options.columns**2, 4 * 4 * options.rows * options.columns
+
+
+def communication(options):
+    """Two Gram matrices of the columns; the rows are sharded."""
+    return collectives.cholesky_qr2(options.columns)
 
 
 def ours(x, options):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxsub.linalg import svd
+from jaxsub.linalg import collectives, svd
 from jaxsub.workloads import _data, _peers
 
 REFERENCE = "Halko, Martinsson, Tropp 2011 (E20)"
@@ -34,6 +34,12 @@ def work(options):
     """(operations, bytes): `passes` products with rank + oversample vectors, each a read."""
     size = options.rows * options.columns
     return 2 * size * (options.rank + options.oversample) * options.passes, 4 * size * options.passes
+
+
+def communication(options):
+    """Of every second pass the product of the short side, between passes two small Gram matrices; columns sharded."""
+    size = options.rank + options.oversample
+    return collectives.randomized_svd(options.rows, options.rank, size, options.passes)
 
 
 def ours(x, options):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jaxsub.linalg import products, range_finder
+from jaxsub.linalg import collectives, products, range_finder
 from jaxsub.workloads import _peers, randomized_svd
 
 REFERENCE = "Goto and van de Geijn 2008: a product is as fast as its operands lie in memory"
@@ -21,6 +21,11 @@ def work(options):
     """(operations, bytes) of both products, one read of x each."""
     flops, num_bytes = randomized_svd.work(options)
     return 2 * flops // options.passes, 2 * num_bytes // options.passes
+
+
+def communication(options):
+    """The product that contracts the sharded columns; the other one stays where it is."""
+    return collectives.times_tests(options.rows, options.rank + options.oversample)
 
 
 def ours(operands, options):

@@ -16,4 +16,5 @@ class Options:
 
 
 QUICK = Options((32, 256, 256), (8, 16, 16))
-problem, work, ours, peers, error = _tucker.problem, _tucker.work, _tucker.ours, _tucker.peers, _tucker.error
+problem, work, communication = _tucker.problem, _tucker.work, _tucker.communication
+ours, peers, error = _tucker.ours, _tucker.peers, _tucker.error

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jaxsub.linalg import orth
+from jaxsub.linalg import collectives, orth
 from jaxsub.workloads import _data, _peers, tall_pca
 
 REFERENCE = tall_pca.REFERENCE
@@ -14,6 +14,11 @@ def work(options):
     """(operations of half a Gram product, bytes read)."""
     size = options.rows * options.columns
     return size * options.columns, 4 * size
+
+
+def communication(options):
+    """The Gram matrix of the short side; the rows are sharded."""
+    return collectives.short_gram(options.columns)
 
 
 def ours(x, options):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxsub.linalg import svd
+from jaxsub.linalg import collectives, svd
 from jaxsub.workloads import _data, _peers
 
 REFERENCE = "Gram matrix of the short side (Sirovich 1987)"
@@ -33,6 +33,11 @@ def work(options):
     """(operations, bytes): half a Gram product and the projection; two reads and one write."""
     size = options.rows * options.columns
     return size * (options.columns + 2 * options.rank), 8 * size + 4 * options.rows * options.rank
+
+
+def communication(options):
+    """The Gram matrix of the short side and signs; of x.T, whose long side is sharded."""
+    return collectives.gram_svd(options.columns, options.rank)
 
 
 def ours(x, options):
