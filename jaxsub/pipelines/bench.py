@@ -83,6 +83,7 @@ def _measure(module, config, limits):
     times, clean = _interleaved(calls, config.rounds)
     flops, num_bytes = module.work(options)
     exchanged = module.communication(options)
+    model = max(flops / limits["flops"], num_bytes / limits["bytes"])
     ours = times["jaxsub"]
     return {
         "options": dataclasses.asdict(options),
@@ -91,7 +92,8 @@ def _measure(module, config, limits):
         "clean_samples": clean["jaxsub"],
         "gflops": flops / ours / 1e9,
         "gbytes_per_second": num_bytes / ours / 1e9,
-        "model_seconds": max(flops / limits["flops"], num_bytes / limits["bytes"]),
+        "model_seconds": model,
+        "share_of_floor": model / ours,
         "communication": None
         if exchanged is None
         else {
@@ -217,18 +219,19 @@ def table(record):
     lines = [
         f"{record['machine']['num_devices']} x {record['machine']['device']}, {record['machine']['cores']} cores; "
         f"products {limits['flops'] / 1e9:.0f} GFLOP/s, memory {limits['bytes'] / 1e9:.0f} GB/s",
-        f"{'workload / peer':30} {'ms':>9} {'ratio':>6} {'first s':>8} {'model ms':>9} {'GFLOP/s':>8} {'MiB':>6} "
-        f"{'KiB sent':>8} {'error':>8}",
+        f"{'workload / peer':25} {'ms':>8} {'ratio':>5} {'first s':>7} {'model ms':>8} {'GFLOP/s':>7} {'GB/s':>5} "
+        f"{'MiB':>5} {'KiB sent':>8} {'error':>7}",
     ]
     for row in record["workloads"]:
         lines.append(
-            f"{row['workload']:30} {row['seconds'] * 1e3:9.1f} {_noise(row, rounds):>6} "
-            f"{row['first_call_seconds']:8.2f} {row['model_seconds'] * 1e3:9.1f} {row['gflops']:8.0f} "
-            f"{_mebibytes(row['peak_bytes']):>6} {_sent(row['communication']):>8} {row['error']:8.1e}"
+            f"{row['workload']:25} {row['seconds'] * 1e3:8.1f} {_noise(row, rounds):>5} "
+            f"{row['first_call_seconds']:7.2f} {row['model_seconds'] * 1e3:8.1f} {row['gflops']:7.0f} "
+            f"{row['gbytes_per_second']:5.1f} {_mebibytes(row['peak_bytes']):>5} {_sent(row['communication']):>8} "
+            f"{row['error']:7.0e}"
         )
         lines += [
-            f"  {peer['name'][:28]:28} {peer['seconds'] * 1e3:9.1f} {peer['ratio']:6.2f} "
-            f"{_noise(peer, rounds):>8} {'':18} {_mebibytes(peer['peak_bytes']):>6} {'':8} {peer['error']:8.1e}"
+            f"  {peer['name'][:23]:23} {peer['seconds'] * 1e3:8.1f} {peer['ratio']:5.2f} "
+            f"{_noise(peer, rounds):>7} {'':22} {_mebibytes(peer['peak_bytes']):>5} {'':8} {peer['error']:7.0e}"
             for peer in row["peers"]
         ]
     lines.append("ratio: time of jaxsub / time of the peer; model ms: what arithmetic or memory needs at these rates;")
