@@ -21,13 +21,13 @@ ZERO_EXPONENT = -1100  # of a block of zeros: below every other, so that it resc
 READERS = 4  # threads; pread releases the interpreter lock
 
 
-def make_mesh(num_devices=None):
-    """One-dimensional mesh over the first `num_devices` devices (all by default), axis "features"."""
-    devices = jax.devices()
+def make_mesh(num_devices=None, *, is_local=False):
+    """One-dimensional mesh over the first `num_devices` devices (all by default), axis "features"; `is_local`: ours."""
+    devices = jax.local_devices() if is_local else jax.devices()
     count = len(devices) if num_devices in (None, 0) else num_devices
     if count > len(devices):
         raise errors.ConfigError(f"devices={count}, but JAX sees {len(devices)} ({devices[0].platform})")
-    if count < len(devices) and jax.process_count() > 1:
+    if count < len(devices) and jax.process_count() > 1 and not is_local:
         raise errors.ConfigError(f"devices={count}: a run of several processes takes all {len(devices)} devices")
     return jax.sharding.Mesh(np.asarray(devices[:count]), (FEATURES,))
 
@@ -193,7 +193,7 @@ def blocks(group, models, plan, mesh, *, base=None, past_cache=False):
                 filled, failure = pending.result(), None
             except errors.InputError as error:
                 filled, failure = (0.0, 0.0), error
-            largest, base_square = agree(*filled, failure)
+            largest, base_square = agree(*filled, failure, mesh)
             exponent = _scaled(buffers[index % 2], largest)
             x = put(buffers[index % 2], (plan.num_models, plan.width), mesh)
             if index + 1 < plan.num_blocks:
@@ -205,8 +205,6 @@ def blocks(group, models, plan, mesh, *, base=None, past_cache=False):
 
 def columns_here(width, mesh):
     """(first, end) of the columns of a sharded axis of `width` that this process's devices hold."""
-    if jax.process_count() == 1:
-        return 0, width
     own = [i for i, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()]
     if own != list(range(own[0], own[0] + len(own))):
         raise errors.ConfigError("the devices of a process do not follow each other in the mesh")
@@ -216,19 +214,20 @@ def columns_here(width, mesh):
 def put(local, shape, mesh):
     """An array of `shape` on the mesh, its last axis sharded, from the columns of this process."""
     sharding = NamedSharding(mesh, P(*[None] * (len(shape) - 1), FEATURES))
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         return jax.device_put(local, sharding)
     return jax.make_array_from_process_local_data(sharding, local, shape)
 
 
-def agree(largest, square, failure):
-    """(largest, sum of squares) over all processes; raises on all where one has a failure, as the same error if it can.
+def agree(largest, square, failure, mesh):
+    """(largest, sum of squares) over the mesh's processes; raises on all where one has a failure, the same if it can.
 
     Args:
         largest, square: floats of this process.
         failure: NonFiniteError or InputError of this process, or None.
+        mesh: of this process alone, or of all.
     """
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         if failure is not None:
             raise failure
         return largest, square

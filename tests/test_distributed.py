@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from jaxsub import distributed, errors
+from jaxsub import distributed, errors, launcher
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    for name in distributed.SHOWN:
+    for name in launcher.SHOWN:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -28,7 +28,7 @@ def alone(monkeypatch):
 def test_what_says_that_there_are_several(monkeypatch, variables, several):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert distributed._several_detected() == several
+    assert launcher.several() == several
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _read(side, shape, pairs, models, mesh, dtype):
             x[n, : pair.rank, : part.shape[1]] = part
     except errors.InputError as error:
         failure = error
-    placement.agree(0.0, 0.0, failure)
+    placement.agree(0.0, 0.0, failure, mesh)
     return x
 
 
