@@ -71,6 +71,19 @@ def start(coordinator="", num_processes=0, process_id=-1):
         ) from error
     with _stdout_as_stderr():  # gloo says there that it is connected; programs print results there
         gather(np.uint8(0))
+        for devices in (jax.local_devices(), jax.devices()) if jax.default_backend() == "cpu" else ():
+            _sum_over(devices)
+
+
+def _sum_over(devices):
+    """Sums a one of each device: what a group of devices exchanges by is made at their first sum."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("all",))
+    spec = jax.sharding.PartitionSpec("all")
+    ones = jax.make_array_from_callback(
+        (len(devices),), jax.NamedSharding(mesh, spec), lambda _: np.ones(1, np.float32)
+    )
+    summed = jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=spec, out_specs=jax.P())
+    jax.jit(summed)(ones).block_until_ready()
 
 
 def _require_reachable(coordinator, patience):
