@@ -144,7 +144,7 @@ _meetings = itertools.count()  # the same number on all processes, which take th
 
 def meet():
     """Waits for all processes, for days if it must be: a collective of gloo gives up after half an hour."""
-    if jax.process_count() > 1:
+    if _service() is not None:
         _service().wait_at_barrier(f"jaxsub-{next(_meetings)}", MEET_SECONDS * 1000)
 
 
@@ -156,18 +156,21 @@ class Notes:
 
     def leave(self, number):
         """Shows a number to all processes."""
-        if jax.process_count() > 1:
+        if _service() is not None:
             _service().key_value_set(f"{self.folder}{number}", "")
 
     def read(self):
         """[numbers] that were left so far."""
-        if jax.process_count() == 1:
+        if _service() is None:
             return []
         return [int(key.rpartition("/")[2]) for key, _ in _service().key_value_dir_get(self.folder)]
 
 
 def _service():
-    """What keeps the processes together; JAX shows it to nobody, and Orbax takes it from here too."""
+    """What keeps the processes together: JAX shows it to nobody, and Orbax takes it from here too.
+
+    None where there is one process, or where a TPU's hosts became one run by themselves: there collectives must do.
+    """
     from jax._src import distributed
 
     return distributed.global_state.client

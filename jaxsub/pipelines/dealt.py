@@ -34,9 +34,7 @@ class Parts(parts.Parts):
             for index, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
                 if owners[index] != jax.process_index():
                     continue
-                if (
-                    min(notes.read(), default=index) < index
-                ):  # an earlier layer has failed: this one would be for nothing
+                if min(notes.read(), default=index) < index:  # an earlier one has failed: this would be for nothing
                     break
                 try:
                     with tracing.stage(group.name):
