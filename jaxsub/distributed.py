@@ -1,12 +1,14 @@
 """Many processes as one run: how they find each other, and how what only one of them knows becomes known to all.
 
-Every process runs the same program on its own columns of every layer; sums meet in the kernels' all-reduce. Between
-kernels, all processes must take the same way: a file that only one cannot read, or a NaN in its columns, goes through
-`together` or `gather` first. Process 0 writes. With one process everything here is a plain call.
+Every process runs the same program on its own columns of every layer, whose sums meet in the kernels' all-reduce, or
+on whole layers of its own. In between, all processes must take the same way: a file that only one cannot read, or a NaN
+in its columns, goes through `together` or `gather` first. Process 0 writes. With one process everything here is a plain
+call.
 """
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import os
 import socket
@@ -16,20 +18,12 @@ import time
 import jax
 import numpy as np
 
-from jaxsub import errors
+from jaxsub import errors, launcher
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends all
 STALL_SECONDS = 1800
+MEET_SECONDS = 7 * 24 * 3600  # one that hangs ends by its own Watchdog, one that died by its heartbeat
 SHUTDOWN_SECONDS = 24 * 3600  # the others wait so long for process 0 to write the report
-DETECTED = (  # variables that say how many processes there are, of the launchers that JAX knows and our own
-    "SLURM_STEP_NUM_TASKS",  # of srun; SLURM_NTASKS stands in a batch script too, which runs once
-    "OMPI_COMM_WORLD_SIZE",
-    "JAX_NUM_PROCESSES",
-)
-SHOWN = (
-    *DETECTED, "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_HOSTNAMES",
-    "TPU_WORKER_ID", "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID",
-)  # fmt: skip
 
 
 def start(coordinator="", num_processes=0, process_id=-1):
@@ -48,9 +42,9 @@ def start(coordinator="", num_processes=0, process_id=-1):
     if any(given) and not all(given):
         raise errors.ConfigError("coordinator, num_processes and process_id: give all three, or none to detect them")
     if not any(given):
-        if not _several_detected():
+        if not launcher.several():
             return
-        coordinator, num_processes, process_id = _from_environment()
+        coordinator, num_processes, process_id = launcher.own()
     if num_processes and not 0 <= process_id < num_processes:
         raise errors.ConfigError(f"process_id={process_id}: must lie in 0 .. {num_processes - 1}")
     if jax.distributed.is_initialized():
@@ -58,7 +52,7 @@ def start(coordinator="", num_processes=0, process_id=-1):
     patience = int(os.environ.get("JAXSUB_CONNECT_SECONDS", "300"))
     who = f"process {process_id} of {num_processes}, process 0 at {coordinator}" if num_processes else "as detected"
     # JAX aborts where processes do not find each other, without a word on why: said before, and tried before.
-    sys.stderr.write(f"joining the other processes ({who}; {_detected()})\n")
+    sys.stderr.write(f"joining the other processes ({who}; {launcher.shown()})\n")
     try:
         if process_id > 0:
             _require_reachable(coordinator, patience)
@@ -72,16 +66,24 @@ def start(coordinator="", num_processes=0, process_id=-1):
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise errors.ConfigError(
-            f"the processes of this run do not find each other ({who}: {errors.quote(error)}); {_detected()}; "
+            f"the processes of this run do not find each other ({who}: {errors.quote(error)}); {launcher.shown()}; "
             "give --coordinator=HOST:PORT, --num_processes and --process_id"
         ) from error
     with _stdout_as_stderr():  # gloo says there that it is connected; programs print results there
         gather(np.uint8(0))
+        for devices in (jax.local_devices(), jax.devices()) if jax.default_backend() == "cpu" else ():
+            _sum_over(devices)
 
 
-def _detected():
-    found = ", ".join(f"{name}={errors.quote(os.environ[name], 60)}" for name in SHOWN if name in os.environ)
-    return f"detected: {found or 'no launcher'}"
+def _sum_over(devices):
+    """Sums a one of each device: what a group of devices exchanges by is made at their first sum."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("all",))
+    spec = jax.sharding.PartitionSpec("all")
+    ones = jax.make_array_from_callback(
+        (len(devices),), jax.NamedSharding(mesh, spec), lambda _: np.ones(1, np.float32)
+    )
+    summed = jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=spec, out_specs=jax.P())
+    jax.jit(summed)(ones).block_until_ready()
 
 
 def _require_reachable(coordinator, patience):
@@ -107,21 +109,6 @@ def _stdout_as_stderr():
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _several_detected():
-    hosts = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    counts = [os.environ.get(name, "") for name in DETECTED]
-    return len(hosts) > 1 or any(text.isdecimal() and int(text) > 1 for text in counts)
-
-
-def _from_environment():
-    """(coordinator, count, id) of our own variables; nothing where a launcher is left to JAX."""
-    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-    address, count, own = (os.environ.get(name, "") for name in names)
-    if not (address and count.isdecimal() and own.isdecimal()):
-        return "", 0, -1
-    return address, int(count), int(own)
 
 
 def is_main():
@@ -152,8 +139,59 @@ def gather_objects(value):
     return [json.loads(row[:size].tobytes()) for row, size in zip(gather(padded), sizes, strict=True)]
 
 
-def together(call):
+_meetings = itertools.count()  # the same number on all processes, which take the same way
+
+
+def meet():
+    """Waits for all processes, for days if it must be: a collective of gloo gives up after half an hour."""
+    if _service() is not None:
+        _service().wait_at_barrier(f"jaxsub-{next(_meetings)}", MEET_SECONDS * 1000)
+
+
+class Notes:
+    """Numbers that processes leave for each other, without waiting; to be made at the same place by all of them."""
+
+    def __init__(self):
+        self.folder = f"jaxsub/{next(_meetings)}/"
+
+    def leave(self, number):
+        """Shows a number to all processes."""
+        if _service() is not None:
+            _service().key_value_set(f"{self.folder}{number}", "")
+
+    def read(self):
+        """[numbers] that were left so far."""
+        if _service() is None:
+            return []
+        return [int(key.rpartition("/")[2]) for key, _ in _service().key_value_dir_get(self.folder)]
+
+
+def _service():
+    """What keeps the processes together: JAX shows it to nobody, and Orbax takes it from here too.
+
+    None where there is one process, or where a TPU's hosts became one run by themselves: there collectives must do.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def from_main(call):
+    """call() of process 0, known to all; values that JSON can hold. If it fails, all fail.
+
+    The others wait for as long as it takes.
+    """
+    if jax.process_count() == 1:
+        return call()
+    return gather_objects(together(call if is_main() else lambda: None, is_long=True))[0]
+
+
+def together(call, *, is_long=False):
     """call() on every process; if it fails on one, all fail.
+
+    Args:
+        call: function of no arguments.
+        is_long: whether one process may take half an hour longer than another.
 
     Raises:
         JaxsubError: of this process, or else `PeerError` with the message and the exit code of the first that failed.
@@ -165,6 +203,8 @@ def together(call):
         result = call()
     except errors.JaxsubError as error:
         failure = error
+    if is_long:
+        meet()
     share(failure)
     return result
 
@@ -212,7 +252,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-def require_same(what, value):
+def require_same(what, value, hint="all must see the same files, with the same times"):
     """Refuses where processes see different things, such as collections on disks that are not the same.
 
     Raises:
@@ -222,6 +262,5 @@ def require_same(what, value):
     other = [str(i) for i, one in enumerate(found) if one != found[0]]
     if other:
         raise errors.ConfigError(
-            f"process {', '.join(other[:8])} sees another {what} than process 0 ({errors.quote(found[0], 40)}): "
-            "all must see the same files, with the same times"
+            f"process {', '.join(other[:8])} sees another {what} than process 0 ({errors.quote(found[0], 40)}): {hint}"
         )

@@ -12,13 +12,13 @@ from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import MIXTURES
 
 
-def make_mesh(num_devices=None):
-    """One-dimensional mesh over the first `num_devices` devices (all by default), axis "features"."""
-    devices = jax.devices()
+def make_mesh(num_devices=None, *, is_local=False):
+    """One-dimensional mesh over the first `num_devices` devices (all by default), axis "features"; `is_local`: ours."""
+    devices = jax.local_devices() if is_local else jax.devices()
     count = len(devices) if num_devices in (None, 0) else num_devices
     if count > len(devices):
         raise errors.ConfigError(f"devices={count}, but JAX sees {len(devices)} ({devices[0].platform})")
-    if count < len(devices) and jax.process_count() > 1:
+    if count < len(devices) and jax.process_count() > 1 and not is_local:
         raise errors.ConfigError(f"devices={count}: a run of several processes takes all {len(devices)} devices")
     return jax.sharding.Mesh(np.asarray(devices[:count]), (FEATURES,))
 
@@ -121,8 +121,6 @@ def _bucket(columns, num_devices):
 
 def columns_here(width, mesh):
     """(first, end) of the columns of a sharded axis of `width` that this process's devices hold."""
-    if jax.process_count() == 1:
-        return 0, width
     own = [i for i, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()]
     if own != list(range(own[0], own[0] + len(own))):
         raise errors.ConfigError("the devices of a process do not follow each other in the mesh")
@@ -132,6 +130,6 @@ def columns_here(width, mesh):
 def put(local, shape, mesh):
     """An array of `shape` on the mesh, its last axis sharded, from the columns of this process."""
     sharding = NamedSharding(mesh, P(*[None] * (len(shape) - 1), FEATURES))
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         return jax.device_put(local, sharding)
     return jax.make_array_from_process_local_data(sharding, local, shape)

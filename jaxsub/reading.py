@@ -99,7 +99,7 @@ class Blocks:
                     filled, failure = self.pending.result(), None
                 except errors.InputError as error:
                     filled, failure = (0.0, 0.0), error
-                largest, base_square = agree(*filled, failure)
+                largest, base_square = agree(*filled, failure, self.mesh)
                 exponent = _scaled(buffers[index % 2], largest)
                 x = placement.put(buffers[index % 2], (plan.num_models, plan.width), self.mesh)
                 if index + 1 < plan.num_blocks:
@@ -125,14 +125,15 @@ class Blocks:
         return _fill(buffer, index, self.window, self.sources, self.base, self.plan, self.group, self.pool)
 
 
-def agree(largest, square, failure):
-    """(largest, sum of squares) over all processes; raises on all where one has a failure, as the same error if it can.
+def agree(largest, square, failure, mesh):
+    """(largest, sum of squares) over the mesh's processes; raises on all where one has a failure, the same if it can.
 
     Args:
         largest, square: floats of this process.
         failure: NonFiniteError or InputError of this process, or None.
+        mesh: of this process alone, or of all.
     """
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         if failure is not None:
             raise failure
         return largest, square

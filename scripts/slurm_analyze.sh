@@ -1,5 +1,6 @@
 #!/bin/bash
 # One analysis on several nodes of a Slurm cluster: sbatch scripts/slurm_analyze.sh COLLECTION WORKDIR
+# A fit is started the same way: `jaxsub fit` in place of `jaxsub analyze`, with --rank or --energy.
 # Both must lie on a file system that all nodes see. JAX finds the nodes by Slurm's own variables.
 #SBATCH --job-name=jaxsub
 #SBATCH --nodes=4

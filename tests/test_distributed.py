@@ -1,14 +1,17 @@
-"""When a program takes itself for one of several processes; runs of several are in `programs/test_processes.py`."""
+"""When a program takes itself for one of several processes; runs of several are in `programs/test_*processes.py`."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from jaxsub import distributed, errors
+from jaxsub import cli, distributed, errors, launcher
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    for name in distributed.SHOWN:
+    for name in launcher.SHOWN:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -28,7 +31,7 @@ def alone(monkeypatch):
 def test_what_says_that_there_are_several(monkeypatch, variables, several):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert distributed._several_detected() == several
+    assert launcher.several() == several
 
 
 @pytest.mark.parametrize(
@@ -51,3 +54,24 @@ def test_alone_everything_is_a_plain_call():
     with pytest.raises(errors.WorkdirError):
         distributed.together(lambda: (_ for _ in ()).throw(errors.WorkdirError("x")))
     distributed.require_same("collection", "abc")
+
+
+ALONE = [name for name in cli.PROGRAMS if name not in ("analyze", "fit")]
+
+
+@pytest.mark.parametrize(
+    "program", [name if name in ("verify", "zoo") else pytest.param(name, marks=pytest.mark.slow) for name in ALONE]
+)
+def test_programs_of_one_process_refuse_several(monkeypatch, program):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    script = f"from jaxsub.cli import entry; entry(['jaxsub', {program!r}])"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 2 and "runs as one process, and SLURM_STEP_NUM_TASKS=4" in ended.stderr
+
+
+def test_a_host_of_a_tpu_may_run_a_program_alone(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    launcher.require_alone("jaxsub verify")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(errors.ConfigError, match="OMPI_COMM_WORLD_SIZE=2"):
+        launcher.require_alone("jaxsub verify")

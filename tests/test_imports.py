@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = [
     ["errors"],
-    ["precision", "plugins", "config", "descriptors", "hubcache", "distributed", "hostmemory"],
+    ["precision", "plugins", "config", "descriptors", "hubcache", "launcher", "hostmemory"],
+    ["distributed"],
     ["linalg", "formats", "finding", "lineup"],
     ["spectrum", "statistics", "collection", "views", "placement", "reading", "stacks", "subspace", "estimators"],
     ["heldout", "lineage", "verdict", "nulls", "tasks", "models", "report", "decompositions", "workloads", "bundle"],
@@ -23,8 +24,8 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Modules that stand on others of their level.
 NAMED_SIBLINGS = {("finding", "formats"), ("statistics", "spectrum"), ("reading", "placement")}
 NO_JAX = (
-    "errors", "plugins", "config", "descriptors", "formats", "finding", "hubcache", "lineup", "collection", "report",
-    "spectrum", "heldout", "lineage", "verdict", "nulls", "cli",
+    "errors", "launcher", "plugins", "config", "descriptors", "formats", "finding", "hubcache", "lineup", "collection",
+    "report", "spectrum", "heldout", "lineage", "verdict", "nulls", "cli",
 )  # fmt: skip
 TRAINING_LIBRARIES = ("flax", "optax", "orbax")
 MAY_TRAIN = ("models", "tasks", "training", "worlds")

@@ -1,6 +1,7 @@
 """Runs one program as an absl app and maps what it raises to the exit codes of the README."""
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import logging as stdlib_logging
@@ -13,7 +14,7 @@ import zlib
 
 from absl import app, flags as absl_flags, logging
 
-from jaxsub import errors
+from jaxsub import errors, launcher
 
 _AGAIN = "with --workdir, the same command goes on where it stopped"
 
@@ -39,6 +40,8 @@ def program(name, argv):
     def main(parsed):
         logging.set_verbosity(logging.WARNING)  # jax reports every backend it does not find
         logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("jaxsub: %(message)s"))
+        if "num_processes" not in {f.name for f in dataclasses.fields(module.config_class())}:
+            launcher.require_alone(f"jaxsub {name}")
         keep_compiled_kernels()
         module.main(parsed)
 

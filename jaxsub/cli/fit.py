@@ -15,11 +15,13 @@ def config_class():
 def main(parsed):
     """Fits and writes WORKDIR/bundle; the table goes to stdout, progress to stderr."""
     config = parsed.freeze()
-    if config.dry_run:
-        sys.stdout.write(fit.run(config) + "\n")
-        return
-    if not parsed.workdir:
+    if not (parsed.workdir or config.dry_run):
         raise errors.ConfigError("no place for the bundle: give --workdir=FOLDER")
     result = fit.run(config, workdir=parsed.workdir, stream=sys.stderr)
+    if result is None:  # of several processes, process 0 alone speaks
+        return
+    if config.dry_run:
+        sys.stdout.write(result + "\n")
+        return
     sys.stdout.write(aside.listed(result.provenance["quarantined"]))
     sys.stdout.write(fit.table(result) + f"\nbundle: {os.path.join(parsed.workdir, 'bundle')}\n")

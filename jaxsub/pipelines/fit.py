@@ -3,17 +3,20 @@
 open (headers) -> plan -> layer by layer: stack, decomposition, coefficients -> bundle folder
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 
+import jax
 import numpy as np
 
 from jaxsub import (
     bundle,
     collection as collections,
     config as configs,
+    distributed,
     errors,
     formats,
     lineup,
@@ -21,7 +24,7 @@ from jaxsub import (
 )
 from jaxsub.bundle import allocation, files, storage
 from jaxsub.formats import peft
-from jaxsub.pipelines import aside, fit_layer, fit_plan, parts, plan, progress, tracing, workdir as workdirs
+from jaxsub.pipelines import aside, dealt, fit_layer, fit_plan, parts, plan, progress, tracing, workdir as workdirs
 
 log = logging.getLogger("jaxsub")
 
@@ -46,6 +49,10 @@ class Config:
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     max_host_bytes: int = 0  # bound on the plan's peak; 0: what is free
     max_device_bytes: int = 0  # bound on the plan's peak of the device; 0: what it has
+    coordinator: str = ""  # host:port of process 0, in a run of several processes; empty: as the launcher says, if any
+    num_processes: int = 0  # of the run
+    process_id: int = -1  # which of them this is
+    stall_timeout: int = 0  # seconds without a finished layer that end a run of several processes; 0: half an hour
     seed: int = 0
     dry_run: bool = False
     profile: bool = False  # write a trace for xprof and Perfetto to WORKDIR/profile
@@ -56,26 +63,30 @@ def run(config, path=None, *, workdir=None, stream=None):
     """Fits a bundle and saves it in the new folder `path`, or as `workdir`/bundle (without either nothing is written).
 
     With a workdir every layer is kept as it is finished: the same call goes on where it was killed and gives the same
-    bundle to the bit; where it had finished already, the bundle that is there.
+    bundle to the bit; where it had finished already, the bundle that is there. Several processes fit layers of their
+    own, and need the workdir, or the folder of `path`, on a file system that all of them see.
 
     Returns:
-        Bundle; with `dry_run`, the plan as text.
+        Bundle; with `dry_run`, the plan as text. Of several processes the first alone: others get None.
 
     Raises:
-        ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
+        ConfigError, InputError, WorkdirError, ResourceError, PeerError: see `jaxsub.errors`.
     """
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
     validate(config)
-    return fit(aside.open_collection(config), config, path, workdir=workdir, stream=stream)
+    distributed.start(config.coordinator, config.num_processes, config.process_id)
+    return fit(
+        distributed.together(lambda: aside.open_collection(config)), config, path, workdir=workdir, stream=stream
+    )
 
 
 def validate(config):
     """Raises ConfigError for values that no run could use, before anything is read."""
     if config.rank < 0 or not 0 < config.energy <= 1:
         raise errors.ConfigError(f"rank={config.rank}, energy={config.energy}: a rank of 1 or more, or 0 < energy <= 1")
-    if min(config.max_host_bytes, config.max_device_bytes) < 0:
-        raise errors.ConfigError("max_host_bytes, max_device_bytes: must be at least 0")
+    if min(config.max_host_bytes, config.max_device_bytes, config.stall_timeout) < 0:
+        raise errors.ConfigError("max_host_bytes, max_device_bytes, stall_timeout: must be at least 0")
     if config.budget_bytes < 0 or (config.budget_bytes and config.rank):
         raise errors.ConfigError(f"budget_bytes={config.budget_bytes}, rank={config.rank}: a budget chooses the ranks")
     if not 0 <= config.seed < 2**63:
@@ -98,30 +109,62 @@ def fit(opened, config, path=None, *, workdir=None, stream=None):
     """`run` on a Collection that is open already."""
     validate(config)
     place = os.path.dirname(os.path.abspath(path)) if path is not None else workdir
+    is_main, is_alone = distributed.is_main(), jax.process_count() == 1
+    distributed.require_same("collection", opened.fingerprint)
+    distributed.require_same("set of options", _shared_options(config), "start all with the same command")
     trace = None if config.dry_run else tracing.folder_of(config, place)
+    if not (is_alone or config.dry_run or place):
+        raise errors.ConfigError(
+            "several processes meet in the workdir: give --workdir=FOLDER (jaxsub.fit: a path), on a file system that "
+            "all of them see"
+        )
+    stream, trace = (stream, trace) if is_main else (None, None)
     if workdir is not None and not config.dry_run:
         return _in_workdir(opened, config, workdir, stream, trace)
+    distributed.together(lambda: _require_new(path) if is_main else None)
+    kept = parts.Parts(None, config) if is_alone else dealt.Parts(f"{path}.parts", config)
+    if not config.dry_run:
+        kept.require_shared()
+    with tracing.traced(trace):
+        result = aside.going_on(lambda left: _fit(left, config, kept, stream), opened, config)
+    if path is not None and not config.dry_run:
+        distributed.together(lambda: result.save(path) if is_main else None, is_long=True)
+        if is_main and not is_alone:
+            kept.remove()
+    return result
+
+
+def _require_new(path):
     if path is not None and os.path.lexists(path):
         raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
-    with tracing.traced(trace):
-        result = aside.going_on(lambda left: _fit(left, config, parts.Parts(None, config), stream), opened, config)
-    if path is not None and not config.dry_run:
-        result.save(path)
-    return result
+
+
+def _shared_options(config):
+    return configs.to_dict(dataclasses.replace(config, coordinator="", num_processes=0, process_id=-1))
 
 
 def _in_workdir(opened, config, workdir, stream, trace):
     _groups(opened, config)  # what no run could do leaves no trace
-    path, kept = os.path.join(workdir, "bundle"), parts.Parts(workdir, config)
-    with workdirs.hold(workdir, workdirs.identity("fit", config, opened), restart=config.restart):
-        found = _committed(path, opened, config)
-        if found is None:
+    path, is_main = os.path.join(workdir, "bundle"), distributed.is_main()
+    kind = parts.Parts if jax.process_count() == 1 else dealt.Parts
+    kept = kind(os.path.join(workdir, "parts"), config)
+    with contextlib.ExitStack() as stack:
+
+        def hold():
+            identity = workdirs.identity("fit", config, opened)
+            stack.enter_context(workdirs.hold(workdir, identity, restart=config.restart))
+
+        distributed.together(lambda: hold() if is_main else None)
+        found = distributed.together(lambda: _committed(path, opened, config) if is_main else None, is_long=True)
+        if distributed.gather_objects(found is None)[0]:  # process 0 alone looks for it
+            kept.require_shared()
             with tracing.traced(trace):
                 found = aside.going_on(lambda left: _fit(left, config, kept, stream), opened, config)
-            parts.commit(found, path)
+            distributed.together(lambda: parts.commit(found, path) if is_main else None, is_long=True)
         elif stream is not None:
             stream.write(f"{errors.quote(path)}: there already, of the same run\n")
-        kept.remove()
+        if is_main:
+            kept.remove()
     return found
 
 
@@ -157,44 +200,30 @@ def _fit(opened, config, kept, stream):
         if any("\ud800" <= c <= "\udfff" for c in ref.id + ref.path):  # bytes that are no UTF-8: manifests hold text
             raise errors.ConfigError(f"{errors.quote(ref.path)}: its name is no UTF-8; rename it")
     groups = _groups(opened, config)
-    plans = fit_plan.of(groups, [fit_layer.module(g, config) for g in groups], config)
+    plans, is_main = fit_plan.of(groups, [fit_layer.module(g, config) for g in groups], config), distributed.is_main()
     if config.dry_run:
-        return fit_plan.text(plans, groups, opened, config)
+        return fit_plan.text(plans, groups, opened, config) if is_main else None
     if stream is not None:
         stream.write(fit_plan.text(plans, groups, opened, config, most=plan.LISTED) + "\n")
-    fit_plan.require_memory(plans, config)
-    passes = 2 if config.budget_bytes else 1
-    empty = bundle.Bundle(
-        model_ids=tuple(r.id for r in opened.refs),
-        layers=(),
-        passthrough=passthrough(opened, groups),
-        originals={r.id: file_bytes(r.path) for r in opened.refs},
-        provenance=_provenance(opened, config),
-    )
-    with progress.Progress(passes * sum(g.num_bytes for g in groups), passes * len(groups), stream=stream) as bar:
+    distributed.together(lambda: fit_plan.require_memory(plans, config))
+    empty = distributed.together(lambda: _empty(opened, groups, config) if is_main else None, is_long=True)
+    own, passes = kept.own(groups), 2 if config.budget_bytes else 1
+    with progress.Progress(passes * sum(g.num_bytes for g in own), passes * len(own), stream=stream) as bar:
+
+        def done(group, is_known):
+            text = f"N={len(group.members)}{' as saved' if is_known else ''}"
+            bar.layer(group.name, group.num_bytes, text, read=0 if is_known else group.num_bytes)
 
         def fitted(ranks):
-            found = []
-            for group, rank in zip(groups, ranks, strict=True):
-                with tracing.stage(group.name):
-                    layer, is_known = kept.fit(group, opened, rank)
-                found.append(layer)
-                text = f"N={len(group.members)}{' as saved' if is_known else ''}"
-                bar.layer(group.name, group.num_bytes, text, read=0 if is_known else group.num_bytes)
-            return dataclasses.replace(empty, layers=tuple(found))
+            found = kept.fit_all(groups, ranks, opened, done)
+            return dataclasses.replace(empty, layers=found) if is_main else None
 
         if config.budget_bytes:
-            least = result = fitted([1] * len(groups))
-            smallest, allowed = least.accounting()["total"], config.budget_bytes
-            ranks = _ranks(least, allowed)
-            while ranks is not None:
-                result = fitted(ranks)
-                over = result.accounting()["total"] - config.budget_bytes
-                allowed -= over  # the manifest's numbers have other digits than at rank 1
-                ranks = _ranks(least, allowed) if over > 0 and allowed >= smallest else None
-            result = result if over <= 0 else least
+            result = _within(config.budget_bytes, fitted, len(groups))
         else:
             result = fitted([config.rank] * len(groups))
+    if not is_main:
+        return None
     count = result.accounting()
     if count["total"] > count["originals"]:
         log.warning(
@@ -203,6 +232,42 @@ def _fit(opened, config, kept, stream):
             plan.size(count["originals"]),
         )
     return result
+
+
+def _empty(opened, groups, config):
+    """The Bundle without its layers."""
+    return bundle.Bundle(
+        model_ids=tuple(r.id for r in opened.refs),
+        layers=(),
+        passthrough=passthrough(opened, groups),
+        originals={r.id: file_bytes(r.path) for r in opened.refs},
+        provenance=_provenance(opened, config),
+    )
+
+
+def _within(budget, fitted, count):
+    """The Bundle of `count` layers of most energy in `budget` bytes; `fitted` gives one for a rank a layer.
+
+    Process 0, which has the layers, decides, and the others hear of the ranks.
+    """
+    least = result = fitted([1] * count)
+    smallest, allowed, over = _total(least), budget, 0
+    ranks = _decided(least, allowed)
+    while ranks is not None:
+        result = fitted(ranks)
+        over = _total(result) - budget
+        allowed -= over  # the manifest's numbers have other digits than at rank 1
+        ranks = _decided(least, allowed) if over > 0 and allowed >= smallest else None
+    return result if over <= 0 else least
+
+
+def _total(result):
+    return distributed.from_main(lambda: result.accounting()["total"])
+
+
+def _decided(least, budget):
+    ranks = distributed.from_main(lambda: [[*map(int, k)] for k in _ranks(least, budget)])
+    return [tuple(k) for k in ranks]
 
 
 def _groups(opened, config):
@@ -315,7 +380,8 @@ def _provenance(opened, config):
     from jaxsub import __version__
 
     # The bundle is the same whatever these are.
-    plain = dataclasses.replace(config, restart=False, profile=False, max_host_bytes=0, max_device_bytes=0)
+    alone = {"coordinator": "", "num_processes": 0, "process_id": -1, "stall_timeout": 0}
+    plain = dataclasses.replace(config, restart=False, profile=False, max_host_bytes=0, max_device_bytes=0, **alone)
     return {
         "program": "fit",
         "config": configs.to_dict(plain),

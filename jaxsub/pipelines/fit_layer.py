@@ -195,7 +195,9 @@ def _figures(stack, values, space, found, exponent, config):
         )
     dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
     flat = x.reshape(count, width)
-    sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=placement.make_mesh(1), dtype=dtype)
+    sums, _ = gram.dense_gram(
+        flat, np.zeros((0, count), np.float32), mesh=placement.make_mesh(1, is_local=True), dtype=dtype
+    )
     centred = spectrum.centred(np.asarray(sums.gram))
     is_linear = isinstance(space, subspace.LinearSubspace)
     held = heldout.of_one_model(centred, space.rank) if is_linear else _held_out_half(stack, space, config)

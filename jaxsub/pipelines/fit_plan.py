@@ -4,7 +4,10 @@ A layer's stack is whole on one device; one that would not fit is streamed where
 """
 
 import dataclasses
+import heapq
 import math
+
+import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
 from jaxsub.pipelines import estimate, fit_streamed, memory, plan
@@ -48,13 +51,22 @@ def of_layer(group, module, config):
             each = wide if not config.basis_dtype else 1 if config.basis_dtype == "int8" else 2
             kept = (1 + min(config.rank, count - 1)) * size * each + count * config.rank * wide
     found = LayerPlan(group.name, group.shape, count, group.num_bytes, host + device, device, kept)
-    bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1))
+    bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1, is_local=True))
     is_too_large = peak([found]) > fit_streamed.allowed(config) or (bound and device > bound)
     if not (is_too_large and fit_streamed.can(group, config)):
         return found
     block, host = fit_streamed.block_bytes(config), fit_streamed.peak(group, config.rank or 1, config)
     more = {"bytes_read": 2 * group.num_bytes, "host_bytes": host, "device_bytes": 4 * block, "is_streamed": True}
     return dataclasses.replace(found, **more)
+
+
+def deal(groups, count):
+    """[which of `count` processes fits each group]: the largest first, each to the one with the fewest bytes so far."""
+    owners, loads = [0] * len(groups), [(0, process) for process in range(count)]
+    for index in sorted(range(len(groups)), key=lambda i: -groups[i].num_bytes):  # ties stay in their order
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + groups[index].num_bytes, owners[index]))
+    return owners
 
 
 def peak(plans):
@@ -71,7 +83,7 @@ def require_memory(plans, config):
             f"layer {errors.quote(worst.name)} needs {plan.size(peak([worst]))} on the host, {plan.size(free)} are "
             "allowed or free; allow more with --max_host_bytes, or leave it whole with --exclude_layers"
         )
-    bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1))
+    bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1, is_local=True))
     plan.require_device_memory(max(plans, key=lambda p: p.device_bytes), bound)
 
 
@@ -86,9 +98,17 @@ def text(plans, groups, opened, config, *, most=None):
         most: layers to list; None for all.
     """
     lines = plan.listing(plans, most, "reads", lambda p: f"{1 + p.is_streamed:>6} {plan.size(p.host_bytes):>10}")
-    mesh, passes = placement.make_mesh(1), 2 if config.budget_bytes else 1
+    mesh, passes = placement.make_mesh(1, is_local=True), 2 if config.budget_bytes else 1
     num_bytes = passes * sum(p.bytes_read for p in plans)
     lines.append(plan.to_read(num_bytes) + (", in two passes" if passes > 1 else ""))
+    count = jax.process_count()
+    if count > 1:
+        owners = deal(groups, count)
+        loads = [sum(p.bytes_read for p, o in zip(plans, owners, strict=True) if o == one) for one in range(count)]
+        num_bytes = passes * max(loads)
+        lines.append(
+            f"{count} processes share the layers, each fits whole ones: one reads {plan.size(num_bytes)} at most"
+        )
     lines += plan.memory_lines(peak(plans), plan.device_peak(plans), mesh)
     lines.append(_to_write(plans, groups, opened, config))
     rates = estimate.measure(groups, opened.models, mesh)

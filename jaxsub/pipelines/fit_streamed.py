@@ -60,9 +60,11 @@ def fit(group, models, ids, config, rank):
         NonFiniteError: naming the first model with a NaN or an Inf.
         ResourceError: mean and basis, whose size is known after the first read, do not fit.
     """
-    mesh = placement.make_mesh()
+    mesh = placement.make_mesh(is_local=True)
     plan = placement.plan_dense(group, mesh.size, layers.Options(block_bytes=block_bytes(config)))
-    plan = dataclasses.replace(plan, exact_axes=(), sketched_axes=(), other_side=False, strengths=False)
+    plan = dataclasses.replace(
+        plan, exact_axes=(), sketched_axes=(), other_side=False, strengths=False, num_processes=1
+    )
     stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
     none = np.zeros((0, plan.num_models), np.float32)
     _fit.require_rows(rank, config.energy, _fit.row_cap(stats), stats.num_models)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import descriptors, distributed, errors, hostmemory, placement, precision, reading
 from jaxsub.linalg import gram as gram_kernels, unfold
+from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes
 from jaxsub.statistics import ModeEnergies, Statistics
@@ -90,7 +91,7 @@ def _read(side, shape, pairs, models, mesh, dtype):
                 done.result()
     except errors.InputError as error:
         failure = error
-    reading.agree(0.0, 0.0, failure)
+    reading.agree(0.0, 0.0, failure, mesh)
     return x
 
 
@@ -104,27 +105,19 @@ def _modes(x, roots, sizes, first, options, key, mesh):
         sizes: of the weight axes of this side, more than one for convolutions.
         first: number of the first of them.
     """
-    everywhere = NamedSharding(mesh, P())
-    rows, total = _weighted_rows(roots, x, None if len(sizes) == 1 else math.prod(sizes), everywhere)
+    rows, total = _weighted_rows(roots, x, mesh)
     total, found = float(total), []
     for position, size in enumerate(sizes):
         if len(sizes) > 1 and size == 1:
             continue
-        axis, part = first + position, rows if len(sizes) == 1 else _along(rows, sizes=sizes, position=position)
-        if mode_is_exact(len(part), size, options):
-            values = np.asarray(_row_energies(part, everywhere))[::-1][: min(len(part), size)]
+        axis, num_rows = first + position, len(rows) * math.prod(sizes) // size
+        if mode_is_exact(num_rows, size, options):
+            values = np.asarray(_row_energies(rows, sizes, position, mesh))[::-1][: min(num_rows, size)]
             found.append(ModeEnergies(axis, size, np.maximum(values, 0.0), total, 0, False))
             continue
-        tests = np.asarray(_tests(part, jax.random.fold_in(key, axis), everywhere), np.float64)[:, :size]
-        found.append(axes.sketched_mode(axis, tests, total, centred=False))
+        tests = _tests(rows, jax.random.fold_in(key, axis), sizes, position, mesh)
+        found.append(axes.sketched_mode(axis, np.asarray(tests, np.float64)[:, :size], total, centred=False))
     return found
-
-
-@functools.partial(jax.jit, static_argnames=("sizes", "position"))
-def _along(rows, sizes, position):
-    """Rows (num * rest, sizes[position]): one axis of those that the columns of `rows` (num, prod(sizes)) merge."""
-    before, size, after = unfold.view(sizes, position)
-    return jnp.moveaxis(rows.reshape(len(rows), before, size, after), 2, 3).reshape(-1, size)
 
 
 def mode_is_exact(num_rows, width, options):
@@ -133,33 +126,76 @@ def mode_is_exact(num_rows, width, options):
     return num_rows * width * shorter <= options.mode_work and shorter <= options.mode_width
 
 
-@functools.partial(jax.jit, static_argnames=("width", "everywhere"))
-def _weighted_rows(roots, x, width, everywhere):
-    """Rows (N * r, columns) of the products, and the sum of their squares in float64.
+@functools.partial(jax.jit, static_argnames="mesh")
+def _weighted_rows(roots, x, mesh):
+    """Rows (N * r, width) of the products, columns sharded as those of `x`, and the sum of their squares in float64."""
 
-    Columns are sharded as those of `x`, padding included; with a `width`, only so many, and on every device.
+    def local(roots, x):
+        rows = jnp.einsum("nrs,nsw->nrw", roots.astype(x.dtype), x, precision="highest")
+        total = jax.lax.psum(jnp.sum(jnp.square(rows.astype(jnp.float64))), FEATURES)
+        return rows.reshape(-1, x.shape[2]), total
+
+    given, found = (P(), P(None, None, FEATURES)), (P(None, FEATURES), P())
+    return jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=found, check_vma=False)(roots, x)
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "position", "mesh"))
+def _row_energies(rows, sizes, position, mesh):
+    """Eigenvalues, ascending, of the smaller Gram matrix of the rows (num * rest, sizes[position]) of an axis.
+
+    Columns stay where they are if they are the axis and the longer side. Else rows are dealt out whole, and where the
+    axis is longer, its entries in a second round: a device sends and gets its share of `rows` once or twice.
     """
-    rows = jnp.einsum("nrs,nsw->nrw", roots.astype(x.dtype), x, precision="highest")
-    total = jax.lax.with_sharding_constraint(jnp.sum(jnp.square(rows.astype(jnp.float64))), everywhere)
-    rows = rows.reshape(-1, x.shape[2])
-    if width is not None:
-        rows = jax.lax.with_sharding_constraint(rows, everywhere)[:, :width]
-    return rows, total
+    size, rest = sizes[position], math.prod(sizes) // sizes[position]
+    is_wide = len(rows) * rest <= size
+
+    def local(x):
+        part = x
+        if rest > 1 or not is_wide:
+            part = _along(_dealt_rows(x, mesh), sizes, position)
+            part = _dealt_rows(part.T, mesh).T if is_wide else part
+        part = part.astype(jnp.float64)
+        return jax.lax.psum(part @ part.T if is_wide else part.T @ part, FEATURES)
+
+    gram = jax.shard_map(local, mesh=mesh, in_specs=P(None, FEATURES), out_specs=P(), check_vma=False)(rows)
+    return jnp.linalg.eigvalsh(gram)
 
 
-@functools.partial(jax.jit, static_argnames="everywhere")
-def _row_energies(rows, everywhere):
-    rows = rows.astype(jnp.float64)
-    gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
-    return jnp.linalg.eigvalsh(jax.lax.with_sharding_constraint(gram, everywhere))
+@functools.partial(jax.jit, static_argnames=("sizes", "position", "mesh"))
+def _tests(rows, key, sizes, position, mesh):
+    """(2, size or more, columns) products of an axis' rows with Gaussian test vectors, in two halves; on every device.
+
+    The test vectors are those of one device, each device taking what belongs to its columns or rows.
+    """
+    rest = math.prod(sizes) // sizes[position]
+    test = jax.random.normal(key, (2, len(rows) * rest, MIXTURES * COLUMNS), dtype=rows.dtype)
+
+    def local(x, test):
+        if rest == 1:
+            return jnp.einsum("rw,hrc->hwc", x, test, precision="highest")
+        part = _along(_dealt_rows(x, mesh), sizes, position)
+        test = jnp.pad(test, ((0, 0), (0, mesh.size * len(part) - test.shape[1]), (0, 0)))
+        own = jax.lax.dynamic_slice_in_dim(test, jax.lax.axis_index(FEATURES) * len(part), len(part), axis=1)
+        return jax.lax.psum(jnp.einsum("rw,hrc->hwc", part, own, precision="highest"), FEATURES)
+
+    given, found = (P(None, FEATURES), P()), P(None, FEATURES) if rest == 1 else P()
+    tests = jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=found, check_vma=False)(rows, test)
+    return jax.lax.with_sharding_constraint(tests, NamedSharding(mesh, P()))
 
 
-@functools.partial(jax.jit, static_argnames="everywhere")
-def _tests(rows, key, everywhere):
-    """(2, width, columns) products of the rows with Gaussian test vectors, in two halves."""
-    test = jax.random.normal(key, (2, len(rows), MIXTURES * COLUMNS), dtype=rows.dtype)
-    found = jnp.einsum("rw,hrc->hwc", rows, test, precision="highest")
-    return jax.lax.with_sharding_constraint(found, everywhere)
+def _dealt_rows(x, mesh):
+    """(rows / devices, D') whole rows of x (rows, D' / devices) on this device, zeros behind the last."""
+    if mesh.size == 1:
+        return x
+    x = jnp.pad(x, ((0, -len(x) % mesh.size), (0, 0)))
+    return jax.lax.all_to_all(x, FEATURES, split_axis=0, concat_axis=1, tiled=True)
+
+
+def _along(rows, sizes, position):
+    """Rows (num * rest, sizes[position]): one axis of those that the columns of rows (num, prod(sizes)) merge."""
+    before, size, after = unfold.view(sizes, position)
+    rows = rows[:, : math.prod(sizes)]
+    return jnp.moveaxis(rows.reshape(len(rows), before, size, after), 2, 3).reshape(-1, size)
 
 
 def _roots(grams):

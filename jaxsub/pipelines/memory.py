@@ -190,7 +190,7 @@ def _lora_parts(plan, group, mesh, options):
     steps = [pair * wide * side * sum(widths) + 4 * wide * side**2 + 8 * (6 * n**2 + 2 * n * rank**2)]
     for sizes in (pairs[0].a.shape[1:], (widths[1],)):
         entries = n * rank * math.prod(sizes)
-        copies = stored * entries * min(2, len(sizes))  # rows of one axis are gathered where a side has several
+        copies = stored * entries * min(2, len(sizes))  # rows of one axis, where a side has several
         for size in sizes:
             rows = entries // size
             if lora.mode_is_exact(rows, size, options):

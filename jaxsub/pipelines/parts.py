@@ -11,37 +11,57 @@ import jax
 from jaxsub import bundle, errors
 from jaxsub.bundle import files
 from jaxsub.formats import _files
-from jaxsub.pipelines import fit_layer, workdir as workdirs
+from jaxsub.pipelines import fit_layer, tracing, workdir as workdirs
 
 log = logging.getLogger("jaxsub")
 WHOLE_RUN = ("collection", "layers", "exclude_layers", "allow_roots", "budget_bytes")  # options of no layer by itself
 
 
 class Parts:
-    """The parts in a workdir; without one, every layer is fitted and nothing is written."""
+    """The parts in a folder; without one, every layer is fitted and nothing is written."""
 
-    def __init__(self, workdir, config):
-        self.folder = None if workdir is None else os.path.join(workdir, "parts")
-        self.config = config
+    def __init__(self, folder, config):
+        self.folder, self.config = folder, config
+
+    def require_shared(self):
+        """Refuses a folder that not all processes see; there is one."""
+
+    def own(self, groups):
+        """The groups that this process fits: all of them."""
+        return groups
+
+    def fit_all(self, groups, ranks, opened, done):
+        """(bundle.Layer, ...) of groups at their ranks; done(group, whether it was kept from before) after each."""
+        found = []
+        for group, rank in zip(groups, ranks, strict=True):
+            with tracing.stage(group.name):
+                layer, is_known = self.fit(group, opened, rank)
+            found.append(layer)
+            done(group, is_known)
+        return tuple(found)
 
     def fit(self, group, opened, rank):
         """(bundle.Layer, whether it was kept from before) of a group at a rank as `fit_layer.fit` takes it."""
         if self.folder is None:
             return fit_layer.fit(group, opened, self.config, rank), False
         digest = self._digest(group, opened, rank)
-        path = os.path.join(self.folder, digest)
-        known = _load(path, digest)
+        known = self._kept(digest)
         if known is not None:
             return known, True
         layer = fit_layer.fit(group, opened, self.config, rank)
         os.makedirs(self.folder, exist_ok=True)
         ids = layer.model_ids
-        bundle.Bundle(ids, (layer,), {}, dict.fromkeys(ids, 1), {"digest": digest}).save(path)
+        bundle.Bundle(ids, (layer,), {}, dict.fromkeys(ids, 1), {"digest": digest}).save(
+            os.path.join(self.folder, digest)
+        )
         return layer, False
 
     def remove(self):
         """Removes all parts."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _kept(self, digest):
+        return _load(os.path.join(self.folder, digest), digest)
 
     def _digest(self, group, opened, rank):
         from jaxsub import __version__

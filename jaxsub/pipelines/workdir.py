@@ -92,9 +92,10 @@ def hold(path, identity, *, restart=False):
         _write.write_json(record, known | {program: identity})
         try:
             yield
-        except (errors.ConfigError, errors.WorkdirError):  # no run came of these options: the next ones may differ
-            known.pop(program, None)
-            _write.write_json(record, known)
+        except errors.JaxsubError as error:
+            if error.exit_code in (errors.ConfigError.exit_code, errors.WorkdirError.exit_code):  # of a peer, too
+                known.pop(program, None)  # no run came of these options: the next ones may differ
+                _write.write_json(record, known)
             raise
     finally:
         os.close(fd)
