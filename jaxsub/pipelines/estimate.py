@@ -80,11 +80,11 @@ def _read(groups, models):
     places = places[:: max(1, len(places) // PLACES)][:PLACES]
     deadline = time.perf_counter() + READ_SECONDS
 
-    def one(place):
+    def one(number, place):
         group, index = place
         tensor = next(iter(collection.stored_tensors(group.entries[index])))
         size = min(READ_BYTES, tensor.num_bytes // 2)
-        if tensor.extent is None or not size or time.perf_counter() > deadline:
+        if tensor.extent is None or not size or (number and time.perf_counter() > deadline):
             return 0
         try:
             formats.read_into(tensor.extent, (tensor.num_bytes - size) // 2, np.empty(size, np.uint8))
@@ -94,7 +94,7 @@ def _read(groups, models):
 
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(reading.READERS) as pool:
-        sampled = sum(pool.map(one, places))
+        sampled = sum(pool.map(one, range(len(places)), places))
     return sampled, time.perf_counter() - started
 
 
