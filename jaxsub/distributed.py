@@ -145,7 +145,8 @@ _meetings = itertools.count()  # the same number on all processes, which take th
 def meet():
     """Waits for all processes, for days if it must be: a collective of gloo gives up after half an hour."""
     if _service() is not None:
-        _service().wait_at_barrier(f"jaxsub-{next(_meetings)}", MEET_SECONDS * 1000)
+        with _in_words():
+            _service().wait_at_barrier(f"jaxsub-{next(_meetings)}", MEET_SECONDS * 1000)
 
 
 class Notes:
@@ -157,13 +158,25 @@ class Notes:
     def leave(self, number):
         """Shows a number to all processes."""
         if _service() is not None:
-            _service().key_value_set(f"{self.folder}{number}", "")
+            with _in_words():
+                _service().key_value_set(f"{self.folder}{number}", "")
 
     def read(self):
         """[numbers] that were left so far."""
         if _service() is None:
             return []
-        return [int(key.rpartition("/")[2]) for key, _ in _service().key_value_dir_get(self.folder)]
+        with _in_words():
+            return [int(key.rpartition("/")[2]) for key, _ in _service().key_value_dir_get(self.folder)]
+
+
+@contextlib.contextmanager
+def _in_words():
+    """Says what an error of the service means: another process was killed, stalled or ran out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = f"another process of this run has ended; its own output says why ({errors.quote(error, 120)})"
+        raise errors.PeerError(said, errors.ResourceError.exit_code) from error
 
 
 def _service():

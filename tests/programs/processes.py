@@ -35,10 +35,10 @@ def start(count, *arguments, before=None, heartbeat=None):
     return started
 
 
-def run(count, *arguments, before=None, seconds=240):
+def run(count, *arguments, before=None, seconds=240, heartbeat=None):
     """[Ended] of `start`, all of them waited for."""
     ended = []
-    started = start(count, *arguments, before=before)
+    started = start(count, *arguments, before=before, heartbeat=heartbeat)
     try:
         for process in started:
             out, err = process.communicate(timeout=seconds)

@@ -258,9 +258,10 @@ def test_after_the_death_of_one_at_most_a_layer_of_each_is_fitted_again(folder, 
 @pytest.mark.slow
 def test_one_that_hangs_ends_all_and_one_that_waits_for_it_does_not(folder, tmp_path):
     """Process 0 waits longer than the timeout for process 1, whose layers come in time; then process 1 hangs."""
-    given = ("fit", f"--collection={folder}", f"--workdir={tmp_path / 'out'}", "--rank=2", "--stall_timeout=8")
-    hook = LOGGED.format(path=str(tmp_path / "log"), seconds=5)
+    given = ("fit", f"--collection={folder}", f"--workdir={tmp_path / 'out'}", "--rank=2", "--stall_timeout=20")
+    hook = LOGGED.format(path=str(tmp_path / "log"), seconds=10)  # three layers
     assert [e.code for e in processes.run(2, *given, before={1: hook})] == [0, 0]
     hook = LOGGED.format(path=str(tmp_path / "log"), seconds=1000)
-    ended = processes.run(2, *given, "--restart", before={1: hook}, seconds=120)
-    assert all(e.code for e in ended) and "Timeout (0:00:08)" in ended[1].stderr and "logged" in ended[1].stderr
+    ended = processes.run(2, *given, "--restart", before={1: hook}, heartbeat=10)
+    assert all(e.code for e in ended) and "Timeout (0:00:20)" in ended[1].stderr and "logged" in ended[1].stderr
+    assert "this is a bug" not in ended[0].stderr
