@@ -6,6 +6,7 @@ import zlib
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import (
     bundle,
@@ -13,7 +14,6 @@ from jaxsub import (
     errors,
     heldout,
     lineup,
-    placement,
     plugins,
     precision,
     reading,
@@ -46,13 +46,14 @@ def fit(group, opened, config, rank):
     if exponent:  # squares would leave the range of the dtype
         x = np.ldexp(x, -exponent)
     plugin = module(group, config)
+    mesh = fit_plan.mesh_of(group, plugin)
     with jax.enable_x64(True):
-        stack = stacks.DenseStack.create(x, group.name, ids)
+        stack = stacks.DenseStack.create(_placed(x, mesh), group.name, ids)
         key = layers.layer_key(group.name, config.seed)
         space = subspace.stored(plugin.fit(stack, _options(plugin, config, stack, rank), key), _wide(group.dtypes))
         space, values, _, unrounded = _stored(space, stack.x, config)
         found = _entries(group, x, space, values, exponent, config)
-        figures = {**_figures(stack, values, space, found, exponent, config), **unrounded}
+        figures = {**_figures(stack, values, space, found, exponent, config, mesh), **unrounded}
     if exponent:
         space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
     dtypes = stored_dtypes(group)
@@ -184,7 +185,12 @@ def _options(module, config, stack, rank):
     return module.Options(energy=config.energy)
 
 
-def _figures(stack, values, space, found, exponent, config):
+def _placed(x, mesh):
+    """A stack (N, *shape) on the mesh, its leading weight axis sharded."""
+    return jax.device_put(x, NamedSharding(mesh, P(None, gram.FEATURES))) if mesh.size > 1 else x
+
+
+def _figures(stack, values, space, found, exponent, config, mesh):
     """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out."""
     x = stack.x
     count, width = len(x), math.prod(x.shape[1:])
@@ -195,9 +201,7 @@ def _figures(stack, values, space, found, exponent, config):
         )
     dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
     flat = x.reshape(count, width)
-    sums, _ = gram.dense_gram(
-        flat, np.zeros((0, count), np.float32), mesh=placement.make_mesh(1, is_local=True), dtype=dtype
-    )
+    sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=mesh, dtype=dtype)
     centred = spectrum.centred(np.asarray(sums.gram))
     is_linear = isinstance(space, subspace.LinearSubspace)
     held = heldout.of_one_model(centred, space.rank) if is_linear else _held_out_half(stack, space, config)

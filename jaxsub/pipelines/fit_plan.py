@@ -1,6 +1,7 @@
 """The plan of a fit, from headers alone: what is read, the memory of the host and of the device, what is written.
 
-A layer's stack is whole on one device; one that would not fit is streamed where it can be, else the fit is refused.
+A layer's stack is whole on the devices: a large one shared by them where its components are of the models, else on one.
+One that would not fit is streamed where it can be, else the fit is refused.
 """
 
 import dataclasses
@@ -13,11 +14,12 @@ from jaxsub import collection, descriptors, errors, lineup, placement, precision
 from jaxsub.pipelines import estimate, fit_streamed, memory, plan
 
 COPIES, TUCKER_COPIES = 5, 7  # of a stack in the dtype of its products, on the device: measured
+SHARED_BYTES = 2**26  # of a stack as stored: smaller ones are not worth an exchange between devices
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What the fit of one layer takes; bytes. `device_bytes` are on the one device, on CPU a part of `host_bytes`."""
+    """What the fit of one layer takes; bytes. `device_bytes` are on each device, on CPU a part of `host_bytes`."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,10 +36,22 @@ def of(groups, modules, config):
     return [of_layer(g, m, config) for g, m in zip(groups, modules, strict=True)]
 
 
+def mesh_of(group, module):
+    """The mesh that holds a group's stack, its leading weight axis sharded."""
+    stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
+    is_small = len(group.members) * math.prod(group.shape) * stored < SHARED_BYTES
+    alone = _by_axes(module) or group.parametrisation == lineup.LORA or is_small
+    return placement.make_mesh(1 if alone else math.gcd(group.shape[0], jax.local_device_count()), is_local=True)
+
+
+def _by_axes(module):
+    return "ranks" in {f.name for f in dataclasses.fields(module.Options)}
+
+
 def of_layer(group, module, config):
     """LayerPlan of one layer group; streamed where its whole stack is more than may be, and it can be."""
     count, size = len(group.members), math.prod(group.shape)
-    by_axes = "ranks" in {f.name for f in dataclasses.fields(module.Options)}
+    by_axes = _by_axes(module)
     stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
     wide, kept = max(stored, 4), 0
     if group.parametrisation == lineup.LORA:
@@ -50,13 +64,15 @@ def of_layer(group, module, config):
         if config.rank and not by_axes:
             each = wide if not config.basis_dtype else 1 if config.basis_dtype == "int8" else 2
             kept = (1 + min(config.rank, count - 1)) * size * each + count * config.rank * wide
-    found = LayerPlan(group.name, group.shape, count, group.num_bytes, host + device, device, kept)
+    share = device // mesh_of(group, module).size
+    found = LayerPlan(group.name, group.shape, count, group.num_bytes, host + device, share, kept)
     bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1, is_local=True))
-    is_too_large = peak([found]) > fit_streamed.allowed(config) or (bound and device > bound)
+    is_too_large = peak([found]) > fit_streamed.allowed(config) or (bound and share > bound)
     if not (is_too_large and fit_streamed.can(group, config)):
         return found
     block, host = fit_streamed.block_bytes(config), fit_streamed.peak(group, config.rank or 1, config)
-    more = {"bytes_read": 2 * group.num_bytes, "host_bytes": host, "device_bytes": 4 * block, "is_streamed": True}
+    more = {"bytes_read": 2 * group.num_bytes, "host_bytes": host, "is_streamed": True}
+    more["device_bytes"] = 4 * block // jax.local_device_count()
     return dataclasses.replace(found, **more)
 
 
@@ -98,7 +114,7 @@ def text(plans, groups, opened, config, *, most=None):
         most: layers to list; None for all.
     """
     lines = plan.listing(plans, most, "reads", lambda p: f"{1 + p.is_streamed:>6} {plan.size(p.host_bytes):>10}")
-    mesh, passes = placement.make_mesh(1, is_local=True), 2 if config.budget_bytes else 1
+    mesh, passes = placement.make_mesh(is_local=True), 2 if config.budget_bytes else 1
     num_bytes = passes * sum(p.bytes_read for p in plans)
     lines.append(plan.to_read(num_bytes) + (", in two passes" if passes > 1 else ""))
     count = jax.process_count()

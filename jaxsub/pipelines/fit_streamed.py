@@ -44,8 +44,11 @@ def allowed(config):
 
 
 def block_bytes(config):
-    """Bytes of a block: an eighth of what is allowed beyond the kernels' own, at most the usual."""
-    return int(max(2**20, min(layers.Options().block_bytes, (allowed(config) - memory.RUNTIME_BYTES) / 8)))
+    """Bytes of a block: an eighth of what the host is allowed beyond the kernels' own, a quarter of what devices are."""
+    mesh = placement.make_mesh(is_local=True)
+    devices = mesh.size * (config.max_device_bytes or plans.device_limit(mesh) or math.inf)
+    host = allowed(config) - memory.RUNTIME_BYTES
+    return int(max(2**20, min(layers.Options().block_bytes, host / 8, devices / 4)))
 
 
 def peak(group, rank, config):
