@@ -50,6 +50,7 @@ class Config:
     dry_run: bool = False
     profile: bool = False  # write a trace for xprof and Perfetto to WORKDIR/profile
     restart: bool = False  # start over in a workdir that is in use by other options; its bundle is replaced
+    break_lock: bool = False  # take over a workdir that a run on another host left; make sure that it has ended
 
 
 def run(config, path=None, *, workdir=None, stream=None):
@@ -113,7 +114,8 @@ def fit(opened, config, path=None, *, workdir=None, stream=None):
 def _in_workdir(opened, config, workdir, stream, trace):
     _groups(opened, config)  # what no run could do leaves no trace
     path, kept = os.path.join(workdir, "bundle"), parts.Parts(workdir, config)
-    with workdirs.hold(workdir, workdirs.identity("fit", config, opened), restart=config.restart):
+    identity = workdirs.identity("fit", config, opened)
+    with workdirs.hold(workdir, identity, restart=config.restart, break_lock=config.break_lock):
         found = _committed(path, opened, config)
         if found is None:
             with tracing.traced(trace):
@@ -163,6 +165,7 @@ def _fit(opened, config, kept, stream):
     if stream is not None:
         stream.write(fit_plan.text(plans, groups, opened, config, most=plan.LISTED) + "\n")
     fit_plan.require_memory(plans, config)
+    fit_plan.require_disk(plans, opened, config, kept.folder)
     passes = 2 if config.budget_bytes else 1
     empty = bundle.Bundle(
         model_ids=tuple(r.id for r in opened.refs),
@@ -315,7 +318,8 @@ def _provenance(opened, config):
     from jaxsub import __version__
 
     # The bundle is the same whatever these are.
-    plain = dataclasses.replace(config, restart=False, profile=False, max_host_bytes=0, max_device_bytes=0)
+    neutral = dict.fromkeys(("restart", "break_lock", "profile"), False)
+    plain = dataclasses.replace(config, **neutral, max_host_bytes=0, max_device_bytes=0)
     return {
         "program": "fit",
         "config": configs.to_dict(plain),
