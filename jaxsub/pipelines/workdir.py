@@ -148,11 +148,12 @@ def _locked(path, break_lock):
             )
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         values = (socket.gethostname(), os.getpid(), secrets.token_hex(4), now)
+        said = json.dumps(dict(zip(HOLDER, values, strict=True))).encode()
         try:
             os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(dict(zip(HOLDER, values, strict=True))).encode(), 0)
+            os.pwrite(fd, said, 0)
         except OSError as error:
-            raise _files.failed(path, error) from error
+            raise _files.failed(path, error, len(said)) from error
         try:
             yield
         finally:
