@@ -129,7 +129,7 @@ def test_pairs_of_programs(tmp_path, program):
             for began, one in pair:
                 if one.pid not in codes and one.poll() is not None:
                     codes[one.pid] = one.returncode
-                    text = one.stderr.read()
+                    text = one.communicate()[1]
                     if one.returncode == 5:
                         other = next(p.pid for _, p in pair if p is not one)
                         assert f"in use by another run (host {socket.gethostname()}, pid {other}, run " in text
@@ -158,10 +158,13 @@ cli.entry(["jaxsub", "inspect", "--collection=."])
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_second_signal_ends_a_program_in_the_midst_of_a_call(number, status):
     process = child(BUSY, 2**31 - 1)
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)  # until it is in the call
     began = time.monotonic()
     process.send_signal(number)
     said = process.stderr.readline()
@@ -176,9 +179,11 @@ def test_a_second_signal_ends_a_program_in_the_midst_of_a_call(number, status):
     assert process.returncode == status and time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_the_first_signal_waits_for_the_call(tmp_path):
     process = child(BUSY, 3_000_000)
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in said.splitlines()[-1]
