@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -15,6 +17,7 @@ from jaxsub.statistics import Statistics
 from tests import disk
 from tests.figures_log import record
 from tests.folders import contents
+from tests.programs.test_kills import ROOT
 from tests.programs.test_resume import QUICK, dense, report_of
 
 ENDS = [("before", False), ("after", False)]
@@ -303,3 +306,19 @@ def test_a_bundle_that_cannot_be_replaced_stays(tmp_path, quick, monkeypatch):
     fit.run(fit.Config(collection=(models,), rank=1), workdir=str(tmp_path / "out2"))
     fit.run(fit.Config(collection=(models,), rank=1, restart=True), workdir=str(tmp_path / "out"))
     assert contents(tmp_path / "out" / "bundle") == contents(tmp_path / "out2" / "bundle")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "size"), [("analyze", 2500), ("fit", 1500)])
+def test_a_program_on_a_full_disk_ends_with_6_and_goes_on(tmp_path, program, size):
+    models = dense(tmp_path / "c")
+    command = [sys.executable, "-m", "jaxsub", program, f"--collection={models}", f"--workdir={tmp_path / 'out'}"]
+    limit = f"ulimit -f {-(-size // 1024)}; exec " + " ".join(command)
+    full = subprocess.run(["bash", "-c", limit], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert full.returncode == 6 and "Traceback" not in full.stderr, full.stderr
+    said = full.stderr.splitlines()[-1]
+    assert str(tmp_path / "out") in said and "File too large (" in said and " free" in said
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+    jaxsub_verify = [sys.executable, "-m", "jaxsub", "verify", str(tmp_path / "out")]
+    assert subprocess.run(jaxsub_verify, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
