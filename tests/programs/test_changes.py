@@ -89,7 +89,7 @@ def changed(program, folder, monkeypatch, change, points):
 
 
 @pytest.mark.parametrize(
-    ("program", "change"), [pytest.param(Analysis, replace, marks=pytest.mark.slow), (Fit, shorten)]
+    ("program", "change"), [pytest.param(Analysis, replace, marks=pytest.mark.slow), (Fit, overwrite)]
 )
 def test_an_input_that_changes_ends_the_run_or_comes_too_late(tmp_path, quick, monkeypatch, program, change):
     assert changed(program, tmp_path, monkeypatch, change, 5) >= 1  # later it is not read
