@@ -319,7 +319,7 @@ def test_links_under_names_of_unfinished_writes_are_removed_not_followed(tmp_pat
     assert not list(out.rglob(".tmp-*")) and contents(elsewhere) == {"kept": b"kept"}
 
 
-def test_a_part_that_is_a_link_is_fitted_again(tmp_path, quick, monkeypatch):
+def test_a_damaged_part_that_is_a_link_is_fitted_again_and_not_followed(tmp_path, quick, monkeypatch):
     made, out, real = Fit(dense(tmp_path / "c")), tmp_path / "out", os.rename
     with monkeypatch.context() as patch:
         patch.setattr(fit.parts, "commit", lambda *_: stopped())
@@ -328,6 +328,7 @@ def test_a_part_that_is_a_link_is_fitted_again(tmp_path, quick, monkeypatch):
     part = sorted((out / "parts").iterdir())[0]
     real(part, tmp_path / "elsewhere")
     part.symlink_to(tmp_path / "elsewhere")
+    os.truncate(tmp_path / "elsewhere" / "coefficients.safetensors", 100)
     before = contents(tmp_path / "elsewhere")
     made.run(out)
     assert contents(tmp_path / "elsewhere") == before and not (out / "parts").exists()
