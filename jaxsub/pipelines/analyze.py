@@ -60,7 +60,7 @@ def run(config, workdir=None, *, stream=None):
         ConfigError, InputError, WorkdirError, ResourceError, PeerError: see `jaxsub.errors`.
     """
     from jaxsub import distributed
-    from jaxsub.pipelines import aside
+    from jaxsub.pipelines import aside, workdir as workdirs
 
     started = time.perf_counter()
     validate(config)
@@ -69,6 +69,8 @@ def run(config, workdir=None, *, stream=None):
     distributed.start(config.coordinator, config.num_processes, config.process_id)
 
     def open_here():
+        if workdir is not None and not config.dry_run:
+            workdirs.require_free(workdir)
         chosen = {"layers": config.layers or None, "exclude_layers": config.exclude_layers or None}
         return aside.open_collection(config, match=config.match, **chosen)
 

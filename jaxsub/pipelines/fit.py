@@ -68,6 +68,8 @@ def run(config, path=None, *, workdir=None, stream=None):
     if not config.collection:
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
     validate(config)
+    if workdir is not None and not config.dry_run:
+        workdirs.require_free(workdir)
     return fit(aside.open_collection(config), config, path, workdir=workdir, stream=stream)
 
 

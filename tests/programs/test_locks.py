@@ -1,5 +1,6 @@
 """One run a workdir: two at once, one that died, one on another host; signals, while the main thread cannot answer."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -7,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from jaxsub import errors
-from jaxsub.pipelines import workdir
+from jaxsub.pipelines import analyze, fit, workdir
 from tests.figures_log import record
 from tests.folders import contents
 from tests.programs import worlds
@@ -68,6 +70,26 @@ def test_of_two_at_once_one_wins_and_the_other_names_it(tmp_path):
     record("LOCK", "pairs of 50 with one winner", 50)
     record("LOCK", "slowest refusal, s", slowest)
     assert slowest < 5
+
+
+def test_a_held_folder_is_refused_before_anything_is_opened(tmp_path):
+    held = str(tmp_path)
+    with workdir.hold(held, {"program": "test"}):
+        for program, run in ((analyze, analyze.run), (fit, lambda c, w: fit.run(c, workdir=w))):
+            with pytest.raises(errors.WorkdirError, match=f"in use by another run .*pid {os.getpid()}, run"):
+                run(program.Config(collection=("nowhere",)), held)
+    workdir.require_free(held)
+    workdir.require_free(held + "/none")
+
+
+def test_who_asks_does_not_refuse_who_takes(tmp_path):
+    with workdir.hold(str(tmp_path), {"program": "test"}):
+        pass
+    fd = os.open(tmp_path / workdir.LOCK, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    threading.Timer(0.03, os.close, [fd]).start()
+    with workdir.hold(str(tmp_path), {"program": "test"}):
+        pass
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
