@@ -63,7 +63,7 @@ def _other(folder, model):
 def _beside(path, tensors, config):
     """Writes full values of a member, if it has any; what is said of the member."""
     if tensors:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _files.make_folder(os.path.dirname(path))
         safetensors.write(path, tensors, {"format": "pt"})
     return {"r": config["r"], "u": config["u"], "other_tensors": path if tensors else None}
 

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import shutil
 
 import jax
 import numpy as np
@@ -29,6 +28,7 @@ from jaxsub.formats import _files, _json, safetensors
 SCHEMA = "jaxsub.bundle/1"
 MANIFEST, COEFFICIENTS = "manifest.json", "coefficients.safetensors"
 CORRECTIONS, PASSTHROUGH = "corrections.safetensors", "passthrough.safetensors"
+HASHED = 2**32  # bytes of a bundle that are hashed whenever it is loaded: seconds
 MAX_MANIFEST = 2**28  # bytes; a larger one is refused unread
 PADDED = 64  # bytes more of a manifest whose size would not settle: more than its numbers' digits can add
 _NAME = re.compile(r"(layers/[0-9]{5,}|coefficients|corrections|passthrough)\.safetensors")
@@ -39,21 +39,12 @@ def save(bundle, path):
     """See `Bundle.save`."""
     with _files.new_folder(path) as folder:
         os.mkdir(os.path.join(folder, "layers"))
-        known = {name: _write(folder, name, tensors, path) for name, tensors in _contents(bundle)}
+        known = {}
+        for name, tensors in _contents(bundle):
+            file = os.path.join(folder, name)
+            safetensors.write(file, tensors)
+            known[name] = identity(file)
         _files.write_atomic(os.path.join(folder, MANIFEST), [_text(_manifest_of(bundle, known))])
-
-
-def _write(folder, name, tensors, path):
-    """Writes one file of the bundle that will be at `path`; its identity."""
-    file = os.path.join(folder, name)
-    try:
-        safetensors.write(file, tensors)
-    except OSError as error:
-        free, needed = shutil.disk_usage(folder).free, _array_bytes(tensors)
-        raise errors.ResourceError(
-            f"{errors.quote(path)}: cannot be written: {error.strerror} ({needed} bytes needed, {free} free)"
-        ) from error
-    return identity(file)
 
 
 def headers(bundle):
@@ -122,14 +113,18 @@ def _manifest_of(bundle, known):
 
 
 def load(path):
-    """The Bundle in a folder; sizes of its files are checked, their hashes by `verify`.
+    """The Bundle in a folder; its files are hashed, or if they are more than `HASHED` bytes, their sizes are checked.
 
     Raises:
         InputError: no bundle, or a damaged one; names the file.
     """
     manifest = _manifest(path)
+    total = sum(wanted["bytes"] for wanted in manifest["files"].values())
     for name, wanted in manifest["files"].items():
         _require(_size(path, name) == wanted["bytes"], path, name, "has another size than when it was written")
+        if total <= HASHED:
+            is_same = identity(os.path.join(path, name)) == wanted
+            _require(is_same, path, name, "has another content than when it was written")
     try:
         return _bundle(path, manifest)
     except _MISFIT as error:  # a manifest that is whole, but no bundle's: someone else's making

@@ -2,20 +2,23 @@
 
 import contextlib
 import dataclasses
-import errno
 import importlib
 import logging as stdlib_logging
 import os
 import platform
+import select
 import signal
 import sys
+import threading
 import traceback
 import zlib
 
 from absl import app, flags as absl_flags, logging
 
 from jaxsub import errors, launcher
+from jaxsub.formats import _output
 
+PATIENCE = 0.2  # seconds that a program may take to stop without a word
 _AGAIN = "with --workdir, the same command goes on where it stopped"
 
 
@@ -47,6 +50,7 @@ def program(name, argv):
 
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    _listen(name)
     try:
         app.run(main, argv=argv, flags_parser=parse)
         sys.stdout.flush()
@@ -98,11 +102,37 @@ def _stop(number, _):
     raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
+def _listen(name):
+    """Hears signals in a thread of its own: the main one may sit in a device call, which cannot be interrupted.
+
+    Says then what is waited for, and ends the process at the second signal.
+    """
+    heard, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def listen():
+        number = 0
+        while number not in (signal.SIGINT, signal.SIGTERM):
+            number = os.read(heard, 1)[0]
+        if not select.select([heard], [], [], PATIENCE)[0]:
+            tracing = sys.modules.get("jaxsub.pipelines.tracing")
+            where = errors.quote(tracing.last, 60) if tracing and tracing.last else "the current step"
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"jaxsub {name}: stopping after {where}; a second signal ends it at once\n")
+                sys.stderr.flush()
+        while number := os.read(heard, 1)[0]:
+            if number in (signal.SIGINT, signal.SIGTERM):
+                os._exit(128 + number)
+
+    threading.Thread(target=listen, daemon=True, name="signals").start()
+
+
 def _resource(error):
     """What ran out, or None if the error is of another kind."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:2000]:
         return "out of memory; bound it with --max_host_bytes or --max_device_bytes, or look at the plan with --dry_run"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in _output.DISK:
         return f"{errors.quote(error.filename or 'output')}: {error.strerror}; make room and run the same command again"
     return None
 

@@ -16,7 +16,7 @@ SHORTHANDS = (
     "max_quarantined", "allow_roots", "restart", "preflight", "view", "draws", "world", "workloads", "peers", "quick",
     "rounds", "bundle", "decomposition", "write_models", "budget_bytes", "max_error", "members", "peft_layout",
     "remove", "exact", "score", "max_host_bytes", "max_device_bytes", "profile", "coordinator", "num_processes",
-    "process_id", "stall_timeout",
+    "process_id", "stall_timeout", "break_lock",
 )  # fmt: skip
 RENAMED = {"allow_roots": "allow_root"}  # a flag that is repeated is called by the name of one value
 PROGRAM_FLAGS = {
@@ -46,6 +46,8 @@ class Flags:
             rest = self.values(list(argv))
         except flags.Error as error:
             raise errors.ConfigError(self._explain(error)) from error
+        if len(rest) == 2 and hasattr(cls, "POSITIONAL") and not self.values[cls.POSITIONAL].present:
+            self.values[cls.POSITIONAL].parse(rest.pop())
         if len(rest) > 1:
             raise errors.ConfigError(f"unexpected {errors.quote(rest[1], 80)!r}: options are written --name=value")
         self.workdir, self.debug = self.values["workdir"].value, self.values["debug"].value

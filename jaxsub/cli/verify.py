@@ -1,4 +1,4 @@
-"""`jaxsub verify`: checks every byte of a bundle against what was written."""
+"""`jaxsub verify`: checks every byte of a bundle or a workdir against what was written."""
 
 import sys
 
@@ -12,4 +12,4 @@ def config_class():
 
 def main(parsed):
     """One line a damaged file on stdout; damage is exit status 4."""
-    verify.run(parsed.freeze(), write=sys.stdout.write)
+    verify.run(parsed.freeze(), parsed.workdir, write=sys.stdout.write)

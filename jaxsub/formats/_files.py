@@ -1,4 +1,4 @@
-"""The only module that opens input files, and the only one that writes them whole.
+"""The only module that opens input files; what writes them is `_output`, and has its names here too.
 
     identify(path) -> FileId            regular file, links checked
     read_bytes(file, offset, n)         exactly n bytes, or an error
@@ -13,16 +13,27 @@ import contextlib
 import errno
 import os
 import re
-import secrets
-import shutil
 import stat
 
 from jaxsub import descriptors, errors
 from jaxsub.formats import _direct, _hints
+from jaxsub.formats._output import (  # noqa: F401
+    DISK,
+    failed,
+    free_bytes,
+    is_alive,
+    make_folder,
+    new_file,
+    new_folder,
+    remove,
+    sweep,
+    sync_folder,
+    temporary_in,
+    write_atomic,
+)
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git or sha256 digest: the names in a hub cache
-_LEFTOVER = re.compile(r"\.tmp-([0-9]+)-[0-9a-f]{12}")  # see `temporary_in`
 MAX_TREE_FILES = 100_000  # of one model that is a folder of many files
 _MAX_PREAD = 1 << 30  # Linux moves at most 2^31 - 4096 bytes a call
 _LARGE = 1 << 18  # bytes from which a read is a block of its own: see `_advise`
@@ -266,97 +277,3 @@ def list_folder(path):
     except (OSError, ValueError) as error:
         raise _open_error(os.fspath(path), error) from error
     return sorted((n for n in names if not n.startswith(".tmp-")), key=os.fsencode)
-
-
-def write_atomic(path, chunks):
-    """Writes `chunks` (bytes-like) to `path`; see `new_file`."""
-    with new_file(path) as stream:
-        for chunk in chunks:
-            stream.write(chunk)
-
-
-@contextlib.contextmanager
-def new_file(path):
-    """Gives a stream whose content is at `path` when the block ends.
-
-    Temporary name in the same folder, fsync, rename, fsync of the folder. The mode follows the umask. On any error
-    the old file stays and the temporary one is removed.
-    """
-    path = os.path.abspath(os.fspath(path))
-    folder = os.path.dirname(path)
-    temporary = temporary_in(folder)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        with os.fdopen(fd, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    sync_folder(folder)
-
-
-def temporary_in(folder):
-    """A path in a folder that is nobody's yet, under the name of a write that is not finished."""
-    return os.path.join(folder, f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
-
-
-def sweep(folder):
-    """Removes what writes of dead processes left in a folder; those of living ones stay.
-
-    An own name is a leftover too: in a container that starts anew every run has the same process id.
-    """
-    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-        found = _LEFTOVER.fullmatch(entry.name)
-        if found and (int(found[1]) == os.getpid() or not _is_alive(int(found[1]))):
-            remove = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink
-            with contextlib.suppress(OSError):
-                remove(entry.path)
-
-
-def _is_alive(process):
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # someone else's
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def new_folder(path):
-    """Gives a temporary folder beside `path` that becomes `path` when the block ends, and is gone if it fails.
-
-    A folder with some of its weight files can pass for a whole model; under this name it is none.
-
-    Raises:
-        WorkdirError: `path` exists, or cannot be made.
-    """
-    path = os.path.abspath(os.fspath(path))
-    if os.path.lexists(path):
-        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
-    temporary = temporary_in(os.path.dirname(path))
-    try:
-        os.makedirs(temporary)
-    except OSError as error:
-        raise errors.WorkdirError(f"{errors.quote(path)}: cannot be made: {error.strerror}") from error
-    try:
-        yield temporary
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(os.path.dirname(path))
-
-
-def sync_folder(folder):
-    """Puts a folder's entries on the disk: what was renamed into it is there after a power cut."""
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -157,7 +157,7 @@ def write(folder, updates, *, fields=None, other=None):
     faults = problems(config, {name: array.shape for name, array in tensors.items()})
     if faults:
         raise errors.ConfigError(f"{errors.quote(folder)}: servers would refuse it: {faults[0]}")
-    os.makedirs(folder, exist_ok=True)
+    _files.make_folder(folder)
     beside = os.path.join(folder, OTHER) if other else None
     if beside:
         safetensors.write(beside, other, {"format": "pt"})

@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 from jaxsub import errors
-from jaxsub.formats import _json, _peft, _portable, _rewrite, safetensors
+from jaxsub.formats import _files, _json, _peft, _portable, _rewrite, safetensors
 
 SHARED, MEMBERS = "shared", "members"  # folders of the layout in which members share A, B and P
 _VECTOR = "base_model.tinylora_v."
@@ -136,7 +136,7 @@ def _rounded(array, name):
 
 def write(folder, config, tensors, vector):
     """Writes a folder that PEFT loads."""
-    os.makedirs(folder, exist_ok=True)
+    _files.make_folder(folder)
     _portable.save(folder, config, {**tensors, **vector})
 
 
@@ -152,7 +152,7 @@ def write_shared(folder, config, tensors, vectors):
     write(os.path.join(folder, SHARED), config, tensors, nothing)
     for model, vector in vectors.items():
         path = member(folder, model)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _files.make_folder(os.path.dirname(path))
         safetensors.write(path, vector, {"format": "pt"})
 
 

@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from jaxsub import descriptors, errors
-from jaxsub.formats import _factors, _header, _json, _model, _peft, _rewrite, peft, safetensors
+from jaxsub.formats import _factors, _files, _header, _json, _model, _peft, _rewrite, peft, safetensors
 
 ENDING = ".safetensors"  # of a rewritten model
 _SAVE_AGAIN = "save the adapter again with diffusers"
@@ -137,7 +137,7 @@ def rewrite(model, path, layers):
             tensors[name + _ALPHA] = _factors.alpha_array(len(a), tensors[name + _ALPHA])
     if layers and not scaled:
         _describe(metadata, ranks, alphas, model.path)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _files.make_folder(os.path.dirname(os.path.abspath(path)))
     safetensors.write(path, tensors, metadata)
 
 

@@ -53,7 +53,7 @@ def rewrite(model, path, layers):
             num_bytes = count * tensor.num_bytes // max(1, tensor.size)
             patches.append((offset, num_bytes, functools.partial(_part, make, at, count)))
             at += count
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _files.make_folder(os.path.dirname(os.path.abspath(path)))
     _files.write_atomic(path, _rewrite.patched(file, patches))
 
 

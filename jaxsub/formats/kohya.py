@@ -16,7 +16,7 @@ import re
 import numpy as np
 
 from jaxsub import descriptors, errors
-from jaxsub.formats import _factors, _header, _lycoris, _model, _rewrite, safetensors
+from jaxsub.formats import _factors, _files, _header, _lycoris, _model, _rewrite, safetensors
 
 ENDING = ".safetensors"  # of a rewritten model
 _SIDES = r"(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<side>down|up)\.weight"
@@ -201,7 +201,7 @@ def rewrite(model, path, layers):
             )
     _describe(metadata, model, layers)
     _hash(metadata, tensors)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _files.make_folder(os.path.dirname(os.path.abspath(path)))
     safetensors.write(path, tensors, metadata)
 
 

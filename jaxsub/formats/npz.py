@@ -58,7 +58,7 @@ def rewrite(model, path, layers):
     """Writes an archive again, member by member, with other values in some layers; see `formats.rewrite`."""
     file = _files.identify(model.path, allow_roots=_rewrite.ANYWHERE)
     _rewrite.require_unchanged(model, [file])
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _files.make_folder(os.path.dirname(os.path.abspath(path)))
     with _files.reader(file) as reader, _files.new_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
         members, is_archive = _members(reader)
         for name, member in members.items():

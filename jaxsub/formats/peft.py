@@ -106,7 +106,7 @@ def write(folder, adapters, *, base_model=None, labels=None):
             raise ValueError(f"layer {layer!r}: factors of shapes {a.shape} and {b.shape} are not of rank {r}")
         tensors[f"{_peft.PREFIX}{layer}.lora_A.weight"] = a
         tensors[f"{_peft.PREFIX}{layer}.lora_B.weight"] = b
-    os.makedirs(folder, exist_ok=True)
+    _files.make_folder(folder)
     safetensors.write(os.path.join(folder, _sniff.ADAPTER_FILES[0]), tensors, {"format": "pt", **(labels or {})})
     ranks = {layer: int(entry[3]) for layer, entry in adapters.items()}
     fields = {

@@ -68,7 +68,7 @@ def write(path, tensors, metadata=None):
     Raises:
         TypeError: a dtype the format lacks, or metadata that is not text.
     """
-    _files.write_atomic(path, chunks(tensors, metadata))
+    _files.write_atomic(path, list(chunks(tensors, metadata)))  # no copies: the arrays' own memory
 
 
 def chunks(tensors, metadata=None):
@@ -102,7 +102,7 @@ def require_known(tensors, path):
 def rewrite(model, path, layers):
     """Writes a file again at `path` with other values in some layers; see `formats.rewrite`."""
     content = _header.content(model.path, allow_roots=_rewrite.ANYWHERE)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _files.make_folder(os.path.dirname(os.path.abspath(path)))
     patch(content, path, layers, model)
 
 

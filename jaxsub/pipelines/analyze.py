@@ -42,6 +42,7 @@ class Config:
     dry_run: bool = False
     profile: bool = False  # write a trace for xprof and Perfetto to WORKDIR/profile
     restart: bool = False
+    break_lock: bool = False  # take over a workdir that a run on another host left; make sure that it has ended
 
 
 def run(config, workdir=None, *, stream=None):
@@ -59,7 +60,7 @@ def run(config, workdir=None, *, stream=None):
         ConfigError, InputError, WorkdirError, ResourceError, PeerError: see `jaxsub.errors`.
     """
     from jaxsub import distributed
-    from jaxsub.pipelines import aside
+    from jaxsub.pipelines import aside, workdir as workdirs
 
     started = time.perf_counter()
     validate(config)
@@ -68,6 +69,8 @@ def run(config, workdir=None, *, stream=None):
     distributed.start(config.coordinator, config.num_processes, config.process_id)
 
     def open_here():
+        if workdir is not None and not config.dry_run:
+            workdirs.require_free(workdir)
         chosen = {"layers": config.layers or None, "exclude_layers": config.exclude_layers or None}
         return aside.open_collection(config, match=config.match, **chosen)
 
@@ -98,7 +101,7 @@ def analyze(opened, config, workdir=None, *, stream=None, started=None):
     """`run` on a Collection that is open already; `started` is the time.perf_counter() at which it began to be."""
     validate(config)
     from jaxsub import distributed
-    from jaxsub.pipelines import session as sessions, tracing, workdir as workdirs
+    from jaxsub.pipelines import seal, session as sessions, tracing, workdir as workdirs
 
     distributed.require_same("collection", opened.fingerprint)
     main = distributed.is_main()
@@ -111,10 +114,12 @@ def analyze(opened, config, workdir=None, *, stream=None, started=None):
         distributed.together(lambda: None)  # process 0 holds the workdir now
     if not main or workdir is None:
         return session.run()
-    identity = workdirs.identity("analyze", config, opened, session.base)
+    identity = workdirs.identity("analyze", config, opened, session.base, session.mesh)
     with contextlib.ExitStack() as stack:
-        distributed.together(lambda: stack.enter_context(workdirs.hold(workdir, identity, restart=config.restart)))
+        held = workdirs.hold(workdir, identity, restart=config.restart, break_lock=config.break_lock)
+        distributed.together(lambda: stack.enter_context(held))
         with tracing.traced(trace):
             report = session.run()
         report.save(workdir)
+        seal.write(workdir)
     return report

@@ -5,6 +5,7 @@ import logging
 import os
 
 from jaxsub import bundle as bundles, collection, errors, lineup, reading
+from jaxsub.formats import _files
 from jaxsub.pipelines import workdir
 from jaxsub.report import _write
 
@@ -74,16 +75,15 @@ def keep(folder, dropped, opened, config):
         config: the program's; with other options other layers might be read.
     """
     if folder is not None:
-        os.makedirs(folder, exist_ok=True)
+        _files.make_folder(folder)
         found = [{**d, "digest": collection.digest(opened.models[d["member"]])} for d in dropped]
-        _write.write_json(os.path.join(folder, RECORD), {"options": workdir.options(config), "models": found})
+        _write.write_sealed(os.path.join(folder, RECORD), {"options": workdir.options(config), "models": found})
 
 
 def kept(folder, opened, config):
     """What `keep` wrote with the same options of those models that are still as they were, as it was given."""
     try:
-        with open(os.path.join(folder or "", RECORD), encoding="utf-8") as file:
-            record = json.load(file)
+        record = _write.read_sealed(os.path.join(folder or "", RECORD))
         position, dropped = {ref.id: i for i, ref in enumerate(opened.refs)}, []
         is_same = folder is not None and record["options"] == json.loads(json.dumps(workdir.options(config)))
         for one in record["models"] if is_same else ():

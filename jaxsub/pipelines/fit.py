@@ -57,6 +57,7 @@ class Config:
     dry_run: bool = False
     profile: bool = False  # write a trace for xprof and Perfetto to WORKDIR/profile
     restart: bool = False  # start over in a workdir that is in use by other options; its bundle is replaced
+    break_lock: bool = False  # take over a workdir that a run on another host left; make sure that it has ended
 
 
 def run(config, path=None, *, workdir=None, stream=None):
@@ -76,6 +77,8 @@ def run(config, path=None, *, workdir=None, stream=None):
         raise errors.ConfigError("no collection: give --collection=FOLDER (or a glob, or a .txt file of paths)")
     validate(config)
     distributed.start(config.coordinator, config.num_processes, config.process_id)
+    if workdir is not None and not config.dry_run:
+        distributed.together(lambda: workdirs.require_free(workdir) if distributed.is_main() else None)
     return fit(
         distributed.together(lambda: aside.open_collection(config)), config, path, workdir=workdir, stream=stream
     )
@@ -152,7 +155,7 @@ def _in_workdir(opened, config, workdir, stream, trace):
 
         def hold():
             identity = workdirs.identity("fit", config, opened)
-            stack.enter_context(workdirs.hold(workdir, identity, restart=config.restart))
+            stack.enter_context(workdirs.hold(workdir, identity, restart=config.restart, break_lock=config.break_lock))
 
         distributed.together(lambda: hold() if is_main else None)
         found = distributed.together(lambda: _committed(path, opened, config) if is_main else None, is_long=True)
@@ -206,6 +209,7 @@ def _fit(opened, config, kept, stream):
     if stream is not None:
         stream.write(fit_plan.text(plans, groups, opened, config, most=plan.LISTED) + "\n")
     distributed.together(lambda: fit_plan.require_memory(plans, config))
+    distributed.together(lambda: fit_plan.require_disk(plans, opened, config, kept.folder) if is_main else None)
     empty = distributed.together(lambda: _empty(opened, groups, config) if is_main else None, is_long=True)
     own, passes = kept.own(groups), 2 if config.budget_bytes else 1
     with progress.Progress(passes * sum(g.num_bytes for g in own), passes * len(own), stream=stream) as bar:
@@ -380,8 +384,9 @@ def _provenance(opened, config):
     from jaxsub import __version__
 
     # The bundle is the same whatever these are.
-    alone = {"coordinator": "", "num_processes": 0, "process_id": -1, "stall_timeout": 0}
-    plain = dataclasses.replace(config, restart=False, profile=False, max_host_bytes=0, max_device_bytes=0, **alone)
+    neutral = dict.fromkeys(("restart", "break_lock", "profile"), False)
+    neutral |= {"coordinator": "", "num_processes": 0, "process_id": -1, "stall_timeout": 0}
+    plain = dataclasses.replace(config, **neutral, max_host_bytes=0, max_device_bytes=0)
     return {
         "program": "fit",
         "config": configs.to_dict(plain),

@@ -7,6 +7,7 @@ One that would not fit is streamed where it can be, else the fit is refused.
 import dataclasses
 import heapq
 import math
+import os
 
 import jax
 
@@ -103,6 +104,24 @@ def require_memory(plans, config):
     plan.require_device_memory(max(plans, key=lambda p: p.device_bytes), bound)
 
 
+def require_disk(plans, opened, config, folder):
+    """Raises ResourceError where the layers' parts in `folder`, and the bundle of them, do not fit on the disk.
+
+    Of layers whose ranks their spectra decide nothing is known before they are read. None writes nothing.
+    """
+    if folder is not None:
+        known = min(config.budget_bytes, _stored(opened)) or sum(p.bundle_bytes for p in plans)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        saved = sum(plan.bytes_in(os.path.join(folder, name, "layers")) for name in names)
+        plan.require_disk(os.path.dirname(folder), 2 * known - saved)
+
+
+def _stored(opened):
+    """Bytes of all tensors of a collection."""
+    pairs = [t for m in opened.models for pair in m.adapters.values() for t in (pair.a, pair.b)]
+    return sum(t.num_bytes for m in opened.models for t in m.tensors.values()) + sum(t.num_bytes for t in pairs)
+
+
 def text(plans, groups, opened, config, *, most=None):
     """The plan as a table of at most 100 columns and its sums; reads no weight whole.
 
@@ -142,9 +161,7 @@ def _to_write(plans, groups, opened, config):
     if config.budget_bytes:
         return f"to write: at most {plan.size(config.budget_bytes)}"
     covered = sum(t.num_bytes for g in groups for e in g.entries for t in collection.stored_tensors(e))
-    pairs = [t for m in opened.models for pair in m.adapters.values() for t in (pair.a, pair.b)]
-    everything = sum(t.num_bytes for m in opened.models for t in m.tensors.values()) + sum(t.num_bytes for t in pairs)
-    whole = f"at most {plan.size(everything - covered)} of tensors kept whole"
+    whole = f"at most {plan.size(_stored(opened) - covered)} of tensors kept whole"
     if not all(p.bundle_bytes for p in plans):
         return f"to write: {whole}; of layers as much as their spectra ask for"
     return f"to write: about {plan.size(sum(p.bundle_bytes for p in plans))} of layers, {whole}"

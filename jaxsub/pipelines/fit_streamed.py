@@ -44,7 +44,7 @@ def allowed(config):
 
 
 def block_bytes(config):
-    """Bytes of a block: an eighth of what the host is allowed beyond the kernels' own, a quarter of what devices are."""
+    """Bytes of a block: an eighth of what the host is allowed beyond the kernels' own, a quarter of the devices'."""
     mesh = placement.make_mesh(is_local=True)
     devices = mesh.size * (config.max_device_bytes or plans.device_limit(mesh) or math.inf)
     host = allowed(config) - memory.RUNTIME_BYTES

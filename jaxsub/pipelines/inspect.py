@@ -60,9 +60,10 @@ def run(config, workdir=None, *, write=None):
     )
     found = record(opened)
     if workdir:
+        from jaxsub.formats import _files
         from jaxsub.report import _write
 
-        os.makedirs(workdir, exist_ok=True)
+        _files.make_folder(workdir)
         _write.write_json(os.path.join(workdir, "inspect.json"), found)
     if write is not None:
         write(page(found))

@@ -6,8 +6,6 @@ import logging
 import os
 import shutil
 
-import jax
-
 from jaxsub import bundle, errors
 from jaxsub.bundle import files
 from jaxsub.formats import _files
@@ -49,7 +47,6 @@ class Parts:
         if known is not None:
             return known, True
         layer = fit_layer.fit(group, opened, self.config, rank)
-        os.makedirs(self.folder, exist_ok=True)
         ids = layer.model_ids
         bundle.Bundle(ids, (layer,), {}, dict.fromkeys(ids, 1), {"digest": digest}).save(
             os.path.join(self.folder, digest)
@@ -68,10 +65,11 @@ class Parts:
 
         pairs = zip(group.members, group.entries, strict=True)
         options = {k: v for k, v in workdirs.options(self.config).items() if k not in WHOLE_RUN}
+        options |= workdirs.machine()
         options["max_host_bytes"] = self.config.max_host_bytes  # how a layer is read, and so its last bits
         record = [
             __version__, group.name, group.shape, group.parametrisation, [opened.refs[m].id for m in group.members],
-            [workdirs.identity_of(e, opened.models[m]) for m, e in pairs], options, rank, jax.default_backend(),
+            [workdirs.identity_of(e, opened.models[m]) for m, e in pairs], options, rank,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()[:32]
 
@@ -87,7 +85,7 @@ def _load(path, digest):
     if found is not None and found.provenance.get("digest") == digest and len(found.layers) == 1:
         return found.layers[0]
     log.warning("fitted again, since it is damaged: %s", errors.quote(path))
-    shutil.rmtree(path)
+    _files.remove(path)
     return None
 
 
@@ -99,6 +97,10 @@ def commit(result, path):
     fresh, old = (_files.temporary_in(os.path.dirname(path)) for _ in range(2))
     result.save(fresh)
     os.rename(path, old)
-    os.rename(fresh, path)
+    try:
+        os.rename(fresh, path)
+    except OSError:
+        os.rename(old, path)
+        raise
     _files.sync_folder(os.path.dirname(path))
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # it is out of the way; the next run removes what is left of it

@@ -5,6 +5,7 @@ import resource
 import sys
 
 from jaxsub import errors
+from jaxsub.formats import _files
 
 LISTED = 20  # layers of the plan before a run
 
@@ -69,6 +70,21 @@ def require_device_memory(worst, bound):
             f"layer {errors.quote(worst.name)} needs {size(worst.device_bytes)} on a device, {size(bound)} are allowed "
             "or there; allow more with --max_device_bytes, take more devices, or leave it out with --exclude_layers"
         )
+
+
+def require_disk(folder, num_bytes):
+    """Raises ResourceError where `num_bytes` are to be written to a folder and fewer are free there."""
+    free = _files.free_bytes(folder)
+    if free is not None and num_bytes > free:
+        raise errors.ResourceError(
+            f"{errors.quote(folder)}: about {size(num_bytes)} are to be written ({num_bytes} bytes), {size(free)} are "
+            f"free there ({free} bytes); make room, or give another --workdir"
+        )
+
+
+def bytes_in(folder):
+    """Bytes of the files in a folder, or 0 where there is none."""
+    return sum(e.stat().st_size for e in os.scandir(folder) if e.is_file()) if os.path.isdir(folder) else 0
 
 
 def text(plans, num_models, mesh, time=(), *, workdir=None, most=None):

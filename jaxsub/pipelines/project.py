@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxsub import bundle as bundles, errors, formats, subspace
 from jaxsub.bundle import export, files
-from jaxsub.formats import _rewrite, peft, safetensors
+from jaxsub.formats import _files, _rewrite, peft, safetensors
 from jaxsub.pipelines import aside, progress, scoring
 from jaxsub.report import _write
 
@@ -114,7 +114,7 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
     if score:
         found["scores"] = scoring.scores(score, config.score, opened, bundle, pairs, config.seed)
     if workdir is not None:
-        os.makedirs(workdir, exist_ok=True)
+        _files.make_folder(workdir)
         safetensors.write(os.path.join(workdir, COEFFICIENTS), values)
         _write.write_json(os.path.join(workdir, RECORD), found)
     if config.write_models:

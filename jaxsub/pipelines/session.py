@@ -115,6 +115,7 @@ class Session:
         if self.stream is not None:
             self.stream.write(self.plan_text(most=plan.LISTED) + "\n")
         distributed.together(lambda: plan.require_memory(self.plans(), *self.bounds))
+        distributed.together(self._require_disk)
         # Process 0 alone sees the workdir.
         self.dropped = distributed.gather_objects(aside.kept(self.folder, self.opened, self.config))[0]
         if self.dropped:
@@ -152,6 +153,13 @@ class Session:
         if not distributed.is_main():
             return None
         return Report(self._record([s for s in found.values() if s is not None]))
+
+    def _require_disk(self):
+        from jaxsub.pipelines import memory
+
+        if self.folder is not None:
+            saved = plan.bytes_in(self.folder)  # by a run before this one, as far as it still fits
+            plan.require_disk(self.workdir, sum(memory.written(self.plans(), len(self.opened.refs))) - saved)
 
     def _preflight(self):
         from jaxsub import collection, formats, reading
@@ -218,7 +226,7 @@ class Session:
     def saved_at(self, group):
         """(path, digest) of a layer's statistics file; names come from a hash, never from a key."""
         from jaxsub import __version__
-        from jaxsub.pipelines.workdir import identity_of
+        from jaxsub.pipelines.workdir import identity_of, machine
 
         files = [identity_of(e, self.opened.models[m]) for m, e in zip(group.members, group.entries, strict=True)]
         base = (
@@ -228,7 +236,7 @@ class Session:
         )
         record = [
             __version__, group.name, group.shape, self._ids(group), files, base, self.view.__name__,
-            dataclasses.astuple(self.options), self.mesh.size, self.mesh.devices.flat[0].platform,
+            dataclasses.astuple(self.options), self.mesh.size, machine(),
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
         if self.folder is None:
@@ -309,8 +317,10 @@ class Session:
 
 
 def _save(stats, path):
+    from jaxsub.formats import _files
+
     if path:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _files.make_folder(os.path.dirname(path))
         stats.save(path)
 
 

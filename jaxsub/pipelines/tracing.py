@@ -38,8 +38,13 @@ def folder_of(config, workdir):
     return os.path.join(workdir, FOLDER)
 
 
+last = ""  # the stage that was begun last; a program that is asked to stop says what it waits for
+
+
 def stage(name):
     """Context that bears a name in the trace, such as a layer's; next to free where there is none."""
     import jax
 
+    global last
+    last = name
     return jax.profiler.TraceAnnotation(name.encode("utf-8", "backslashreplace").decode())

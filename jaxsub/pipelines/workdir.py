@@ -5,7 +5,9 @@ import dataclasses
 import fcntl
 import json
 import os
+import secrets
 import socket
+import time
 
 from jaxsub import collection, config as configs, errors
 from jaxsub.formats import _files
@@ -13,10 +15,13 @@ from jaxsub.report import _write
 
 LOCK, RECORD = ".jaxsub.lock", "run.json"
 OWN_FOLDERS = ("", "statistics", "parts")  # in which runs write, and may leave a write unfinished
+NO_LINKS = ("statistics", "parts", "bundle", "profile")  # through one a run would write outside of its workdir
+HOLDER = ("host", "pid", "run", "started")
 # Options that say whether a run goes on and where, not what it finds: its own advice may change them.
 NEUTRAL = {
-    "restart": False, "dry_run": False, "max_host_bytes": 0, "strict": False, "max_quarantined": -1, "coordinator": "",
-    "num_processes": 0, "process_id": -1, "stall_timeout": 0, "profile": False, "max_device_bytes": 0,
+    "restart": False, "break_lock": False, "dry_run": False, "max_host_bytes": 0, "strict": False,
+    "max_quarantined": -1, "coordinator": "", "num_processes": 0, "process_id": -1, "stall_timeout": 0,
+    "profile": False, "max_device_bytes": 0,
 }  # fmt: skip
 MOST_SHOWN = 3  # differences in one message
 
@@ -27,7 +32,24 @@ def options(config):
     return configs.to_dict(dataclasses.replace(config, **{k: v for k, v in NEUTRAL.items() if k in own}))
 
 
-def identity(program, config, opened, base=None):
+def machine():
+    """What the last bits of a result hang on beside inputs and options: versions, device, random numbers."""
+    import jax
+    import jaxlib
+    import numpy
+
+    device = jax.devices()[0]
+    return {
+        "version.jax": jax.__version__,
+        "version.jaxlib": jaxlib.__version__,
+        "version.numpy": numpy.__version__,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "random_numbers": f"{jax.config.jax_default_prng_impl}, partitionable {jax.config.jax_threefry_partitionable}",
+    }
+
+
+def identity(program, config, opened, base=None, mesh=None):
     """What a run is: its program, version, options, and its models' files as they are.
 
     Args:
@@ -35,13 +57,18 @@ def identity(program, config, opened, base=None):
         config: the program's Config.
         opened: Collection.
         base: Model that is subtracted, or None.
+        mesh: devices whose number shows in the last bits, or None where it does not.
     """
+    import jax
+
     from jaxsub import __version__
 
     models = {ref.id: collection.digest(model) for ref, model in zip(opened.refs, opened.models, strict=True)}
     return {
         "program": program,
         "jaxsub_version": __version__,
+        **machine(),
+        **({} if mesh is None else {"devices": mesh.size, "processes": jax.process_count()}),
         **{f"config.{name}": value for name, value in options(config).items()},
         "base_digest": base and collection.digest(base),
         "models": models,
@@ -57,48 +84,151 @@ def identity_of(entry, model):
 
 
 @contextlib.contextmanager
-def hold(path, identity, *, restart=False):
+def hold(path, identity, *, restart=False, break_lock=False):
     """Makes `path` if missing and holds it for this run; what killed runs left half-written in it is removed.
+
+    The system's lock on a file in it ends with the process, however that ends. The file says who holds it: that stays
+    there after a kill, and is all that is known of a run on another host, whose lock may not be seen from here.
 
     Args:
         path: folder.
         identity: dict of what the run is, with its "program"; another run of the program found there is refused,
             naming the difference.
         restart: start over whatever is there; layers whose digests still match are used again.
+        break_lock: hold it although a run on another host did not say that it ended.
 
     Raises:
         WorkdirError: another process holds it, or it belongs to a different run.
+        ResourceError: it cannot be written.
     """
-    try:
-        os.makedirs(path, exist_ok=True)
-        fd = os.open(os.path.join(path, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise errors.WorkdirError(f"{errors.quote(path)}: cannot be used as workdir: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = errors.quote(os.pread(fd, 200, 0).decode("utf-8", "replace").strip() or "unknown")
-            raise errors.WorkdirError(f"{errors.quote(path)}: in use by another run ({holder})") from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"host {socket.gethostname()}, pid {os.getpid()}".encode(), 0)
+    _files.make_folder(path)
+    with _locked(path, break_lock):
+        for folder in NO_LINKS:
+            if os.path.islink(os.path.join(path, folder)):
+                raise errors.WorkdirError(
+                    f"{errors.quote(os.path.join(path, folder))}: is a link, and a run writes in its own folder only; "
+                    "remove it"
+                )
         record, program = os.path.join(path, RECORD), identity.get("program", "")
         known = _known(path, record, restart)
         if program in known and not restart:
             _require_same(path, known[program], json.loads(json.dumps(identity)))
         for folder in OWN_FOLDERS:
-            if not os.path.islink(os.path.join(path, folder)):
-                _files.sweep(os.path.join(path, folder))
-        _write.write_json(record, known | {program: identity})
+            _files.sweep(os.path.join(path, folder))
+        _write.write_sealed(record, known | {program: identity})
         try:
             yield
         except errors.JaxsubError as error:
             if error.exit_code in (errors.ConfigError.exit_code, errors.WorkdirError.exit_code):  # of a peer, too
                 known.pop(program, None)  # no run came of these options: the next ones may differ
-                _write.write_json(record, known)
+                _write.write_sealed(record, known)
             raise
+
+
+def require_free(path):
+    """Refuses a workdir that another run on this machine holds, before anything is read; `hold` alone is safe.
+
+    Raises:
+        WorkdirError: naming the holder.
+    """
+    try:
+        fd = os.open(os.path.join(path, LOCK), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:  # none yet, or `hold` says what is wrong with it
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(path, fd) from None
+    except OSError:
+        return
     finally:
         os.close(fd)
+
+
+def _in_use(path, fd):
+    return errors.WorkdirError(f"{errors.quote(path)}: in use by another run ({_living(fd)})")
+
+
+@contextlib.contextmanager
+def _locked(path, break_lock):
+    """Holds the lock of a folder and says in its file who does."""
+    try:
+        fd = os.open(os.path.join(path, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno in _files.DISK:
+            raise _files.failed(path, error) from error
+        raise errors.WorkdirError(f"{errors.quote(path)}: cannot be used as workdir: {error.strerror}") from error
+    try:
+        try:
+            _take(fd)
+        except BlockingIOError:
+            raise _in_use(path, fd) from None
+        except OSError as error:  # a file system without locks
+            raise errors.WorkdirError(f"{errors.quote(path)}: cannot be locked: {error.strerror}") from error
+        left = _holder(fd)
+        if left.get("host") not in (None, socket.gethostname()) and not break_lock:
+            raise errors.WorkdirError(
+                f"{errors.quote(path)}: in use by a run on another host, or it was killed there ({_text(left)}); if it "
+                "has ended, --break_lock takes the folder over"
+            )
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        values = (socket.gethostname(), os.getpid(), secrets.token_hex(4), now)
+        said = json.dumps(dict(zip(HOLDER, values, strict=True))).encode()
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, said, 0)
+        except OSError as error:
+            raise _files.failed(path, error, len(said)) from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _take(fd):
+    """Locks a file; another run may be asking whether it is locked, which takes no time."""
+    for left in reversed(range(5)):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(0.02)
+
+
+def _holder(fd):
+    """What a lock file says of its holder; nothing if that is not to be read."""
+    try:
+        found = json.loads(os.pread(fd, 1000, 0))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _living(fd):
+    """Text on the holder of a lock that is held; it may not have written yet who it is."""
+    for _ in range(50):
+        found = _holder(fd)
+        is_here = found.get("host") == socket.gethostname()
+        if found and not (is_here and isinstance(found.get("pid"), int) and not _files.is_alive(found["pid"])):
+            break
+        time.sleep(0.02)
+    return _text(found)
+
+
+def _text(holder):
+    return errors.quote(", ".join(f"{name} {holder.get(name, 'unknown')}" for name in HOLDER))
+
+
+def is_whole(path):
+    """Whether the record of runs in a workdir is as it was written."""
+    try:
+        return isinstance(_write.read_sealed(os.path.join(path, RECORD)), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _known(path, record, restart):
@@ -106,8 +236,7 @@ def _known(path, record, restart):
     if not os.path.exists(record):
         return {}
     try:
-        with open(record, encoding="utf-8") as file:
-            found = json.load(file)
+        found = _write.read_sealed(record)
     except (OSError, ValueError):
         found = None
     if isinstance(found, dict) and all(isinstance(one, dict) for one in found.values()):

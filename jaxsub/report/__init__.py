@@ -50,9 +50,10 @@ class Report(collections.abc.Mapping):
 
     def save(self, folder):
         """Writes report.json, report.html, log.txt and quarantine.json, each whole or not at all; returns `folder`."""
+        from jaxsub.formats import _files
         from jaxsub.report import _write
 
-        os.makedirs(folder, exist_ok=True)
+        _files.make_folder(folder)
         _write.write_json(os.path.join(folder, "report.json"), self.data)
         _write.write_json(os.path.join(folder, "quarantine.json"), self.data["collection"]["quarantined"])
         _write.write_text(os.path.join(folder, "report.html"), self.html())

@@ -208,7 +208,7 @@ def damages(path):
             "zero tail": lambda data: data[:-64] + bytes(64),
         }.items():
             yield f"{name} {what}", rewritten(name, change)
-        for at in np.random.default_rng(len(name)).integers(0, size, 6):
+        for at in np.random.default_rng(len(name)).integers(0, max(size, 1), 6):
             yield f"{name} bit {at}", rewritten(name, lambda data, at=int(at): flipped(data, at))
     yield "swapped", lambda folder: swap(folder, "layers/00000.safetensors", "layers/00001.safetensors")
     yield "stranger", lambda folder: open(os.path.join(folder, "layers", "x.bin"), "w").close()

@@ -157,10 +157,10 @@ def test_models_with_nan_are_set_aside_by_all_as_one_process_does(tmp_path):
 
 
 UNREADABLE = """
-from jaxsub import errors, formats, placement
+from jaxsub import errors, formats, reading
 def read_into(extent, start, view, past_cache=False):
     raise errors.InputChangedError(extent.file.path, "cannot be read here")
-placement.formats.read_into = read_into
+reading.formats.read_into = read_into
 """
 
 

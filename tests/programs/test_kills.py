@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from tests.figures_log import record
 from tests.folders import contents
 from tests.programs import worlds
 from tests.programs.test_resume import report_of
@@ -123,7 +124,13 @@ def check(program, models, folder, number, kills, seed):
         f"{middle} with some layers kept, {last} with all; layers done again: {sum(redone)}, at most "
         f"{max(redone, default=0)} a stop; unfinished writes left {left} times{worst}\n"
     )
-    assert max(redone, default=0) <= 1
+    record(
+        "CRASH-1" if number == signal.SIGKILL else "SIGNAL", f"{program}, {signal.Signals(number).name}: stops", kills
+    )
+    record("CRASH-1", f"{program}, {signal.Signals(number).name}: layers done again at most", max(redone, default=0))
+    if exits:
+        record("SIGNAL", f"{program}, {signal.Signals(number).name}: slowest exit, s", round(max(exits), 2))
+    assert max(redone, default=0) <= 1 and max(exits, default=0) <= 10
 
 
 @pytest.mark.slow
