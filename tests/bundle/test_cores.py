@@ -9,7 +9,7 @@ import jaxsub
 from jaxsub.bundle import cores, files
 from jaxsub.bundle.allocation import Choice, allocate
 from jaxsub.formats import peft, safetensors
-from jaxsub.pipelines import fit
+from jaxsub.pipelines import fit_budget
 
 
 def adapters(folder, *, count, out=18, into=20, rank=2, plane=None, decay=1.0, seed=0):
@@ -104,7 +104,7 @@ def test_no_other_ranks_for_the_same_bytes_hold_more(budget):
 def test_no_bundle_is_larger_than_its_budget(tmp_path, monkeypatch):
     """The manifest's numbers may take more digits than at rank 1, here 100 bytes."""
     adapters(tmp_path / "m", count=12)
-    ranks, size = fit._ranks, jaxsub.fit(str(tmp_path / "m"), rank=1).accounting()["total"]
-    monkeypatch.setattr(fit, "_ranks", lambda least, budget: ranks(least, budget + 100))
+    ranks, size = fit_budget._ranks, jaxsub.fit(str(tmp_path / "m"), rank=1).accounting()["total"]
+    monkeypatch.setattr(fit_budget, "_ranks", lambda least, budget: ranks(least, budget + 100))
     for budget in range(size + 200, size + 1700, 300):
         assert jaxsub.fit(str(tmp_path / "m"), budget_bytes=budget).accounting()["total"] <= budget
