@@ -67,6 +67,11 @@ for name, value, words in (
     ("null_entry", {"w": None}, "NoneType"),
     ("array_header", [{"w": W}], "no JSON object"),
     ("empty_inside", {"a": W, "b": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}}, "overlaps"),
+    (
+        "empty_and_huge",
+        {"w": W, "e": {"dtype": "F32", "shape": [0, 2**31, 2**48 - 1], "data_offsets": [8, 8]}},
+        "impossible",
+    ),
     ("half_a_byte", {"w": {"dtype": "F4", "shape": [15], "data_offsets": [0, 8]}}, "does not fill"),
     ("brackets", b'{"w":%b}' % (b"[]" * 10**5), "not JSON"),
     ("commas", lambda: b'{"w":[%b0]}' % (b"0," * 3_000_001), "more than 3000000 values"),
@@ -253,6 +258,7 @@ for name, said, words in (
     ("date", GOOD.replace("<f4", "<M8[s]"), "no number"),
     ("huge", GOOD.replace("(2,)", "(9999999999999999999,)"), "shape of 1 sizes"),
     ("huge_and_zero", GOOD.replace("(2,)", "(0, 999999999999999999)"), "shape of 2 sizes"),
+    ("empty_and_huge", GOOD.replace("(2,)", f"(0, {2**40}, {2**40})"), "declares 0 bytes"),
     ("many", GOOD.replace("(2,)", f"({'1,' * 40}2)"), "shape of 41 sizes"),
 ):
     add(f"npy_{name}", stored("m.npy", npy(said)), words)

@@ -61,6 +61,17 @@ def test_updates_beyond_float32_are_infinite_without_a_warning(tmp_path, family)
     assert not np.isfinite(formats.read(model, model.tensors[lora_files.STEM])).any()
 
 
+def test_an_empty_array_that_no_array_can_be_is_refused_in_every_format(tmp_path):
+    said = hostile_files.GOOD.replace("(2,)", f"(0, {2**40}, {2**40})")
+    (tmp_path / "m.npz").write_bytes(hostile_files.zipped(("e.npy", hostile_files.npy(said, b""))))
+    with pytest.raises(errors.InputError, match="impossible shape") as caught:
+        formats.open_model(tmp_path / "m.npz")
+    assert caught.value.key == "e"
+    safetensors.write(tmp_path / "m.safetensors", {"e": np.empty((0, 4096, 4096), np.float32)})
+    model = formats.open_model(tmp_path / "m.safetensors")
+    assert formats.read(model, model.tensors["e"]).shape == (0, 4096, 4096)
+
+
 @pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 700_001])
 def test_blocks_are_the_tensor(tmp_path, size):
     values = np.arange(size, dtype=np.float32)
