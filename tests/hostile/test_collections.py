@@ -141,3 +141,21 @@ def test_comparing_copies_holds_a_block_at_a_time(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1e-310, 1e200, 1.79e308])
+def test_finite_weights_of_any_size_make_a_report(tmp_path, scale):
+    """Squares, and even singular values, may be numbers that no float holds; the run must not end for it."""
+    for i in range(8):
+        w = np.random.default_rng(i).uniform(-1, 1, (6, 5))
+        safetensors.write(tmp_path / f"m{i}.safetensors", {"w": w * scale, "v": w})
+    report = jaxsub.analyze(str(tmp_path), draws=2, splits=2)
+    json.dumps(report.data, allow_nan=False)
+    w, v = ({x["name"]: x for x in report.layers}[name] for name in "wv")
+    assert w["rank_at"] == v["rank_at"] and "<svg" in report.html()
+    if scale > 2.0**1000:  # such values are capped
+        assert max(w["singular_values"]) == 2.0**1000
+        return
+    ratios = np.array(w["singular_values"][-3:]) / np.array(v["singular_values"][-3:])
+    np.testing.assert_allclose(ratios, scale, rtol=1e-6 if scale > 1 else 1e-3)
