@@ -260,15 +260,7 @@ def load_file(spec, *, forbidden=()):
     """
     path, argument = split_spec(spec)
     shown = errors.quote(path)
-    if not os.path.isfile(path):
-        raise errors.ConfigError(f"{shown}: no such configuration file")
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-        raise errors.ConfigError(f"{shown}: larger than {MAX_FILE_BYTES} bytes, no configuration")
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise errors.ConfigError(f"{shown}: not UTF-8 text at byte {error.start}") from None
+    text = _text_of(path, "configuration file")
     ending = os.path.splitext(path)[1].lower()
     if ending == ".json":
         return _from_json(text, shown)
@@ -277,6 +269,48 @@ def load_file(spec, *, forbidden=()):
     if ending in (".yaml", ".yml"):
         raise errors.ConfigError(_about_yaml(text, shown))
     raise errors.ConfigError(f"{shown}: a configuration is a .py file with get_config() or a .json file")
+
+
+def arguments_of(argv):
+    """The arguments of a command line with every --flagfile replaced by the lines of its file, comments left out.
+
+    Raises:
+        ConfigError: a flag file that is no regular file of UTF-8 text, is too large, or leads back to itself.
+    """
+    return list(_flag_lines(iter(argv), ()))
+
+
+def _flag_lines(items, above):
+    for item in items:
+        name, equals, path = item.partition("=")
+        if item == "--":
+            yield from (item, *items)
+        elif name not in ("--flagfile", "-flagfile"):
+            yield item
+        else:
+            path = path if equals else next(items, "")
+            real, shown = os.path.realpath(path), errors.quote(path)
+            if real in above:
+                raise errors.ConfigError(f"{shown}: a flag file that leads back to itself")
+            text = _text_of(path, "flag file")
+            lines = (line.strip() for line in text.splitlines())
+            lines = (line for line in lines if line and not line.startswith(("#", "//")))
+            yield from _flag_lines(lines, (*above, real))
+
+
+def _text_of(path, what):
+    shown = errors.quote(path)
+    if not os.path.isfile(path):
+        raise errors.ConfigError(f"{shown}: no such {what}")
+    if os.path.getsize(path) > MAX_FILE_BYTES:
+        raise errors.ConfigError(f"{shown}: larger than {MAX_FILE_BYTES} bytes, no {what}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise errors.ConfigError(f"{shown}: not UTF-8 text at byte {error.start}") from None
+    except OSError as error:
+        raise errors.ConfigError(f"{shown}: cannot be read: {error.strerror}") from error
 
 
 def split_spec(spec):
@@ -330,11 +364,14 @@ def _from_python(path, text, argument, forbidden):
     _check_outline(text, shown)
     module = types.ModuleType("jaxsub_config")
     module.__file__ = path
-    exec(compile(text, path, "exec"), module.__dict__)  # noqa: S102
     try:
+        exec(compile(text, path, "exec"), module.__dict__)  # noqa: S102
         found = module.get_config() if argument is None else module.get_config(argument)
-    except TypeError as error:
-        raise errors.ConfigError(f"{shown}: get_config: {error}") from error
+    except errors.JaxsubError:
+        raise
+    except Exception as error:  # the file's own fault, whatever it is
+        said = f"{type(error).__name__}: {errors.quote(error, 200)}"
+        raise errors.ConfigError(f"{shown}: get_config: {said}") from error
     if dataclasses.is_dataclass(found):
         return to_dict(found)
     found = found.to_dict() if hasattr(found, "to_dict") else found

@@ -5,6 +5,7 @@ traceback and exit with the class's `exit_code`; anything else that escapes is a
 """
 
 import difflib
+import re
 
 
 class JaxsubError(Exception):
@@ -37,9 +38,13 @@ class InputError(JaxsubError):
         super().__init__(self.message())
 
     def message(self):
-        """One line: file, key, reason, hint; names quoted so that no control character survives."""
+        """One line: file, key, reason, hint; nothing of it is a control character or outside of ASCII.
+
+        A hint may have lines of its own.
+        """
         where = quote(self.file) + (f", {quote(self.key)}" if self.key is not None else "")
-        return f"{where}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
+        hint = "\n".join(plain(line) for line in self.hint.split("\n"))
+        return f"{where}: {plain(self.reason)}" + (f"; {hint}" if hint else "")
 
 
 class InputChangedError(InputError):
@@ -70,6 +75,11 @@ def quote(text, limit=200):
     """`text` with control and non-ASCII characters escaped and cut to `limit`, safe on a terminal."""
     shown = ascii(str(text))[1:-1]
     return shown if len(shown) <= limit else f"{shown[: limit - 20]}... ({len(shown)} characters)"
+
+
+def plain(text):
+    """`text` with what is not printable ASCII escaped; quoted parts stay as they are."""
+    return re.sub(r"[^ -~]", lambda found: ascii(found[0])[1:-1], str(text))
 
 
 def require_known(option, value, known):

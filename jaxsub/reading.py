@@ -37,9 +37,8 @@ class NonFiniteError(errors.InputError):
 
     def __init__(self, member, path, key, count, first):
         self.member, self.found = member, (member, count, first)
-        super().__init__(
-            path, f"entries that are not finite: {count}, the first at flat index {first}", key=key, rule="N1"
-        )
+        found = f"entries that are not finite: {count}, the first at flat index {first}"
+        super().__init__(path, found, key=key, hint="repair or remove the model", rule="N1")
 
 
 def require_finite(array, member, model, tensor):

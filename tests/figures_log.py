@@ -5,7 +5,7 @@ import os
 
 
 def record(test, figure, value):
-    """Appends {test, figure, value}; does nothing where JAXSUB_FIGURES is not set."""
+    """Appends one figure: the name of the promise's test, what was counted or measured, and how much."""
     path = os.environ.get("JAXSUB_FIGURES")
     if path:
         with open(path, "a", encoding="utf-8") as file:

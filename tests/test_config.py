@@ -202,6 +202,48 @@ def test_python_file_among_models_is_not_run(tmp_path, monkeypatch):
         config.load_file(str(tmp_path / "link.py"), forbidden=[str(tmp_path / "models")])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def get_config():\n    raise ValueError('x\\x1b')\n", r"get_config: ValueError: x\x1b"),
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError"),
+        ("import no_such_module\ndef get_config():\n    return {}\n", "no_such_module"),
+        ("X = {}['a']\ndef get_config():\n    return {}\n", "KeyError"),
+    ],
+)
+def test_what_a_python_file_raises_is_its_own_fault(tmp_path, text, said):
+    message = refusal(tmp_path, "x.py", text)
+    assert said in message and "x.py" in message
+
+
+def test_flag_files_stand_for_their_lines(tmp_path):
+    (tmp_path / "a").write_text(f"# one\n--x=1\n\n// two\n--flagfile={tmp_path / 'b'}\n--y\n")
+    (tmp_path / "b").write_text("--z=a b\n")
+    flag = f"--flagfile={tmp_path / 'a'}"
+    wanted = ["p", "--x=1", "--z=a b", "--y", "--w"]
+    assert config.arguments_of(["p", flag, "--w"]) == wanted
+    assert config.arguments_of(["p", *flag.split("="), "--w"]) == wanted
+    assert config.arguments_of(["p", "--", flag]) == ["p", "--", flag]
+
+
+def test_flag_files_that_are_refused(tmp_path):
+    (tmp_path / "a").write_text(f"--flagfile={tmp_path / 'b'}\n")
+    (tmp_path / "b").write_text(f"--flagfile={tmp_path / 'a'}\n")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "large").write_bytes(b"#" * (config.MAX_FILE_BYTES + 1))
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in {
+        "a": "leads back",
+        "bytes": "not UTF-8",
+        "large": "larger",
+        "pipe": "no such",
+        "x": "no such",
+    }.items():
+        with pytest.raises(errors.ConfigError, match=words) as caught:
+            config.arguments_of(["p", f"--flagfile={tmp_path / name}"])
+        assert str(tmp_path / name) in str(caught.value)
+
+
 def test_other_files_are_refused(tmp_path):
     assert "get_config" in refusal(tmp_path, "x.toml", "")
     with pytest.raises(errors.ConfigError, match="no such configuration file"):

@@ -43,7 +43,7 @@ class Flags:
         self.program, self.cls, self.fields = program, cls, configs.fields(cls)
         self.values = _defined(self.fields)
         try:
-            rest = self.values(list(argv))
+            rest = self.values(configs.arguments_of(argv))
         except flags.Error as error:
             raise errors.ConfigError(self._explain(error)) from error
         if len(rest) == 2 and hasattr(cls, "POSITIONAL") and not self.values[cls.POSITIONAL].present:

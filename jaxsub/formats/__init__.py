@@ -80,6 +80,11 @@ def read(model, tensor):
     return _model.read(tensor, model.load)
 
 
+def blocks(model, tensor):
+    """Flat arrays of about a megabyte that together are `read(model, tensor)`; what has no extent comes in one."""
+    return _model.blocks(tensor, model.load)
+
+
 def read_into(extent, byte_start, view, past_cache=False):
     """Fills a writable buffer from `byte_start` bytes into an Extent; see `_files.read_into`."""
     _files.read_into(extent, byte_start, view, past_cache)

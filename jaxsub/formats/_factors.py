@@ -26,6 +26,7 @@ _KOHYA = re.compile(
 _PEFT = re.compile(r"\.lora_[AB](\.[^.]+)?\.weight$")
 _SUBSPACE = re.compile(r"\.(subspaceadapter|eigenflux)_[AB]\.(.+\.)?(components|loadings)$")
 _DELTA = re.compile(r".\.(diff|diff_b|w_norm|b_norm)$")
+MAX_SCALE = 2.0**100
 _SCALARS = ((), (1,))  # shapes of an alpha; older scripts saved it with one axis
 
 
@@ -123,12 +124,19 @@ def read_alphas(file, tensors):
             value = float(np.frombuffer(opened.read(tensor.extent.offset, dtype.itemsize), dtype)[0])
             if not math.isfinite(value) or value < 0:
                 raise _bad_alpha(file.path, tensor.name, f"is {value}, a finite number from 0 on was expected")
+            if not is_usual(value):
+                raise _bad_alpha(file.path, tensor.name, f"is {value:.3g}, which no training gives")
             found.append(value)
     return found
 
 
 def _bad_alpha(file, name, reason):
     return errors.InputError(file, reason, key=name, hint="save the adapter again with its trainer", rule="H13")
+
+
+def is_usual(scale):
+    """Whether the energy of an update of this scale is a number of float64: zero, or of a size that float32 holds."""
+    return scale == 0 or 1 / MAX_SCALE <= abs(scale) <= MAX_SCALE
 
 
 def scale(alpha, rank):

@@ -36,6 +36,7 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git or sha256 digest: the names in a hub cache
 MAX_TREE_FILES = 100_000  # of one model that is a folder of many files
 _MAX_PREAD = 1 << 30  # Linux moves at most 2^31 - 4096 bytes a call
+_HOLES, _HOLES_RATIO = 1 << 30, 256  # a file of holes: bytes, and bytes over stored ones (as for zip members)
 _LARGE = 1 << 18  # bytes from which a read is a block of its own: see `_advise`
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
@@ -52,7 +53,24 @@ def identify(path, *, root=None, allow_roots=()):
     path = os.fspath(path)
     _check_links(path, root, allow_roots)
     with _opened(path) as fd:
-        return _file_id(path, os.fstat(fd))
+        status = os.fstat(fd)
+        if status.st_size > _HOLES and getattr(status, "st_blocks", _HOLES) * 512 < status.st_size // _HOLES_RATIO:
+            _require_stored(fd, path, status.st_size)
+        return _file_id(path, status)
+
+
+def _require_stored(fd, path, size):
+    """Refuses a file that is almost nothing but holes: hours of zeros that nobody trained."""
+    stored = position = 0
+    with contextlib.suppress(OSError, AttributeError):  # past the last data; or a system that knows no holes
+        for _ in range(1000):
+            position = os.lseek(fd, position, os.SEEK_DATA)
+            start, position = position, os.lseek(fd, position, os.SEEK_HOLE)
+            stored += position - start
+        return  # in many pieces: no accident
+    if stored < size // _HOLES_RATIO:
+        reason = f"has {size} bytes of which {stored} are stored, the rest are holes"
+        raise errors.InputError(path, reason, hint="the download is incomplete; get it again", rule="H14")
 
 
 def identify_tree(folder, *, root=None, allow_roots=()):

@@ -14,6 +14,7 @@ from jaxsub.formats import _files, _names
 
 MAX_RATIO, RATIO_SLACK = 256, 1 << 20  # declared over stored bytes, as for zip members
 MAX_DEPTH = 32
+MAX_ITEMS = 50_000  # groups and datasets; each costs h5py a tenth of a millisecond or two
 _FILTERS = frozenset((1, 2, 3, 32000))  # deflate, shuffle, checksum, lzf: those h5py brings; others load plug-ins
 
 
@@ -79,6 +80,9 @@ def walk(reader, offset, size):
             if address in seen or depth > MAX_DEPTH:
                 raise _fault(path, prefix, f"is a group met twice, or more than {MAX_DEPTH} deep")
             seen.add(address)
+            if len(tensors) + len(skipped) + len(todo) + len(group) > MAX_ITEMS:
+                hint = "save it as safetensors"
+                raise errors.InputError(path, f"holds more than {MAX_ITEMS} datasets", hint=hint, rule="H19")
             children = []
             for name in group:
                 if not isinstance(name, str):  # h5py gives bytes for what is no UTF-8
@@ -91,7 +95,6 @@ def walk(reader, offset, size):
                 elif isinstance(child, h5py.Dataset):
                     _add(h5py, child, key, reader.file, offset, tensors, skipped)
             todo.extend(reversed(children))
-            _names.check_count(len(tensors) + len(todo), path)
     return tensors, skipped
 
 

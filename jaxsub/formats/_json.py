@@ -11,7 +11,9 @@ import re
 from jaxsub import errors
 
 MAX_DEPTH = 64  # a safetensors header needs 3
-MAX_VALUES = 5_000_000  # texts, and as many other values; parsing them takes a second or two
+MAX_VALUES = 3_000_000  # between commas; parsing them takes a second or two
+MAX_TEXTS = 2_000_000  # five a tensor
+MAX_ESCAPES = 1_000_000  # each costs a text of its own while it is parsed; quotes in metadata need some thousands
 MAX_DIGITS = 19  # integers up to 64 bits
 _BRACKETS = b"[]{}"
 _OTHER = bytes(c for c in range(256) if c not in _BRACKETS)
@@ -70,9 +72,12 @@ def _bound_depth(data):
     Strings are cut out, then matching empty pairs are removed once for each level: what is left over is deeper
     than MAX_DEPTH, or unbalanced by so little that the parser can meet it safely.
     """
-    if data.count(b'"') > 2 * MAX_VALUES:
-        raise _Fault(f"holds more than {MAX_VALUES} texts")
-    if b"\\" in data:
+    escapes = data.count(b"\\")
+    if escapes > MAX_ESCAPES:
+        raise _Fault(f"holds more than {MAX_ESCAPES} escapes")
+    if data.count(b'"') > 2 * MAX_TEXTS:
+        raise _Fault(f"holds more than {MAX_TEXTS} texts")
+    if escapes:
         data = _ESCAPE.sub(b"", data)
     rest = b"".join(data.split(b'"')[::2])
     if rest.count(b",") > MAX_VALUES:

@@ -42,6 +42,8 @@ class Products:
         if name not in self._parts:
             return self._rest(name)
         components, loadings, side, dtype = self._parts[name]
-        c, x = (_model.read(t, self._rest).astype(np.float64) for t in (components, loadings))
-        product = (c @ x).astype(dtype)
+        # A product beyond the dtype is infinite, and sets the model aside as any weight that is not finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            c, x = (_model.read(t, self._rest).astype(np.float64) for t in (components, loadings))
+            product = (c @ x).astype(dtype)
         return np.ascontiguousarray(product.T if side == "A" else product)

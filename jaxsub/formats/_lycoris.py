@@ -151,7 +151,12 @@ def delta(made, read, scale):
         read: reads the tensor at a position of the file.
         scale: what its factors are multiplied by.
     """
-    dtype = descriptors.numpy_dtype(made.dtype)
+    # Products beyond the dtype are infinite, and set the model aside as any weight that is not finite.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _delta(made, read, scale, descriptors.numpy_dtype(made.dtype))
+
+
+def _delta(made, read, scale, dtype):
     parts = {name: read(position).astype(dtype) for name, position in made.parts.items()}
     if "lora_mid" in parts:
         up, down = (parts[n].reshape(parts[n].shape[:2]) for n in ("lora_up", "lora_down"))

@@ -10,6 +10,8 @@ import numpy as np
 from jaxsub import descriptors, errors
 from jaxsub.formats import _files, _names
 
+MAX_BITS = 56  # of the sizes of an empty array, together; NumPy multiplies those that are not zero
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Content:
@@ -44,8 +46,10 @@ def build(path, form, kept, skipped, *, adapters=None, warnings=(), metadata=Non
     if not kept and not adapters:
         found = "holds no tensors" if not skipped else "holds buffers only, no weights"
         raise errors.InputError(path, found, hint="is this the right file?", rule="H7")
-    for name in kept:
+    for name, tensor in kept.items():
         _names.check_no_factor(name, path)
+        if 0 in tensor.shape:
+            _check_empty(name, tensor, path)
     proxy = types.MappingProxyType
     return descriptors.Model(
         path=str(path),
@@ -58,6 +62,14 @@ def build(path, form, kept, skipped, *, adapters=None, warnings=(), metadata=Non
         load=load,
         files=tuple(files),
     )
+
+
+def _check_empty(name, tensor, path):
+    """Refuses an empty array whose other sizes no array can have: zero bytes pass every comparison with the file."""
+    bits = sum(size.bit_length() for size in tensor.shape)
+    if bits > MAX_BITS:
+        reason = f"has the impossible shape {errors.quote(list(tensor.shape), 80)}"
+        raise errors.InputError(path, reason, key=name, hint="the file is damaged; get it again", rule="H5")
 
 
 def whole(tensor):

@@ -16,6 +16,7 @@ from jaxsub.formats import _files, _header, _names
 MAX_DEPTH = 64
 MAX_DIMS, MAX_DIM = 32, 2**48 - 1
 MAX_TEXT = 1 << 16  # bytes of a key or a small value
+MAX_ITEMS = 2_000_000  # of all kinds, seconds; an array takes about five
 _CHUNKED = "__msgpack_chunked_array__"
 _DTYPES = frozenset(name for name, _ in _header.DTYPES.values()) - _header.PACKED | {"complex128"}
 _WIDTHS = {  # first byte -> (struct format of what follows, what it is)
@@ -102,7 +103,7 @@ class _Cursor:
     """A place in the file, with a window of bytes around it."""
 
     def __init__(self, reader):
-        self.reader, self.at, self.leaves = reader, 0, 0
+        self.reader, self.at, self.leaves, self.items = reader, 0, 0, 0
         self._start, self._window = 0, b""
 
     def fault(self, reason, key=None):
@@ -142,6 +143,9 @@ class _Cursor:
     def value(self, depth):
         """The next item; arrays as Leaf, other extensions and lists as None."""
         kind, number = self.head()
+        self.items += 1
+        if self.items > MAX_ITEMS:
+            raise self.fault(f"holds more than {MAX_ITEMS} items")
         if depth > MAX_DEPTH:
             raise self.fault(f"is nested more than {MAX_DEPTH} deep")
         if kind == "text":

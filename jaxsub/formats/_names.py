@@ -5,7 +5,7 @@ import re
 from jaxsub import errors
 
 MAX_NAME = 512  # characters; longer names are an attack on file names and terminals
-MAX_TENSORS = 500_000  # a file with more is refused rather than read for minutes
+MAX_TENSORS = 250_000  # a file with more is refused rather than read for minutes
 # C0 and C1 controls, line separators, and the characters that reorder text on a screen.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _LAST = re.compile(r"[^./]+$")

@@ -12,6 +12,7 @@ MAX_HEADER = 65536  # bytes
 MAX_DIM, MAX_DIMS = 2**48 - 1, 32
 _VALUE = r"(?:'[^'\\]*'|\"[^\"\\]*\"|True|False|\([0-9, L]*\))"
 _ENTRY = re.compile(rf"\s*['\"](descr|fortran_order|shape)['\"]\s*:\s*({_VALUE})\s*(?:,|(?=\}}))")
+_SHAPE = re.compile(r"\(((\d{1,19}L?, ?)+(\d{1,19}L?)?)?\)")  # without a comma it would be a number
 _DESCR = re.compile(r"([<>|=]?)([fiubc?])(\d{0,2})")
 _SIZES = {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,), "c": (8, 16), "?": (0, 1)}
 
@@ -58,12 +59,12 @@ def parse(head, size, path, key):
 
 def _fields(text):
     """The three entries of the header's dict, or None if it holds anything else."""
-    found, at = {}, 1
+    found, at, count = {}, 1, 0
     while text[:1] == "{" and (match := _ENTRY.match(text, at)):
-        found[match[1]], at = match[2], match.end()
-    good = text[at:].strip() == "}" and len(found) == 3
+        found[match[1]], at, count = match[2], match.end(), count + 1
+    good = text[at:].strip() == "}" and len(found) == count == 3  # Python would take the last of two
     good = good and found["descr"][0] in "'\"" and found["fortran_order"] in ("True", "False")
-    good = good and found["shape"][0] == "(" and re.fullmatch(r"\((\d{1,19}L?, ?)*(\d{1,19}L?)?\)", found["shape"])
+    good = good and found["shape"][0] == "(" and _SHAPE.fullmatch(found["shape"])
     return found if good else None
 
 

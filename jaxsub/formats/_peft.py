@@ -104,6 +104,9 @@ def configure(fields, path):
         if fields.get(name):
             raise _refuse(path, name, "is set", cure)
     start = fields.get("init_lora_weights")
+    for name, kinds in (("init_lora_weights", (bool, str)), ("bias", str)):
+        if fields.get(name) is not None and not isinstance(fields[name], kinds):
+            raise _refuse(path, name, f"is {errors.quote(repr(fields[name]), 40)}, which PEFT does not write")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
         cure = "convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         raise _refuse(
@@ -208,6 +211,8 @@ def place(config, found, path, where):
             reason = f"says rank {r} for {errors.quote(layer)}, the tensors have {factors.rank}"
             raise _refuse(path, "rank_pattern" if layer in ranks else "r", reason)
         scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        if not _factors.is_usual(scale):
+            raise _refuse(path, "lora_alpha", f"makes a scale of {scale:.3g} for {errors.quote(layer)}")
         transposed = factors.embedding or (config.transposed and len(factors.shape) == 2)
         pairs.append(entry(layer, factors, scale, transposed))
     warnings = [*_target_faults(config, found, path)]

@@ -5,13 +5,14 @@ refused, and the two places that name a member (its own header and the directory
 """
 
 import dataclasses
+import itertools
 import re
 import struct
 import zlib
 
 from jaxsub import errors
 
-MAX_MEMBERS = 1_000_000
+MAX_MEMBERS = 100_000  # each costs some small reads; real files have thousands
 MAX_DIRECTORY = 1 << 28  # bytes
 MAX_RATIO = 256  # declared over stored bytes of a deflated member; weights deflate 1.1 times, zeros 1000 times
 RATIO_SLACK = 1 << 20  # bytes that a member may hold beyond the ratio
@@ -78,7 +79,12 @@ def _directory(reader):
         limits = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
         if any(a not in (b, limit) for a, b, limit in zip(short, (count, size, position), limits, strict=True)):
             raise fault(reader, "has two directory records that contradict each other")
-    if position + size != end or size > MAX_DIRECTORY or count > MAX_MEMBERS:
+    if count > MAX_MEMBERS:
+        hint = "save it as safetensors, or in several files"
+        raise errors.InputError(
+            reader.file.path, f"says it has {count} members, more than {MAX_MEMBERS}", hint=hint, rule="H19"
+        )
+    if position + size != end or size > MAX_DIRECTORY:
         raise fault(reader, f"says its directory of {count} members has {size} bytes at {position}, which cannot be")
     return position, size, count
 
@@ -162,7 +168,7 @@ def _local(reader, name, header, expected):
 
 def _require_apart(reader, spans, directory):
     spans.sort()
-    for (_, end, name), (following, _, _) in zip(spans, [*spans[1:], (directory, 0, "")], strict=True):
+    for (_, end, name), (following, _, _) in itertools.pairwise([*spans, (directory, 0, "")]):
         if end > following:
             raise fault(reader, "overlaps what comes after it", name)
 

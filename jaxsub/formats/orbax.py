@@ -23,6 +23,7 @@ ENDING = ""  # of a rewritten model: a folder
 COMMITTED, TREE, MANIFEST = "commit_success.txt", "_METADATA", "manifest.ocdbt"
 STEP = "_CHECKPOINT_METADATA"
 MAX_TREE = 1 << 26  # bytes of _METADATA
+MAX_OVERHANG, OVERHANG_SLACK = 16, 1 << 16  # entries of a piece over those of its array
 _ARRAYS = ("jax.Array", "np.ndarray")
 _EMPTY = {"Dict": dict, "List": list, "Tuple": list, "None": lambda: None}  # leaves that nothing is stored of
 _DTYPES = frozenset(name for name, _ in _header.DTYPES.values()) - _header.PACKED | {"complex128"}
@@ -166,6 +167,14 @@ class _Store:
         spec = {"driver": self.driver, "kvstore": self._spec(place)}
         return self._asked("cannot be opened", lambda ts: ts.open(spec, open=True, read=True).result(), key)
 
+    def _is_stored(self, array, key):
+        if not math.prod(array.shape):
+            return True
+        found = self._asked(
+            "cannot be listed", lambda ts: array.storage_statistics(query_not_stored=True).result(), key
+        )
+        return not found.not_stored
+
     def tensor(self, leaf):
         """The Tensor of a leaf, after all of its chunks are found: one that is absent would be read as zeros."""
         array = self._array(leaf.place, leaf.name)
@@ -174,11 +183,15 @@ class _Store:
             said = f"holds {errors.quote(dtype, 40)}, which is no number"
             raise errors.InputError(self.path, said, key=leaf.name, hint="leave it out of the checkpoint", rule="H6")
         chunk = array.chunk_layout.write_chunk.shape or ()  # a file of zarr 3 may hold several to read
+        if math.prod(chunk) > MAX_OVERHANG * math.prod(shape) + OVERHANG_SLACK:  # tensorstore allocates one, or aborts
+            said = f"has pieces of shape {list(chunk)}, far larger than its own shape {list(shape)}"
+            raise errors.InputError(self.path, said, key=leaf.name, hint="it is damaged or hostile", rule="H14")
         wanted = math.prod(-(-size // step) for size, step in zip(shape, chunk, strict=True))
         prefix = f"{leaf.place}/".encode()
         found = bisect.bisect_left(self.keys, prefix[:-1] + b"0") - bisect.bisect_left(self.keys, prefix) - 1
-        if found < wanted and self.stores_zeros:
-            said = f"has {max(0, found)} of its {wanted} pieces"
+        # Pieces may also be there under names that this array does not look for: all of it would be zeros.
+        if self.stores_zeros and (found < wanted or not self._is_stored(array, leaf.name)):
+            said = f"has {max(0, min(found, wanted - 1))} of its {wanted} pieces"
             raise errors.InputError(self.path, said, key=leaf.name, hint="it is incomplete; get it again", rule="H7")
         return descriptors.Tensor(leaf.name, shape, dtype)
 

@@ -73,7 +73,8 @@ def _hash(model, entry, meter):
     digest = hashlib.sha256(repr((getattr(entry, "scale", ""), getattr(entry, "transposed", ""))).encode())
     for tensor in collection.stored_tensors(entry):
         digest.update(f"{tensor.dtype}{tensor.shape}".encode())
-        digest.update(np.ascontiguousarray(formats.read(model, tensor)).reshape(-1).view(np.uint8))
+        for block in formats.blocks(model, tensor):
+            digest.update(np.ascontiguousarray(block).view(np.uint8))
         if meter is not None:
             meter.bytes_read += tensor.num_bytes
     return digest.digest()

@@ -253,8 +253,8 @@ class _Layer:
             "energy_at": spectrum.energy_at(energy),
             "held_out": held,
             "held_out_sd": sd,
-            "singular_values": np.ldexp(roots.mean(axis=0), self.stats.exponent)[:KEPT_VALUES].tolist(),
-            "singular_values_sd": np.ldexp(roots.std(axis=0), self.stats.exponent)[:KEPT_VALUES].tolist(),
+            "singular_values": _unscaled(roots.mean(axis=0)[:KEPT_VALUES], self.stats.exponent),
+            "singular_values_sd": _unscaled(roots.std(axis=0)[:KEPT_VALUES], self.stats.exponent),
         }
 
     def _until_settled(self, work, draws, curve_of):
@@ -342,7 +342,13 @@ def _scaled(value, exponent):
 
 
 def _roots(values, exponent):
-    return np.ldexp(np.sqrt(values), exponent).tolist()
+    return _unscaled(np.sqrt(values), exponent)
+
+
+def _unscaled(values, exponent):
+    """values * 2**exponent as a list; JSON has no infinity and axes need room, so none is over 2**1000."""
+    with np.errstate(over="ignore"):
+        return np.minimum(np.ldexp(values, exponent), 2.0**1000).tolist()
 
 
 def _mean_sd(curves):

@@ -93,8 +93,11 @@ def _full(points):
 
 def _cumulative(figures, layer):
     """[(k, share)] from singular values; empty where the report lists only the first of them."""
-    squares = [(value or 0) ** 2 for value in figures["singular_values"]]
+    values = [value or 0 for value in figures["singular_values"]]
+    top = max(values, default=0) or 1  # squares of large numbers are none that a float holds
+    squares = [(value / top) ** 2 for value in values]
     total = layer["total_energy"] if figures is layer else None
+    total = None if total is None else total / top / top
     if total is None and len(squares) < (fields.models_used(layer) or 0) - 1:
         return []
     total, running, points = total or sum(squares), 0.0, [(0, 0.0)]

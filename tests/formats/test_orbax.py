@@ -159,6 +159,29 @@ def test_a_piece_that_is_missing_is_zeros_only_where_zeros_are_left_out(folder):
     assert not formats.read(model, model.tensors["params/dense/kernel"]).any()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"chunks": [1 << 40, 3]},
+            "far larger than its own shape",
+        ),  # tensorstore ends the process on such an allocation
+        ({"chunks": [1 << 17, 3]}, "far larger than its own shape"),
+        ({"dimension_separator": "/"}, "has 0 of its 1 pieces"),  # the piece is there, and is not looked for
+        ({"dtype": "|S4"}, "which is no number"),
+        ({"shape": [-1, 3]}, "cannot be opened"),
+        ({"filters": [{"id": "x"}]}, "cannot be opened"),
+    ],
+)
+def test_arrays_that_say_what_cannot_be(folder, change, words):
+    store = database(folder)
+    said = json.loads(store["params.dense.kernel/.zarray"]) | change
+    store["params.dense.kernel/.zarray"] = json.dumps(said).encode()
+    with pytest.raises(errors.InputError, match=words) as caught:
+        formats.open_model(folder)
+    assert caught.value.key == "params/dense/kernel" and str(folder) in str(caught.value)
+
+
 def test_nothing_outside_the_folder_is_read(folder, tmp_path):
     """A database whose pieces say that they lie in ../x: written in memory, then laid out as files."""
     import tensorstore

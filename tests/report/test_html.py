@@ -251,6 +251,16 @@ def test_truncated_null_spectrum_is_not_taken_for_all_of_it(layer):
     assert layer_charts._cumulative(given, given)[-1] == (5, pytest.approx(0.5))
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_curves_of_numbers_whose_squares_no_float_holds(layer, scale):
+    from jaxsub.report import layer_charts
+
+    given = fields.complete({"layers": [layer()]})["layers"][0]
+    usual = layer_charts._cumulative(given, given)
+    given["singular_values"] = [scale * value for value in given["singular_values"]]
+    np.testing.assert_allclose(layer_charts._cumulative(given, given), usual)
+
+
 def decode(uri):
     """(rows, columns, 4) of a palette PNG, chunk by chunk as the format says."""
     raw, place, chunks = base64.b64decode(uri.split(",", 1)[1]), 8, {}
