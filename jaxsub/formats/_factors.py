@@ -26,7 +26,7 @@ _KOHYA = re.compile(
 _PEFT = re.compile(r"\.lora_[AB](\.[^.]+)?\.weight$")
 _SUBSPACE = re.compile(r"\.(subspaceadapter|eigenflux)_[AB]\.(.+\.)?(components|loadings)$")
 _DELTA = re.compile(r".\.(diff|diff_b|w_norm|b_norm)$")
-MAX_SCALE = 2.0**100
+MAX_SCALE = 2.0**700  # products are made with powers of two kept apart; beyond it they would leave float64
 _SCALARS = ((), (1,))  # shapes of an alpha; older scripts saved it with one axis
 
 
@@ -135,7 +135,7 @@ def _bad_alpha(file, name, reason):
 
 
 def is_usual(scale):
-    """Whether the energy of an update of this scale is a number of float64: zero, or of a size that float32 holds."""
+    """Whether updates of this scale can be computed: zero, or one that leaves room to factors."""
     return scale == 0 or 1 / MAX_SCALE <= abs(scale) <= MAX_SCALE
 
 

@@ -145,7 +145,7 @@ for name, fields, words in (
     ("alpha_true", {"lora_alpha": True}, "number was expected"),
     ("alpha_huge", {"lora_alpha": 1e308}, "scale of 5e.307"),
     ("alpha_tiny", {"lora_alpha": 1e-308}, "scale of 5e-309"),
-    ("alpha_huge_in_pattern", {"alpha_pattern": {"q": 1e200}}, "scale of 5e.199"),
+    ("alpha_huge_in_pattern", {"alpha_pattern": {"q": 1e300}}, "scale of 5e.299"),
     ("alpha_negative", {"lora_alpha": -4}, None),
     ("type_lower", {"peft_type": "lora"}, "not LORA"),
     ("type_list", {"peft_type": ["LORA"]}, "not LORA"),

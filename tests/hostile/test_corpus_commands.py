@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -29,17 +30,27 @@ def jaxsub(cwd, *arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     said = cwd.parent / f"{cwd.name}.said"
     with open(said, "wb") as out:
-        start = time.perf_counter()
+        start, peak = time.perf_counter(), 0
         process = subprocess.Popen(
             [sys.executable, "-m", "jaxsub", *map(str, arguments)], stdout=out, stderr=out, cwd=cwd, env=environment
         )
-        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+        while process.poll() is None:
+            peak = max(peak, high_water(process.pid))
             if time.perf_counter() - start > 60:
                 process.kill()
             time.sleep(0.02)
         seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(ended[1])
-    return process.returncode, said.read_bytes(), seconds, ended[2].ru_maxrss / 1024
+    return process.returncode, said.read_bytes(), seconds, peak
+
+
+def high_water(pid):
+    """MiB that a process held at most so far; its rusage would count the parent's, which it was forked from."""
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) / 1024 if found else 0
 
 
 def check(case, cwd, folder, status, said, seconds, peak, most):
