@@ -40,8 +40,16 @@ def layer(stats, lineages, options):
     Returns:
         dict as in report.json, "layers".
     """
-    with futures.ThreadPoolExecutor(os.cpu_count()) as cores:
+    with futures.ThreadPoolExecutor(threads(stats.num_models)) as cores:
         return _Layer(stats, lineages, options, cores).record()
+
+
+def threads(num_models):
+    """Threads that draws of so many models, and layers of them, are worked on by.
+
+    One for few models: their operations are so short that threads wait for the interpreter lock, and take longer.
+    """
+    return 1 if num_models <= heldout.WHOLE else os.cpu_count() or 1
 
 
 def generator(seed, *names):
@@ -278,7 +286,7 @@ class _Layer:
                     return
                 results[index] = work(item)
 
-        for runner in [self.cores.submit(run) for _ in range(os.cpu_count() or 1)]:
+        for runner in [self.cores.submit(run) for _ in range(threads(self.num_models))]:
             runner.result()
         return [results[i] for i in range(len(results))]
 

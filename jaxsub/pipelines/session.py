@@ -274,7 +274,7 @@ class Session:
             with tracing.stage(f"figures of {stats.name}"):
                 return figures.layer(stats, lineages, options)
 
-        with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with futures.ThreadPoolExecutor(figures.threads(max((s.num_models for s in all_stats), default=1))) as pool:
             records = list(pool.map(one, all_stats))
         self.meter.figure_seconds += time.perf_counter() - begun
         duplicates = [[self.opened.refs[m].id for m in c] for c in self.copies]
