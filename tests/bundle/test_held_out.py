@@ -56,6 +56,7 @@ def test_dense_tucker_fits(worlds, tmp_path):
     assert noise.figures["held_out"] > 1.1 * (1 - noise.figures["energy_kept"])  # which the fit has seen
 
 
+@pytest.mark.slow
 def test_low_rank_updates(worlds, tmp_path):
     updates = {}
     for n in range(COUNT):

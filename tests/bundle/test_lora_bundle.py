@@ -87,6 +87,7 @@ def test_the_gauge_of_the_factors_changes_nothing(tmp_path):
     assert cosines(a.basis, b.basis).min() < 0.9
 
 
+@pytest.mark.slow
 def test_other_adapters_are_projected_by_their_factors(tmp_path, monkeypatch):
     folder, _ = adapters(tmp_path / "m")
     bundle = jaxsub.fit(folder, rank=3)
@@ -141,6 +142,7 @@ def test_updates_of_convolutions_come_back_in_their_shape(tmp_path):
     np.testing.assert_allclose((scales[:, None, None] * b @ a).reshape(updates.shape), updates, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_updates_of_convolutions_are_not_written_as_matrices(tmp_path):
     """PEFT would not load them: their factors have four axes there."""
     folder, _ = convolutions(tmp_path / "m")

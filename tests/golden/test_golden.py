@@ -74,6 +74,7 @@ def unfold(x, axis):
     return np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
 
 
+@pytest.mark.slow
 def test_factored_lora_equals_the_dense_update(tmp_path):
     a, b = adapters()
     dense = {"q": (2.0 * b @ a).astype(np.float32)}  # alpha / r = 2

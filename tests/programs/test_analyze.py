@@ -218,6 +218,7 @@ def test_awkward_scales_of_every_dtype(tmp_path, scale, dtype):
         np.testing.assert_allclose(np.array(layer["singular_values"]) / scale, want, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_rounding_of_eight_bit_weights_sets_the_floor(tmp_path):
     from jaxsub import descriptors
 

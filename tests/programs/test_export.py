@@ -174,6 +174,7 @@ def test_members_are_what_reconstruct_gives(tmp_path, rank):
         assert config["target_modules"] == ["m.0.q", "m.1.q"] and config["r"] == 8
 
 
+@pytest.mark.slow
 def test_saved_modules_are_named_and_kept_beside(tmp_path, capsys):
     from jaxsub.cli import flags, project as program
 

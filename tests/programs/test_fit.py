@@ -95,6 +95,7 @@ def test_what_no_run_could_do_is_refused_in_words(folder, tmp_path, options, wor
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_spent_where_energy_is(tmp_path):
     rng, models = np.random.default_rng(0), tmp_path / "m"
     os.makedirs(models)

@@ -80,6 +80,7 @@ def test_reconstructions_are_files_like_the_originals(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("transposed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_rebuilt_adapters_keep_scale_orientation_and_sidecars(tmp_path, transposed):
     folder, products = adapters(tmp_path / "m", transposed=transposed, rslora=True)
     jaxsub.fit(folder, tmp_path / "b", rank=3)

@@ -50,6 +50,7 @@ def test_the_next_layer_is_begun_before_the_last_block_is_computed(folder, opene
     assert sorted(e[1] for e in opened if e[0] == "close") == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_layer_begun_with_a_model_that_drops_out_is_read_again(folder, opened):
     report = jaxsub.analyze(str(folder))
     assert [q["id"] for q in report["collection"]["quarantined"]] == ["m5"]

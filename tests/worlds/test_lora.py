@@ -62,6 +62,7 @@ def test_files_describe_networks_that_answer_as_recorded(made):
     assert right > 0.6  # the base alone is right on .1 or so of the renamed digits
 
 
+@pytest.mark.slow
 def test_peft_loads_an_adapter_and_agrees(made):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
