@@ -23,10 +23,10 @@ SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis
 SKETCHES = 2 * modes.MIXTURES
 TESTS = SKETCHES * modes.COLUMNS  # columns of both halves of a sketch
 DRAW = 10  # matrices (N, N) of a thread that draws and judges a null
-ARENAS, MOST = 20, 200 * 2**20  # matrices that malloc keeps of all draws, and bytes of them: large ones it gives back
+ARENAS, MOST = 6, 200 * 2**20  # matrices that malloc keeps of all draws, and bytes of them: large ones it gives back
 HEADER_BYTES, ID_BYTES = 1800, 12  # of a statistics file: names of its arrays, and of a model
 REPORT_BYTES, REPORT_LAYER = 50_000, 20_000  # of the report without models: the page itself, and each layer's card
-SECULAR = 40  # work arrays of secular.BLOCK_ELEMENTS
+SECULAR = 36  # work arrays of secular.BLOCK_ELEMENTS
 
 
 def of(plan, group, mesh, options, base=None):
@@ -114,7 +114,8 @@ def _dense_device(plan, mesh):
     results = 8 * n**2 + tests
     steps = [mixed + 3 * wide * n * min(width, gram.CHUNK) + 4 * 8 * n**2]
     if plan.sketched_axes:
-        steps.append(mixed + max(_sketch(plan, axis) for axis in plan.sketched_axes) * wide)
+        dealt = math.prod(shape) if mesh.size > 1 else 0  # a mixture as it comes from all devices
+        steps.append(mixed + (dealt + max(_sketch(plan, axis) for axis in plan.sketched_axes)) * wide)
     exact = [shape[a] for a in plan.exact_axes] + [n * (size // plan.rows)] * plan.other_side
     steps += [3 * 8 * side**2 + 3 * 8 * size for side in exact]  # a model and the mean in float64
     if plan.strengths:
@@ -154,13 +155,13 @@ def _axes(plan):
 
 
 def _sketch(plan, axis):
-    """Entries of the temporary arrays of `modes.sketch`: mixtures as a matrix, a piece of them, its random signs."""
+    """Entries of the temporary arrays of `modes.sketch`: one mixture as a matrix, a piece of it, its random signs."""
     shape = (plan.rows, *plan.shape[1:])
     count, across = math.prod(shape), math.prod(shape) // shape[axis]
     piece = min(across, modes.SIGNS)
     copied = count != plan.width or plan.shape[0] % plan.rows or 0 < axis < len(shape) - 1
-    part = SKETCHES * shape[axis] * piece if across > piece else 0
-    return bool(copied) * SKETCHES * count + part + TESTS * piece
+    part = shape[axis] * piece if across > piece else 0
+    return bool(copied) * count + part + modes.COLUMNS * piece
 
 
 def _lora(plan, group, mesh, options):
