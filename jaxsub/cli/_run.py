@@ -36,6 +36,7 @@ def program(name, argv):
 
         if any(a in flags.HELP for a in arguments):
             sys.stdout.write(flags.help_text(name, module.config_class(), (module.__doc__ or "").partition("\n")[0]))
+            sys.stdout.flush()
             sys.exit(0)
         absl_flags.FLAGS.mark_as_parsed()  # absl's own flags are not used; its app insists all the same
         return flags.Flags(name, module.config_class(), arguments)
@@ -47,13 +48,13 @@ def program(name, argv):
             launcher.require_alone(f"jaxsub {name}")
         keep_compiled_kernels()
         module.main(parsed)
+        sys.stdout.flush()  # here, where a reader who has gone is met below; absl's app ends by SystemExit
 
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     _listen(name)
     try:
         app.run(main, argv=argv, flags_parser=parse)
-        sys.stdout.flush()
     except errors.JaxsubError as error:
         _fail(f"jaxsub {name}: {error}", error.exit_code, debug)
     except _Terminated:

@@ -240,10 +240,14 @@ def test_signals_end_with_a_message_after_cleaning_up(number, status):
     assert err.count("\n") == 1 and "the same command goes on" in err
 
 
-def test_reader_of_the_output_may_leave(models):
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # Python writes at the end, or at once
+def test_reader_of_the_output_may_leave(models, unbuffered):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "jaxsub", "inspect", f"--collection={models}"]
-    found = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    found = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60, env=environment
+    )
     os.close(write)
     assert found.returncode == 141 and not found.stderr
