@@ -122,6 +122,7 @@ def test_residual_network():
     assert {w.ndim for w in weights.values()} == {1, 2, 4}
 
 
+@pytest.mark.slow
 def test_later_characters_do_not_reach_earlier_ones():
     model = transformer.Transformer()
     x = jnp.zeros((1, 8), jnp.int32)
