@@ -192,6 +192,22 @@ def _coloured(drawn, own, axis):
     return np.moveaxis(np.tensordot(root, drawn, (1, axis)), 0, axis)
 
 
+def leading(spaces, count):
+    """{layer: components} of the `count` components with the largest singular values of all layers.
+
+    Raises:
+        ConfigError: more than the bundle holds.
+    """
+    ranked = sorted(
+        ((-value, name) for name, space in spaces.items() if space.basis is not None
+         for value in space.values[-1][: len(space.basis)])
+    )  # fmt: skip
+    if count > len(ranked):
+        raise errors.ConfigError(f"dimension={count}: the bundle holds {len(ranked)} components in all; fit more")
+    names = [name for _, name in ranked[:count]]
+    return {name: names.count(name) for name in spaces}
+
+
 def chosen(space, rank, name):
     """The first `rank` components (k, *shape) of a Space; all of them for 0.
 

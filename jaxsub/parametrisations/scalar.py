@@ -5,7 +5,6 @@ With the bundle's mean as the start c are the coefficients of the bundle: member
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from jaxsub.parametrisations import _parts, _spaces
@@ -19,16 +18,19 @@ class Options:
     """Options of the parametrisation."""
 
     rank: int = 0  # components a layer; 0: all that the bundle holds
-    augment: int = 0  # random directions more, orthogonal to the bundle's
+    dimension: int = 0  # numbers in all, of the components with the largest singular values; 0: `rank` a layer
+    augment: int = 0  # random directions more a layer, orthogonal to the bundle's
 
 
 def init(key, start, spaces, options):
     """See `parametrisations`; {layer: (k,)} zeros."""
-    bases = {}
-    for number, (name, space) in enumerate(sorted(spaces.items())):
-        basis = _spaces.chosen(space, options.rank, name)
+    bases, ranks = {}, _spaces.leading(spaces, options.dimension) if options.dimension else {}
+    for name, space in spaces.items():
+        if options.dimension and not ranks[name]:
+            continue
+        basis = _spaces.chosen(space, ranks.get(name, options.rank), name)
         if options.augment:
-            rows = _spaces.augmented(basis.reshape(len(basis), -1), options.augment, jax.random.fold_in(key, number))
+            rows = _spaces.augmented(basis.reshape(len(basis), -1), options.augment, _parts.key_of(key, name))
             basis = rows.reshape(-1, *basis.shape[1:])
         bases[name] = jnp.asarray(basis)
     return {name: jnp.zeros(len(basis), jnp.float32) for name, basis in bases.items()}, {"start": start, "basis": bases}

@@ -53,6 +53,7 @@ class Config:
     validation: float = 0.15  # share of the training rows that rates and stops are decided by
     devices: int = 1  # 0: all
     shard: str = "batch"  # what devices share: batch, runs or features
+    sweep: tuple[int, ...] = ()  # numbers to train, few to many: intrinsic dimension instead of the comparison
     write_models: str = ""  # new folder for the trained models, one a task and seed
     peft_layout: str = "portable"  # of trained low-rank updates: portable or tinylora
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
@@ -84,6 +85,8 @@ def validate(config):
     errors.require_known("peft_layout", config.peft_layout, ("portable", "tinylora"))
     if config.initial == "base" and not config.base:
         raise errors.ConfigError("initial=base: give --base=MODEL")
+    if config.sweep and min(config.sweep) < 1:
+        raise errors.ConfigError("sweep: numbers of 1 and more expected")
 
 
 def run(config, workdir=None, *, stream=None):
@@ -139,6 +142,8 @@ def _train(config, setup, workdir, stream):
     mesh = _mesh(config)
     found = {"schema": SCHEMA, "tasks": [v.name for v in setup.variations], "skipped": setup.skipped}
     found |= {"seeds": config.seeds, "steps": config.steps, "initial": config.initial, "methods": []}
+    if config.sweep and not config.dry_run:
+        return _swept(config, setup, found, workdir, stream)
     methods = train_runs.methods(config, setup)
     if config.dry_run:
         found["plan"] = [_planned(train_runs.Training(m, setup, config)) for m in methods]
@@ -160,6 +165,16 @@ def _train(config, setup, workdir, stream):
     found["comparisons"] = train_table.comparisons(found["methods"])
     if workdir is not None:
         _write.write_json(os.path.join(workdir, RECORD), found)
+    return found
+
+
+def _swept(config, setup, found, workdir, stream):
+    from jaxsub.pipelines import train_sweep
+
+    found["sweep"] = train_sweep.run(config, setup, stream)
+    if workdir is not None:
+        _write.write_json(os.path.join(workdir, RECORD), found)
+        _write.write_text(os.path.join(workdir, "sweep.html"), train_sweep.page(found["sweep"]))
     return found
 
 

@@ -45,6 +45,10 @@ def comparisons(methods):
 
 def table(found):
     """A training's record as text of at most 100 columns."""
+    if "sweep" in found:
+        from jaxsub.pipelines import train_sweep
+
+        return train_sweep.table(found["sweep"])
     lines = [f"{'method':16} {'numbers':>9} {'rate':>7} {'start':>7} {'held out':>9} {'95 % interval':>17}"]
     for one in found["methods"]:
         mean, low, high = interval(one["scores"])
