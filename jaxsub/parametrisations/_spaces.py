@@ -224,4 +224,17 @@ def chosen(space, rank, name):
             f"layer {errors.quote(name)}: rank={rank}, but the bundle holds {len(space.basis)} components "
             f"({len(space.members)} models give {cap(space)} at most); fit more, or add random ones (augment)"
         )
-    return space.basis[: rank or None]
+    rows = space.basis[: rank or None]
+    real = int((np.linalg.norm(np.reshape(rows, (len(rows), -1)), axis=1) > 0.5).sum())
+    if real < len(rows) or not (space.values[-1][: len(rows)] > 0).all():
+        raise errors.ConfigError(
+            f"layer {errors.quote(name)}: of {len(rows)} components {len(rows) - real or 'some'} are no directions: "
+            "the bundle's models do not differ in so many (are they copies?); ask for a smaller rank"
+        )
+    return rows
+
+
+def saturated(spaces):
+    """[(layer, components, models)] of bases with as many components as models allow: members lie in them anyway."""
+    linear = {n: s for n, s in spaces.items() if s.basis is not None}
+    return [(n, len(s.basis), len(s.members)) for n, s in linear.items() if len(s.basis) >= cap(s)]

@@ -137,10 +137,12 @@ def _forget(workdir):
 
 
 def _train(config, setup, workdir, stream):
+    from jaxsub.parametrisations import _spaces
     from jaxsub.pipelines import train_runs, train_table, train_write
 
     mesh = _mesh(config)
     found = {"schema": SCHEMA, "tasks": [v.name for v in setup.variations], "skipped": setup.skipped}
+    found["saturated"] = [[*one] for one in _spaces.saturated(setup.spaces)]
     found |= {"seeds": config.seeds, "steps": config.steps, "initial": config.initial, "methods": []}
     if config.sweep and not config.dry_run:
         return _swept(config, setup, found, workdir, stream)

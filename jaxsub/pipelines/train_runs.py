@@ -12,7 +12,7 @@ import numpy as np
 from jaxsub import config as configs, errors, plugins
 from jaxsub.formats import _files
 from jaxsub.parametrisations import _spaces, _values
-from jaxsub.pipelines import tracing
+from jaxsub.pipelines import tracing, train_place
 from jaxsub.pipelines.zoo import parse_options
 from jaxsub.report import _write
 from jaxsub.training import checkpoints, initial, network as networks, steps
@@ -174,12 +174,12 @@ class Training:
         return self._placed(runs, (self._frozen_axes, axes)), (self._frozen_axes, axes)
 
     def _placed(self, runs, axes):
-        return runs if self.mesh is None else placed(runs, axes, self.mesh, self.config.shard)
+        return runs if self.mesh is None else train_place.runs(runs, axes, self.mesh, self.config.shard)
 
     def begin(self):
         """The State before the first step."""
         state = steps.begin(self.trainable, self._rates, self.plan)
-        return state if self.mesh is None else placed_state(state, self.mesh, self.config.shard)
+        return state if self.mesh is None else train_place.state(state, self.mesh, self.config.shard)
 
     def train(self, folder, bar=None):
         """Trains all runs; goes on from the last checkpoint in `folder` (None: nothing is kept).
@@ -300,39 +300,3 @@ def _optimizer_options(config):
         except errors.ConfigError:
             found[name] = {"true": True, "false": False}.get(value, value)
     return tuple(found.items())
-
-
-def placed(runs, axes, mesh, shard):
-    """Runs on a mesh: leaves of runs shared over their leading axis, of weights over their longest axis, or copied."""
-    spec = jax.sharding.PartitionSpec
-    name, count = mesh.axis_names[0], mesh.size
-
-    def put(leaf, axis):
-        where = [None] * leaf.ndim
-        if shard == "runs" and axis == 0 and leaf.shape[0] % count == 0:
-            where[0] = name
-        elif shard == "features" and leaf.ndim:
-            sizes = [0 if axis == 0 and a == 0 else s if s % count == 0 else 0 for a, s in enumerate(leaf.shape)]
-            if max(sizes):
-                where[int(np.argmax(sizes))] = name
-        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec(*where)))
-
-    frozen, data = (
-        jax.tree.unflatten(
-            jax.tree.structure(tree), [put(x, a) for x, a in zip(jax.tree.leaves(tree), own, strict=True)]
-        )
-        for tree, own in zip(runs[:2], axes, strict=True)
-    )
-    return steps.Runs(frozen, data, put(runs.keys, 0), put(runs.rates, 0))
-
-
-def placed_state(state, mesh, shard):
-    """A State on a mesh: runs shared over it, or the same on every device."""
-    spec = jax.sharding.PartitionSpec
-    name, runs = mesh.axis_names[0], len(state.best_score)
-
-    def put(leaf):
-        is_shared = shard == "runs" and leaf.ndim and leaf.shape[0] == runs and runs % mesh.size == 0
-        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec(name) if is_shared else spec()))
-
-    return jax.tree.map(put, state)

@@ -68,6 +68,11 @@ def table(found):
             else ""
         )
     )
+    for layer, count, models in found.get("saturated", ())[:3]:
+        lines.append(
+            f"{errors.quote(layer, 40)}: {count} components of {models} models are all there can be: saturated, "
+            "members lie in it by construction"
+        )
     if all(one["scores"] == one["start"] for one in found["methods"][:2]):
         lines.append("no coefficient moved: the loss has no gradient where they start; try another --initial")
     if found["seeds"] == 1:

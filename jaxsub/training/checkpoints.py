@@ -57,6 +57,10 @@ def restore(folder, like):
     path = os.path.join(os.path.abspath(folder), steps[-1])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
+            known = checkpointer.metadata(path).item_metadata.tree  # orbax itself cuts and fills other shapes
+            shapes = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in known.items()}
+            if shapes != {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}:
+                raise ValueError("other arrays")
             found = checkpointer.restore(path, wanted)
     except Exception as error:  # orbax and tensorstore raise what they like
         raise errors.WorkdirError(
