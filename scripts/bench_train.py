@@ -1,4 +1,4 @@
-"""What a step of coefficient training costs beside the frozen network's own forward and backward pass, and of many runs.
+"""What a step of coefficient training costs beside the network's own forward and backward pass, and of many runs.
 
     python scripts/bench_train.py
 

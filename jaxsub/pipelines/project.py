@@ -32,7 +32,7 @@ class Config:
     calibrate_model: str = ""  # the models' network; empty: the task's
     calibrate_rows: int = 2048  # training rows of it that are used, at most
     calibrate_steps: int = 50
-    calibrate_rate: float = 0.003  # learning rate
+    calibrate_rate: float = 0.03  # learning rate
     seed: int = 0  # of the random subspace that scores are set beside, and of calibration's batches
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
@@ -149,7 +149,7 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
 
 
 def _layer(group, layer, opened, base):
-    """(record, coefficients (n, k...), function (coefficients by key, key, position) -> array or factors) of a layer."""
+    """(record, coefficients (n, k...), function (coefficients by key, key, position) -> array or factors)."""
     space, x = layer.subspace, bundles.read(group, opened)
     values = layer.project(x)
     energies, left = subspace.missed(space, x, values)

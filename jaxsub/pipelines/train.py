@@ -53,6 +53,9 @@ class Config:
     validation: float = 0.15  # share of the training rows that rates and stops are decided by
     devices: int = 1  # 0: all
     shard: str = "batch"  # what devices share: batch, runs or features
+    posterior: bool = False  # infer a sparse posterior of the coefficients on each task too
+    density: float = 0.5  # share of the coefficients that it keeps
+    posterior_steps: int = 2000
     sweep: tuple[int, ...] = ()  # numbers to train, few to many: intrinsic dimension instead of the comparison
     write_models: str = ""  # new folder for the trained models, one a task and seed
     peft_layout: str = "portable"  # of trained low-rank updates: portable or tinylora
@@ -138,7 +141,7 @@ def _forget(workdir):
 
 def _train(config, setup, workdir, stream):
     from jaxsub.parametrisations import _spaces
-    from jaxsub.pipelines import train_runs, train_table, train_write
+    from jaxsub.pipelines import train_posterior, train_runs, train_table, train_write
 
     mesh = _mesh(config)
     found = {"schema": SCHEMA, "tasks": [v.name for v in setup.variations], "skipped": setup.skipped}
@@ -160,6 +163,8 @@ def _train(config, setup, workdir, stream):
         found["methods"].append(record)
         if workdir is not None:
             train_write.coefficients(training, state.best, chosen, os.path.join(workdir, "trained"))
+        if method is methods[0] and config.posterior:
+            found["posterior"] = train_posterior.run(training, config)
         if method is methods[0] and config.write_models:
             found["written"] = train_write.models(training, state.best, chosen, config.write_models, config.peft_layout)
         if config.tensorboard and workdir is not None:

@@ -156,7 +156,7 @@ class Training:
             "targets": jnp.asarray(variation.fit.targets[rows]),
         }
         back = initial.unflattener(trainable)
-        answers = _Answers(plan, tuple(sorted((n, tuple(c.shape)) for n, c in trainable.items())))
+        answers = _answers(plan, trainable)
         if kind == "nearest":
             return back(initial.nearest(answers, given, self.setup.task.loss, candidates))
         solve = initial.ridge if kind == "ridge" else initial.posterior
@@ -226,6 +226,10 @@ class Training:
         found = np.asarray(steps.scores(trainable, runs, plan=self.plan, axes=axes), np.float64)
         return found.reshape(self.scores_shape)
 
+    def answers(self, trainable):
+        """Outputs as a function of a vector of all that one run trains; see `initial`."""
+        return _answers(self.plan, trainable)
+
     def frozen_of(self, run):
         """What one run keeps as it is."""
         pairs = zip(jax.tree.leaves(self._frozen), self._frozen_axes, strict=True)
@@ -244,6 +248,10 @@ class Training:
         found = self._values(trainable, run)
         kept = {n: w for n, w in found.items() if isinstance(w, _values.Factored)}
         return {name: (np.asarray(w.left), np.asarray(w.right)) for name, w in kept.items()}
+
+
+def _answers(plan, trainable):
+    return _Answers(plan, tuple(sorted((name, tuple(c.shape)) for name, c in trainable.items())))
 
 
 @dataclasses.dataclass(frozen=True)

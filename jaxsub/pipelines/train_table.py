@@ -78,6 +78,10 @@ def table(found):
     if found["seeds"] == 1:
         lines.append("a single seed: intervals say nothing of how runs differ")
     lines += [sentence(one) for one in found["comparisons"]]
+    if "posterior" in found:
+        from jaxsub.pipelines import train_posterior
+
+        lines.append(train_posterior.table(found["posterior"]))
     return "\n".join(lines)
 
 

@@ -58,6 +58,21 @@ def test_more_components_than_there_are_is_refused_with_the_cap():
         scalar.init(jax.random.key(0), {"a": space.mean}, {"a": space}, scalar.Options(rank=6))
 
 
+def test_saturated_bases_are_named_and_no_others():
+    spaces = {"a": linear(k=4, members=5), "b": linear(k=4, members=6), "c": linear(k=4, shape=(2, 2), members=60)}
+    assert _spaces.saturated(spaces) == [("a", 4, 5), ("c", 4, 60)]
+
+
+def test_directions_of_copies_are_refused():
+    space = linear()
+    basis = space.basis.copy()
+    basis[3] = 0
+    for broken in (space._replace(basis=basis), space._replace(values={-1: np.array([3.0, 2, 1, 0])})):
+        with pytest.raises(errors.ConfigError, match="no directions.*copies"):
+            _spaces.chosen(broken, 4, "a")
+        assert len(_spaces.chosen(broken, 3, "a")) == 3
+
+
 def test_a_number_of_components_in_all_takes_the_strongest():
     spaces = {"a": linear(), "b": linear()._replace(values={-1: np.linspace(2.5, 0.1, 4)})}
     assert _spaces.leading(spaces, 3) == {"a": 2, "b": 1}  # 3, 2.5, 2.33

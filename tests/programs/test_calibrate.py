@@ -15,7 +15,7 @@ from jaxsub.pipelines import project, zoo
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo")
     models = zoo.make("same_start_split_task", folder, num_models=20, steps=150)
-    jaxsub.fit(models, str(folder / "bundle"), rank=2, layers=("hidden/kernel",))
+    jaxsub.fit(models, str(folder / "bundle"), rank=5, layers=("hidden/kernel",))
     jaxsub.fit(models, str(folder / "cores"), decomposition="hosvd", rank=8, layers=("hidden/kernel",))
     return folder, models
 
@@ -25,7 +25,7 @@ def made(tmp_path_factory):
 def test_models_answer_again_as_their_originals(made, tmp_path, bundle):
     folder, models = made
     options = {"bundle": str(folder / bundle), "collection": (models,), "calibrate": "digits"}
-    config = project.Config(**options, write_models=str(tmp_path / "models"), calibrate_steps=100)
+    config = project.Config(**options, write_models=str(tmp_path / "models"), calibrate_steps=200)
     found = project.run(config, str(tmp_path / "work"))
     figures = found["calibration"]["models"]
     agreement = np.mean([m["agreement"] for m in figures.values()], axis=0)

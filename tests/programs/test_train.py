@@ -254,6 +254,16 @@ class Net(nn.Module):
 
 
 @pytest.mark.slow
+def test_a_sparse_posterior_predicts_as_training_does(made):
+    found = run(made, baselines=(), posterior=True, density=0.75, posterior_steps=1500, steps=150, evaluate_every=50)
+    (own,) = found["posterior"]
+    assert (own["numbers"], own["active"]) == (8, 6)
+    assert own["score"] > np.mean(found["methods"][0]["scores"]) - 0.1 and own["score"] > 0.4
+    assert 0 < own["width_right"] < 0.6 and 0 < own["width_wrong"] < 0.6
+    assert "6 of 8 coefficients active" in train_table.table(found)
+
+
+@pytest.mark.slow
 def test_a_basis_of_copies_is_no_basis(tmp_path):
     """Copies of one model: there are no directions to train in, and that is said, not trained with noise."""
     models = zoo.make("same_start_split_task", tmp_path, num_models=1, steps=5)
