@@ -2,7 +2,7 @@
 
     jaxsub train --config=configs/train_dimension.py:runs/wide/bundle --workdir=runs/dimension
 
-The bundle as in train_digits.py, with --rank=64 --layers=kernel. 6 min on two cores that others used too. Expect d_int90
+The bundle as in train_digits.py, with --rank=64 --layers=kernel. 6 min on two shared cores. Expect d_int90
 of 130 to 155 about fresh starts, whatever the projection, and 20 to 25 about the mean, in the joint subspace as in a
 random one.
 """

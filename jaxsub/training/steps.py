@@ -65,7 +65,7 @@ class Runs(typing.NamedTuple):
 
     frozen: typing.Any
     data: typing.Any
-    keys: typing.Any  # (R,) typed keys
+    keys: typing.Any  # (R,) typed keys of the batches, or () one for all: the same batches, drawn once
     rates: typing.Any  # (R,) float32 learning rates
 
 
@@ -150,7 +150,7 @@ def advance(state, runs, /, *, plan, axes, num_steps):
 def _axes(runs, axes):
     """Axes of Runs as `jax.vmap` takes them."""
     frozen, data = (jax.tree.unflatten(jax.tree.structure(tree), own) for tree, own in zip(runs[:2], axes, strict=True))
-    return frozen, data, 0, 0
+    return frozen, data, 0 if runs.keys.ndim else None, 0
 
 
 def _gradient(plan, trainable, run, rows):
