@@ -149,6 +149,7 @@ def test_trained_adapters_give_the_same_outputs_in_peft(made, tmp_path, layout):
         assert np.abs(plain - wanted).max() > 0.05  # training moved it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -190,6 +191,7 @@ def test_a_single_seed_makes_no_claim():
     assert "of a single run: no claim" in text and "a single seed" in text and "better" not in text
 
 
+@pytest.mark.slow
 def test_intervals_cover_what_they_say():
     """Scores with a spread of tasks and of seeds: 95 % intervals of 12 tasks hold the true mean about as often."""
     rng, held = np.random.default_rng(0), 0
