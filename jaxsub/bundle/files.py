@@ -137,9 +137,11 @@ def load(path):
 def _bundle(path, manifest):
     from jaxsub.bundle import Bundle, Layer
 
-    coefficients, layers = _tensors(path, COEFFICIENTS), []
     _require_ids(manifest["models"], manifest["models"])
+    if not {COEFFICIENTS, *(record["file"] for record in manifest["layers"])} <= manifest["files"].keys():
+        raise ValueError("files of layers that are not listed")
     _require_room(manifest, path)
+    coefficients, layers = _tensors(path, COEFFICIENTS), []
     corrected = _tensors(path, CORRECTIONS) if CORRECTIONS in manifest["files"] else {}
     for number, record in enumerate(manifest["layers"]):
         ids = manifest["models"] if record["models"] is None else record["models"]
@@ -263,6 +265,8 @@ def _require_room(manifest, path):
     wanted, free = 0, hostmemory.available()
     for record in manifest["layers"]:
         ranks = [] if record["kind"] == "linear" else [*record["rank"].values()]
+        if not all(type(k) is int and k >= 0 for k in ranks):
+            raise ValueError(f"ranks {ranks}")
         members = len(manifest["models"] if record["models"] is None else record["models"])
         wanted += 4 * (sum(k * k for k in ranks) + members * math.prod(ranks) * bool(ranks))
         if free and wanted > free:

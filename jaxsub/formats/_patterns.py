@@ -10,10 +10,8 @@ import re
 from jaxsub import errors
 
 MAX_LENGTH = 512  # characters of a pattern
-MAX_PATTERNS, MAX_TEXT = (
-    20_000,
-    1 << 20,
-)  # patterns, and characters of all: each takes a tenth of a millisecond to compile
+MAX_PATTERNS = 20_000  # each takes a tenth of a millisecond to compile
+MAX_TEXT = 1 << 20  # characters of all of them
 MAX_QUANTIFIERS = 4
 MAX_WORK = 5e8  # steps of the matcher, some seconds
 _QUANTIFIER = re.compile(r"[*+?{]")

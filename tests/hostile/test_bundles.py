@@ -71,7 +71,7 @@ FORGERIES = {
     "basis NaN": ("rows", arrays(LAYER, spoilt("basis", np.nan)), "NaN or Inf"),
     "mean Inf": ("rows", arrays(LAYER, spoilt("mean", -np.inf)), "NaN or Inf"),
     "spectrum NaN": ("rows", arrays(LAYER, spoilt("singular_values", np.nan)), "NaN or Inf"),
-    "factor NaN": ("axes", arrays(LAYER, spoilt("factor_0", np.nan)), "NaN or Inf"),
+    "factor NaN": ("axes", arrays("layers/00001.safetensors", spoilt("factor_0", np.nan)), "NaN or Inf"),
     "8-bit scales that multiply": (
         "narrow", arrays(LAYER, lambda t: {"basis_scale": np.ones(10**6, np.float32)}), "does not fit",
     ),
@@ -84,7 +84,7 @@ FORGERIES = {
     "negative rank": ("axes", lambda m, f: m["layers"][0]["rank"].update({"0": -3}), "does not fit"),
     "axes that are none": ("axes", lambda m, f: m["layers"][0].update(rank={"7": 3, "x": 3}), "does not fit"),
     "deep manifest": ("rows", lambda m, f: m.update(provenance=json.loads("[" * 200 + "]" * 200)), "nested"),
-    "no layers' file": ("rows", lambda m, f: m["files"].pop(LAYER), "does not fit|not there|cannot be opened"),
+    "no layers' file": ("rows", lambda m, f: m["files"].pop(LAYER), "not listed"),
     "file of another layer": ("rows", lambda m, f: m["layers"][0].update(file=files.COEFFICIENTS), "does not fit"),
     "shape of 40 axes": ("rows", lambda m, f: m["layers"][0].update(shape=[1] * 40 + [6, 5]), "does not fit"),
     "originals of text": ("rows", lambda m, f: m.update(originals=["x"] * 8), None),
@@ -166,7 +166,8 @@ def test_arrays_that_are_not_finite_are_not_projected(saved, number):
 
 PLANTED = {
     "pipe": lambda p: os.mkfifo(p), "device": lambda p: os.symlink("/dev/zero", p),
-    "outside": lambda p: os.symlink("/etc/passwd", p), "loop": lambda p: os.symlink(p, p), "folder": lambda p: p.mkdir(),
+    "outside": lambda p: os.symlink("/etc/passwd", p), "loop": lambda p: os.symlink(p, p),
+    "folder": lambda p: p.mkdir(),
 }  # fmt: skip
 
 

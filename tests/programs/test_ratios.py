@@ -87,7 +87,7 @@ def test_an_analysis(collection, dtype, scale, count, shape):
         s, floor = np.array(layer["singular_values"]) / unit, layer["floor"] / unit
         values = singular_values(y, len(s))
         # Weights as stored: a layer whose mean is all that it has has values of the mean's rounding.
-        first = max(values[0], np.abs(given[layer["name"]].astype(np.float64) / unit).max() * ulp("float64"))
+        first = max(values[0], np.abs(given[layer["name"]].astype(np.float64) / unit).max() * ulp("float64")) or 1
         over = s > floor
         found[layer["name"]] = [np.abs(s - values)[over].max(initial=0) / (first * min(count, len(y.T)) * ulp(dtype))]
         assert np.all(np.diff(s) <= 0) and np.all(s >= 0)
