@@ -9,9 +9,8 @@ Not for in-sample shares of energy: these are in `spectrum`. NumPy and SciPy flo
 """
 
 import numpy as np
-import scipy.linalg
 
-from jaxsub import spectrum
+from jaxsub import solvers, spectrum
 from jaxsub.linalg import secular
 
 # Eigenvalues under this times (number of models) times the largest are rounding of a float64 Gram matrix.
@@ -34,7 +33,7 @@ def decompose(gram):
         values: (N,) float64; negative rounding is set to zero.
         vectors: (N, N) float64, columns in the order of `values`.
     """
-    values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))  # unlike SciPy's, it releases the interpreter lock
+    values, vectors = solvers.eigh(gram)
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
@@ -236,10 +235,9 @@ def _leading(gram, rank):
         return np.zeros(0), np.zeros((size, 0))
     centred = spectrum.centred(gram)
     if size <= WHOLE:
-        values, vectors = (x[..., size - rank :] for x in np.linalg.eigh(centred))
+        values, vectors = (x[..., size - rank :] for x in solvers.eigh(centred))
     else:
-        chosen = [size - rank, size - 1]
-        values, vectors = scipy.linalg.eigh(centred, subset_by_index=chosen, check_finite=False)
+        values, vectors = solvers.leading(centred, rank)
     # Relative to the entries before centring: equal models far from the origin must come out with rank zero.
     kept = values[::-1] > FLOOR_PER_MODEL * size * max(np.diagonal(gram).max(), values[-1], 0.0)
     return values[::-1][kept], vectors[:, ::-1][:, kept]

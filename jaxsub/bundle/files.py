@@ -21,7 +21,7 @@ import re
 import jax
 import numpy as np
 
-from jaxsub import errors, lineup, subspace
+from jaxsub import errors, hostmemory, lineup, subspace
 from jaxsub.bundle import cores, corrections, members, storage
 from jaxsub.formats import _files, _json, safetensors
 
@@ -137,8 +137,11 @@ def load(path):
 def _bundle(path, manifest):
     from jaxsub.bundle import Bundle, Layer
 
-    coefficients, layers = _tensors(path, COEFFICIENTS), []
     _require_ids(manifest["models"], manifest["models"])
+    if not {COEFFICIENTS, *(record["file"] for record in manifest["layers"])} <= manifest["files"].keys():
+        raise ValueError("files of layers that are not listed")
+    _require_room(manifest, path)
+    coefficients, layers = _tensors(path, COEFFICIENTS), []
     corrected = _tensors(path, CORRECTIONS) if CORRECTIONS in manifest["files"] else {}
     for number, record in enumerate(manifest["layers"]):
         ids = manifest["models"] if record["models"] is None else record["models"]
@@ -153,6 +156,7 @@ def _bundle(path, manifest):
         values = cores.joined(halves) if halves else _decoded(coefficients, f"{number:05d}", -1)
         _require_ranks(values.shape, record)
         space = _subspace(record, _tensors(path, record["file"]), values.dtype)
+        _require_finite(space, values, record["name"])
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
         layers.append(
@@ -254,6 +258,31 @@ def _require_ranks(shape, record):
         wanted = [record["rank"].get(str(axis), size) for axis, size in enumerate(sizes)]
     if list(shape[1:]) != wanted:
         raise ValueError(f"coefficients of shape {shape}, ranks {wanted}")
+
+
+def _require_room(manifest, path):
+    """Refuses what is larger in memory than on the disk, and than memory: unit factors, and cores kept as halves."""
+    wanted, free = 0, hostmemory.available()
+    for record in manifest["layers"]:
+        ranks = [] if record["kind"] == "linear" else [*record["rank"].values()]
+        if not all(type(k) is int and k >= 0 for k in ranks):
+            raise ValueError(f"ranks {ranks}")
+        members = len(manifest["models"] if record["models"] is None else record["models"])
+        wanted += 4 * (sum(k * k for k in ranks) + members * math.prod(ranks) * bool(ranks))
+        if free and wanted > free:
+            raise errors.ResourceError(
+                f"{errors.quote(path)}: the layers up to {errors.quote(record['name'])} need {wanted >> 20} MiB, "
+                f"{free >> 20} are free"
+            )
+
+
+def _require_finite(space, values, name):
+    arrays = [values, np.asarray(space.mean)]
+    arrays += [space.basis] if isinstance(space, subspace.LinearSubspace) else [*space.factors.values()]
+    spectra = [space.spectrum] if isinstance(space, subspace.LinearSubspace) else [*space.spectra.values()]
+    for array in (*arrays, *(s.values for s in spectra)):
+        if not np.isfinite(np.asarray(array)).all():
+            raise ValueError(f"layer {errors.quote(name)} holds NaN or Inf")
 
 
 def _decoded(tensors, name, component):

@@ -41,7 +41,7 @@ def mesh_of(group, module):
     """The mesh that holds a group's stack, its leading weight axis sharded."""
     stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
     is_small = len(group.members) * math.prod(group.shape) * stored < SHARED_BYTES
-    alone = _by_axes(module) or group.parametrisation == lineup.LORA or is_small
+    alone = _by_axes(module) or group.parametrisation == lineup.LORA or is_small or "float64" in group.dtypes
     return placement.make_mesh(1 if alone else math.gcd(group.shape[0], jax.local_device_count()), is_local=True)
 
 

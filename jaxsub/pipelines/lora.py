@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import descriptors, distributed, errors, hostmemory, placement, precision, reading
+from jaxsub import descriptors, distributed, errors, hostmemory, placement, precision, reading, solvers
 from jaxsub.linalg import gram as gram_kernels, unfold
 from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
@@ -60,7 +60,7 @@ def statistics(group, models, mesh, options, meter, key):
     norms = np.sqrt(np.maximum(np.diag(sums.a_cosines), 1e-300))
     stats.a_cosines = sums.a_cosines / norms[:, None] / norms[None, :]
     roots_a, roots_b = _roots(sums.a_gram), _roots(sums.b_gram)
-    cores = np.linalg.svd(roots_b @ roots_a, compute_uv=False)
+    cores = solvers.singular_values(roots_b @ roots_a)
     stats.model_singular_values = cores * np.abs(scales)[:, None]
     transposed = int(pairs[0].transposed)
     weights, sizes = [roots * scales[:, None, None] for roots in (roots_b, roots_a)], pairs[0].a.shape[1:]
@@ -112,7 +112,7 @@ def _modes(x, roots, sizes, first, options, key, mesh):
             continue
         axis, num_rows = first + position, len(rows) * math.prod(sizes) // size
         if mode_is_exact(num_rows, size, options):
-            values = np.asarray(_row_energies(rows, sizes, position, mesh))[::-1][: min(num_rows, size)]
+            values = _energies(rows, sizes, position, mesh)[::-1][: min(num_rows, size)]
             found.append(ModeEnergies(axis, size, np.maximum(values, 0.0), total, 0, False))
             continue
         tests = _tests(rows, jax.random.fold_in(key, axis), sizes, position, mesh)
@@ -124,6 +124,20 @@ def mode_is_exact(num_rows, width, options):
     """Whether the energies of (num_rows, width) rows are taken from their Gram matrix, not from a sketch."""
     shorter = min(num_rows, width)
     return num_rows * width * shorter <= options.mode_work and shorter <= options.mode_width
+
+
+def _energies(rows, sizes, position, mesh):
+    """Eigenvalues as `_row_energies` gives them; from the rows themselves where it gives none that are finite."""
+    values = np.asarray(_row_energies(rows, sizes, position, mesh))
+    if solvers.is_finite(values):
+        return values
+    if mesh.is_multi_process:
+        raise errors.SolverError(f"energies of weight axis {position} that are not finite")
+    solvers.note(f"energies of weight axis {position} were not finite; found again by NumPy")
+    part = np.asarray(rows, np.float64)[:, : math.prod(sizes)]
+    before, size, after = unfold.view(sizes, position)
+    part = np.moveaxis(part.reshape(len(part), before, size, after), 2, 3).reshape(-1, size)
+    return np.square(solvers.singular_values(part))[::-1]
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -199,7 +213,7 @@ def _along(rows, sizes, position):
 
 
 def _roots(grams):
-    values, vectors = np.linalg.eigh(grams)
+    values, vectors = solvers.eigh(grams)
     return np.einsum("nij,nj,nkj->nik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
 
 

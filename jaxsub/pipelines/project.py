@@ -152,10 +152,11 @@ def _layer(group, layer, opened, base):
     """(record, coefficients (n, k...), function (coefficients by key, key, position) -> array or factors)."""
     space, x = layer.subspace, bundles.read(group, opened)
     values = layer.project(x)
-    energies, left = subspace.missed(space, x, values)
+    near, x, scaled, exponent = subspace.unit(space, x, values)
+    energies, left = subspace.missed(near, x, scaled)
     alone = energies  # low-rank updates have no mean
     if group.parametrisation != "lora":
-        alone = subspace.from_mean(space, x)
+        alone = subspace.from_mean(near, x)
     inner = x[0].shape[1] if isinstance(x, tuple) else 0  # `again` outlives the stack
 
     def again(values, key, position):
@@ -176,19 +177,19 @@ def _layer(group, layer, opened, base):
         "error_of_random": subspace.relative(alone * (1 - share), energies).tolist(),
     }
     if base is not None:
-        record["error_of_base"] = subspace.relative(_from_base(group, x, energies, base), energies).tolist()
+        record["error_of_base"] = subspace.relative(_from_base(group, x, energies, base, exponent), energies).tolist()
     return record, values, again
 
 
-def _from_base(group, x, energies, base):
-    """(n,) squared distances of models to the base; a low-rank update is all of its model's distance."""
+def _from_base(group, x, energies, base, exponent):
+    """(n,) squared distances of models x, times 2**-exponent, to the base; a low-rank update is all of its distance."""
     if group.parametrisation == "lora":
         return energies
     tensor = base.tensors.get(group.name)
     if tensor is None or (tensor.shape or (1,)) != x.shape[1:]:
         found = "lacks it" if tensor is None else f"has shape {tensor.shape}"
         raise errors.InputError(base.path, f"the base {found}, the models have shape {x.shape[1:]}", key=group.name)
-    own = formats.read(base, tensor).astype(np.float64).reshape(x.shape[1:])
+    own = np.ldexp(formats.read(base, tensor).astype(np.float64).reshape(x.shape[1:]), -exponent)
     return np.array([np.square(row.astype(np.float64) - own).sum() for row in x])
 
 
