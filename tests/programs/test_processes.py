@@ -78,7 +78,9 @@ def test_the_report_is_that_of_one_process(count, kind, request, tmp_path):
     require_alike(one["collection"], several["collection"])
     assert several["provenance"]["processes"] == count and one["provenance"]["processes"] == 1
     read = one["provenance"]["bytes_read"]
-    assert several["provenance"]["bytes_read"] == pytest.approx(read / count, abs=64 * count)
+    # Of dense layers columns of its own; of low-rank updates the models of its pairs: of 10 on 4 processes 9.
+    share = 1 / count if kind == "folder" else {2: 1.0, 4: 0.9}[count]
+    assert several["provenance"]["bytes_read"] == pytest.approx(read * share, rel=0.02, abs=64 * count)
 
 
 @pytest.mark.slow
