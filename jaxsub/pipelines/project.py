@@ -9,7 +9,7 @@ import numpy as np
 from jaxsub import bundle as bundles, errors, formats, subspace
 from jaxsub.bundle import export, files
 from jaxsub.formats import _files, _rewrite, peft, safetensors
-from jaxsub.pipelines import aside, progress, scoring
+from jaxsub.pipelines import aside, progress, scoring, sharing
 from jaxsub.report import _write
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
@@ -137,11 +137,7 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
 def _layer(group, layer, opened, base):
     """(record, coefficients (n, k...), function position -> what `formats.rewrite` takes) of one layer."""
     space, x = layer.subspace, bundles.read(group, opened)
-    values = layer.project(x)
-    energies, left = subspace.missed(space, x, values)
-    alone = energies  # low-rank updates have no mean
-    if group.parametrisation != "lora":
-        alone = subspace.from_mean(space, x)
+    values, energies, left, alone = _measured(space, x)
     inner = x[0].shape[1] if isinstance(x, tuple) else 0  # `again` outlives the stack
 
     def again(position):
@@ -164,6 +160,20 @@ def _layer(group, layer, opened, base):
     if base is not None:
         record["error_of_base"] = subspace.relative(_from_base(group, x, energies, base), energies).tolist()
     return record, values, again
+
+
+def _measured(space, x):
+    """(coefficients, squared norms, squared errors, squared distances to the mean) of models; large stacks are shared
+    by the devices."""
+    if isinstance(x, tuple):  # low-rank updates have no mean
+        values = subspace.project(space, x)
+        energies, left = subspace.missed(space, x, values)
+        return values, energies, left, energies
+    by_rows = isinstance(space, subspace.LinearSubspace)
+    mesh = sharing.mesh(len(x), x.shape[1:], x.nbytes, by_rows=by_rows)
+    space, there = sharing.spread(space, mesh), sharing.placed(x, mesh, by_rows=by_rows)
+    values = subspace.project(space, there)[: len(x)]
+    return values, *subspace.missed(space, there, values), subspace.from_mean(space, there)[: len(x)]
 
 
 def _from_base(group, x, energies, base):
