@@ -9,6 +9,7 @@ PROGRAMS = {
     "fit": "a subspace for every layer and its models as coefficients: a bundle",
     "update": "models added to a bundle, or removed from it",
     "project": "any models as coefficients of a bundle, what that loses, and their reconstructions",
+    "train": "new tasks by coefficients of a bundle alone, beside random subspaces, LoRA and full training",
     "verify": "checks every byte of a bundle",
     "zoo": "makes a collection of small models of known truth",
     "bench": "throughput and accuracy of the kernels on this machine, beside their peers",

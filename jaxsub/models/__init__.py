@@ -1,1 +1,1 @@
-"""Small flax networks for the zoo, the training program and the tests."""
+"""Small flax networks for the zoo, the training program and the tests; `Model` of a module is its network."""

@@ -79,3 +79,6 @@ class LoraMLP(nn.Module):
         """Logits (n, o) of inputs x (n, i)."""
         h = ACTIVATIONS[self.activation](LoraDense(self.hidden, self.rank, self.scale, name="hidden")(x))
         return LoraDense(self.outputs, self.rank, self.scale, name="output")(h)
+
+
+Model = MLP

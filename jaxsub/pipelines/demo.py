@@ -30,14 +30,15 @@ def run(config, workdir, *, stream=None):
     from jaxsub.pipelines import analyze, zoo
 
     rows = []
-    for world in config.worlds:
-        if stream is not None:
-            stream.write(f"{world}: making its models\n")
+    for number, world in enumerate(config.worlds, 1):
+        _say(stream, f"[{number}/{len(config.worlds)}] {world}: training its models")
         folder = zoo.make(world, workdir, seed=config.seed, restart=config.restart)
         options = analyze.Config(
             collection=(str(folder),), draws=config.draws, seed=config.seed, restart=config.restart
         )
-        report = analyze.run(options, os.path.join(workdir, world), stream=stream)
+        _say(stream, f"[{number}/{len(config.worlds)}] {world}: analysing them")
+        # A world takes two seconds to analyse: its plan and layers would only bury what is found.
+        report = analyze.run(options, os.path.join(workdir, world))
         rows += [_row(world, layer) for layer in report.layers if len(layer["shape"]) > 1]
     head = ("world", "layer", "mean", "k90", "unseen explained", "by chance", "verdict")
     widths = [max(len(r[c]) for r in [head, *rows]) for c in range(len(head))]
@@ -53,6 +54,12 @@ def run(config, workdir, *, stream=None):
             *reports,
         ]
     )
+
+
+def _say(stream, line):
+    if stream is not None:
+        stream.write(line + "\n")
+        stream.flush()
 
 
 def _row(world, layer):

@@ -1,6 +1,7 @@
 """`jaxsub project`: any models as coefficients in a bundle, what that loses, and their reconstructions as files."""
 
 import dataclasses
+import functools
 import math
 import os
 
@@ -26,7 +27,13 @@ class Config:
     write_models: str = ""  # new folder for the reconstructions, in the models' own format
     peft_layout: str = ""  # exact (default), portable (for servers; default of --members), tinylora, tinylora_shared
     score: str = ""  # module:function of yours, f(weights, model_id) -> float; run on originals and rebuilt models
-    seed: int = 0  # of the random subspace that scores are set beside
+    calibrate: str = ""  # a task (digits, ..., module:name): steps on coefficients towards the originals' answers on it
+    calibrate_options: tuple[str, ...] = ()  # of the task, as name=value
+    calibrate_model: str = ""  # the models' network; empty: the task's
+    calibrate_rows: int = 2048  # training rows of it that are used, at most
+    calibrate_steps: int = 50
+    calibrate_rate: float = 0.03  # learning rate
+    seed: int = 0  # of the random subspace that scores are set beside, and of calibration's batches
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
@@ -46,6 +53,8 @@ def run(config, workdir=None, *, stream=None):
     layout = _layout(config)
     if not 0 <= config.seed < 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
+    if min(config.calibrate_rows, config.calibrate_steps) < 1 or not config.calibrate_rate > 0:
+        raise errors.ConfigError("calibrate_rows, calibrate_steps, calibrate_rate: expected more than 0")
     score = scoring.load(config.score) if config.score else None  # a mistake in it shows before anything is read
     if config.members:
         return _members(config, layout)
@@ -107,10 +116,15 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
             key = bundle.key(layer)
             record, values[key], rebuild = _layer(group, layer, opened, base)
             records.append({"key": key, **record})
-            again.append(rebuild)
+            again.append(functools.partial(rebuild, values, key))
             bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
     found = {"schema": "jaxsub.project/1", "bundle": config.bundle, "models": [r.id for r in opened.refs]}
     found |= {"layers": records, "quarantined": [dict(q) for q in opened.quarantined]}
+    if config.calibrate:
+        from jaxsub.pipelines import calibrate
+
+        calibrated, found["calibration"] = calibrate.run(config, opened, bundle, pairs, values)
+        values.update(calibrated)  # what is written below is rebuilt from these
     if score:
         found["scores"] = scoring.scores(score, config.score, opened, bundle, pairs, config.seed)
     if workdir is not None:
@@ -135,13 +149,13 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
 
 
 def _layer(group, layer, opened, base):
-    """(record, coefficients (n, k...), function position -> what `formats.rewrite` takes) of one layer."""
+    """(record, coefficients (n, k...), function (coefficients by key, key, position) -> array or factors)."""
     space, x = layer.subspace, bundles.read(group, opened)
     values, energies, left, alone = _measured(space, x)
     inner = x[0].shape[1] if isinstance(x, tuple) else 0  # `again` outlives the stack
 
-    def again(position):
-        c = values[position : position + 1]
+    def again(values, key, position):
+        c = values[key][position : position + 1]
         if group.parametrisation == "lora":
             return tuple(np.asarray(part)[0] for part in space.reconstruct_factors(c, inner))
         return np.asarray(space.reconstruct(c))[0]
@@ -219,6 +233,10 @@ def table(found):
         )
     lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random:")
     lines.append("in a random subspace of the same size about it" + "; base: with the base in their place" * has_base)
+    if "calibration" in found:
+        from jaxsub.pipelines import calibrate
+
+        lines += ["", calibrate.table(found["calibration"])]
     if "scores" in found:
         lines += ["", scoring.table(found["scores"])]
     return "\n".join(lines)

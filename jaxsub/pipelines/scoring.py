@@ -8,17 +8,14 @@ update, for LoRA), with what a random subspace of the same size keeps, and with 
 is named is run.
 """
 
-import contextlib
 import dataclasses
-import importlib
 import math
-import os
-import sys
 import zlib
 
 import numpy as np
 
 from jaxsub import bundle as bundles, collection, descriptors, errors, formats, subspace
+from jaxsub.pipelines import hooks
 
 KINDS = ("original", "mean", "random", "rebuilt")
 
@@ -29,22 +26,9 @@ def load(spec):
     Raises:
         ConfigError: no such name, a module that cannot be imported, or nothing that can be called.
     """
-    module, _, name = spec.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise errors.ConfigError(f"score={errors.quote(spec)}: give module:function, such as --score=evaluate:accuracy")
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # the user's own code: anything may come
-        raise errors.ConfigError(
-            f"score={spec}: {module} cannot be imported from {errors.quote(folder)} or the path: "
-            f"{type(error).__name__}: {errors.quote(error)}"
-        ) from error
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
+    found = hooks.load("score", spec)
     if not callable(found):
+        module, _, name = spec.partition(":")
         raise errors.ConfigError(f"score={spec}: {module} has no function {name}")
     return found
 

@@ -45,10 +45,11 @@ def render(report):
         _header(report, summary, sections),
         [tag("section", tag("h2", title), parts, id=anchor) for anchor, title, parts in sections],
     )
-    return _page(body, shorten(collection["name"], _MOST_TITLE))
+    return page(body, shorten(collection["name"], _MOST_TITLE))
 
 
-def _page(body, about):
+def page(body, about):
+    """A whole page around <main>, that loads nothing and runs nothing but its own script."""
     script, style = _asset("page.js"), _asset("style.css")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     policy = (

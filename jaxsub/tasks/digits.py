@@ -1,4 +1,4 @@
-"""Handwritten digits: 1797 images of 8 x 8 pixels, ten classes, in a fixed split.
+"""Handwritten digits: 1797 images of 8 x 8 pixels, ten classes, in a fixed split; variations make many tasks of them.
 
 Data: "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository 1998,
 doi 10.24432/C50P49, licence CC BY 4.0; the test part, as scikit-learn ships it (`sklearn.datasets.load_digits`).
@@ -11,8 +11,14 @@ import importlib.resources
 
 import numpy as np
 
+from jaxsub import errors
+from jaxsub.tasks import _data
+
+MODEL, OUTPUTS = "mlp", 10
+batches, loss, score = _data.batches, _data.cross_entropy, _data.right
 NUM_CLASSES, NUM_PIXELS, LARGEST_VALUE = 10, 64, 16
 NUM_HELD_OUT = 360  # a fifth of the rows
+VARIANTS = ("plain", "half", "names", "pixels", "turned", "mirrored", "inverted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +26,8 @@ class Options:
     """Options of the task."""
 
     batch_size: int = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Images (n, 64) float32 in 0..1 with their labels (n,) int32."""
-
-    images: np.ndarray
-    labels: np.ndarray
+    variant: str = "plain"  # half (of the classes), names (labels permuted), pixels (permuted), turned, ...
+    draw: int = 0  # which half, permutation, turn (1 to 3 quarters) or axis
 
 
 def table():
@@ -38,44 +38,53 @@ def table():
 
 
 @functools.cache
-def load():
-    """(train, held out) as Splits of 1437 and 360 rows; the same rows always."""
+def _plain():
+    """((inputs, targets) of 1437 rows, the same of 360 held out); the same rows always."""
     images, labels = table()
     # RandomState's stream is frozen by numpy (NEP 19), so the split does not depend on the version.
     order = np.random.RandomState(0).permutation(len(labels))
-    return _split(images, labels, order[NUM_HELD_OUT:]), _split(images, labels, order[:NUM_HELD_OUT])
+    inputs = images[order].astype(np.float32) / np.float32(LARGEST_VALUE)
+    targets = labels[order].astype(np.int32)
+    return (inputs[NUM_HELD_OUT:], targets[NUM_HELD_OUT:]), (inputs[:NUM_HELD_OUT], targets[:NUM_HELD_OUT])
 
 
-def _split(images, labels, rows):
-    scaled = images[rows].astype(np.float32) / np.float32(LARGEST_VALUE)
-    return Split(images=scaled, labels=labels[rows].astype(np.int32))
+def name(options):
+    """'digits 01234' for classes, 'digits turned 1' for others."""
+    _require(options)
+    if options.variant in ("plain", "half"):
+        classes = _data.half(options.draw) if options.variant == "half" else range(NUM_CLASSES)
+        return "digits " + "".join(map(str, classes))
+    return f"digits {options.variant} {options.draw}"
 
 
-def batches(rows, num_rows, options, key):
-    """Row numbers of one batch, drawn with replacement; runs inside jit.
+def load(options=Options()):
+    """(train, held out) as Data of 1437 and 360 rows; inputs (n, 64) float32 in 0..1.
 
-    Args:
-        rows: (n,) int32 row numbers a network may see, in the first `num_rows` places.
-        num_rows: () int32.
-        options: Options.
-        key: typed random key.
-
-    Returns:
-        (batch_size,) int32.
+    Raises:
+        ConfigError: an unknown variant.
     """
-    import jax
-    import jax.numpy as jnp
-
-    return rows[jax.random.randint(key, (options.batch_size,), 0, num_rows, dtype=jnp.int32)]
+    _require(options)
+    return tuple(_varied(inputs, targets, options) for inputs, targets in _plain())
 
 
-def loss(logits, labels):
-    """Mean cross-entropy of logits (b, 10) against labels (b,), a scalar."""
-    import optax
+def _require(options):
+    errors.require_known("variant", options.variant, VARIANTS)
+    if not 0 <= options.draw < 2**32:
+        raise errors.ConfigError(f"draw={options.draw}: expected 0 to 2**32 - 1")
 
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-
-def score(logits, labels):
-    """Whether each answer is right: logits (..., n, 10) and labels that broadcast to (..., n) give bools (..., n)."""
-    return logits.argmax(axis=-1) == labels
+def _varied(inputs, targets, options):
+    if options.variant == "half":
+        return _data.of_classes(inputs, targets, _data.half(options.draw))
+    images = inputs.reshape(-1, 8, 8)
+    if options.variant == "names":
+        targets = np.random.RandomState(options.draw).permutation(NUM_CLASSES).astype(np.int32)[targets]
+    elif options.variant == "pixels":
+        inputs = inputs[:, np.random.RandomState(options.draw).permutation(NUM_PIXELS)]
+    elif options.variant == "turned":
+        inputs = np.rot90(images, 1 + options.draw % 3, axes=(1, 2)).reshape(inputs.shape)
+    elif options.variant == "mirrored":
+        inputs = np.flip(images, 2 - options.draw % 2).reshape(inputs.shape)
+    elif options.variant == "inverted":
+        inputs = np.float32(1) - inputs
+    return _data.whole(np.ascontiguousarray(inputs), targets)

@@ -61,7 +61,7 @@ def write(folder, rows, labels):
     _files.write_models(folder, layers, labels)
 
 
-def require(options, *, positive=(), fractions=(), not_negative=()):
+def require(options, *, positive=(), fractions=(), not_negative=(), most=None):
     """Refuses impossible options.
 
     Raises:
@@ -70,6 +70,9 @@ def require(options, *, positive=(), fractions=(), not_negative=()):
     for name in positive:
         if not getattr(options, name) > 0:
             raise errors.ConfigError(f"{name}={getattr(options, name)}: expected more than 0")
+    for name, limit in (most or {}).items():
+        if getattr(options, name) > limit:
+            raise errors.ConfigError(f"{name}={getattr(options, name)}: expected {limit} at most")
     for name in not_negative:
         if getattr(options, name) < 0:
             raise errors.ConfigError(f"{name}={getattr(options, name)}: expected 0 or more")

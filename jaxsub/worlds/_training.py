@@ -6,29 +6,27 @@ start (N, ...) --[steps x vmap over N: batch, gradient, Adam]--> parameters (N, 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxsub.tasks import digits
+from jaxsub.tasks._data import Data
 
 
-@functools.partial(jax.jit, static_argnames=("model", "batch", "steps"))
-def train(params, frozen, rows, num_rows, names, keys, images, labels, learning_rate, /, *, model, batch, steps):
+@functools.partial(jax.jit, static_argnames=("model", "task", "options", "axes", "steps"))
+def train(params, frozen, data, keys, learning_rate, /, *, model, task, options, axes, steps):
     """Parameters after `steps` Adam steps of N networks, each on its own batches.
 
     Args:
         params: tree of arrays (N, ...), where each network starts.
         frozen: other variable collections of the model, the same for all; {} for none.
-        rows: (N, n) int32 rows of `images` each network may see, in the first `num_rows` places.
-        num_rows: (N,) int32.
-        names: (N, 10) int32 output unit that stands for each class.
+        data: tasks.Data, with a leading axis of N where `axes` says so.
         keys: (N,) typed keys of the batches.
-        images: (n, 64) float32.
-        labels: (n,) int32.
         learning_rate: scalar.
         model: flax module, static.
-        batch: digits.Options, static.
+        task: module of `tasks`, static.
+        options: its Options, static.
+        axes: Data of 0, one for each network, or None, the same for all; static.
         steps: static.
 
     Returns:
@@ -38,14 +36,14 @@ def train(params, frozen, rows, num_rows, names, keys, images, labels, learning_
     """
     optimizer = optax.adam(learning_rate)
 
-    def one(start, own_rows, own_num_rows, own_names, key):
+    def one(start, own, key):
         def loss(params, chosen):
-            logits = model.apply({"params": params, **frozen}, images[chosen])
-            return digits.loss(logits, own_names[labels[chosen]])
+            outputs = model.apply({"params": params, **frozen}, own.inputs[chosen])
+            return task.loss(outputs, own.targets[chosen])
 
         def step(carry, step_key):
             params, state = carry
-            chosen = digits.batches(own_rows, own_num_rows, batch, step_key)
+            chosen = task.batches(own.rows, own.num_rows, options, step_key)
             gradient = jax.grad(loss)(params, chosen)
             with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
                 updates, state = optimizer.update(gradient, state)
@@ -54,48 +52,49 @@ def train(params, frozen, rows, num_rows, names, keys, images, labels, learning_
         (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(key, steps))
         return params
 
-    return jax.vmap(one)(params, rows, num_rows, names, keys)
+    return jax.vmap(one, in_axes=(0, axes, 0))(params, data, keys)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def start(keys, /, *, model):
-    """Fresh parameters, a tree of (N, ...), one network a key (N,)."""
-    blank = jnp.zeros((1, digits.NUM_PIXELS), jnp.float32)
-    return jax.vmap(lambda key: model.init(key, blank)["params"])(keys)
+def start(keys, example, /, *, model):
+    """Fresh parameters, a tree of (N, ...), one network a key (N,), for inputs like `example` (1, ...)."""
+    return jax.vmap(lambda key: model.init(key, example)["params"])(keys)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def logits(params, frozen, images, /, *, model):
-    """Logits (N, n, 10) of N networks on images (n, 64)."""
-    return jax.vmap(lambda p: model.apply({"params": p, **frozen}, images))(params)
+@functools.partial(jax.jit, static_argnames=("model", "axis"))
+def outputs(params, frozen, inputs, /, *, model, axis=None):
+    """Outputs (N, n, ...) of N networks on the same inputs (n, ...), or with `axis` 0 on their own (N, n, ...)."""
+    return jax.vmap(lambda p, x: model.apply({"params": p, **frozen}, x), in_axes=(0, axis))(params, inputs)
 
 
-def rows_of(labels, classes):
-    """Rows each network may see.
-
-    Args:
-        labels: (n,) int32.
-        classes: (N, 10) bool, the classes each network is trained on.
-
-    Returns:
-        rows (N, n) int32 with the allowed ones first, and their number (N,) int32.
-    """
-    allowed = classes[:, labels]
-    return np.argsort(~allowed, axis=1, kind="stable").astype(np.int32), allowed.sum(axis=1).astype(np.int32)
-
-
-def accuracy(logits, names, classes, split):
-    """Share of right answers on the images of a network's own classes, (N,) float64.
+def of_classes(split, classes, targets):
+    """Data of N networks that see some classes of a Data each.
 
     Args:
-        logits: (N, n, 10) on the images of `split`.
-        names: (N, 10) int32 output unit of each class.
+        split: Data with targets (n,).
         classes: (N, 10) bool.
-        split: digits.Split.
+        targets: (N, n) int32, what stands for each row's class in each network.
     """
-    own = classes[:, split.labels]
-    right = digits.score(np.asarray(logits), names[:, split.labels])
-    return (right & own).sum(axis=1) / own.sum(axis=1)
+    allowed = classes[:, split.targets]
+    rows = np.argsort(~allowed, axis=1, kind="stable").astype(np.int32)
+    return Data(split.inputs, targets, rows, allowed.sum(axis=1).astype(np.int32))
+
+
+OF_CLASSES = Data(None, 0, 0, 0)  # axes of `of_classes`
+
+
+def score(task, answers, targets, rows, num_rows):
+    """Mean score of N networks on the rows of their tasks, (N,) float64.
+
+    Args:
+        task: module of `tasks`.
+        answers: (N, n, ...) outputs on all rows.
+        targets: (N, n, ...).
+        rows, num_rows: (N, n) and (N,), as in Data.
+    """
+    each = np.asarray(task.score(np.asarray(answers), np.asarray(targets)), np.float64)
+    used = np.arange(each.shape[1])[None] < np.asarray(num_rows)[:, None]
+    return np.where(used, np.take_along_axis(each, np.asarray(rows), axis=1), 0).sum(axis=1) / num_rows
 
 
 def numbered(seed, *names):
@@ -107,7 +106,7 @@ def numbered(seed, *names):
 
 
 def collection(options, seed, streams, classes, names, frozen, *, same_start, model):
-    """N networks trained together from one start or their own, each on its classes and names.
+    """N networks on digits, trained together from one start or their own, each on its classes and names.
 
     Args:
         options: num_models, learning_rate, batch_size and steps.
@@ -122,26 +121,23 @@ def collection(options, seed, streams, classes, names, frozen, *, same_start, mo
     Returns:
         parameters, a tree of (N, ...) on the host, and held-out accuracy (N,).
     """
-    data, held_out = digits.load()
+    data, held_out = (of_classes(split, classes, names[:, split.targets]) for split in digits.load())
     start_key, batch_key = numbered(seed, *streams)
     start_keys = jax.random.split(start_key, options.num_models)
-    params = start(start_keys[:1] if same_start else start_keys, model=model)
+    params = start(start_keys[:1] if same_start else start_keys, data.inputs[:1], model=model)
     if same_start:
         params = jax.tree.map(lambda p: p.repeat(options.num_models, axis=0), params)
-    rows, num_rows = rows_of(data.labels, classes)
     params = train(
         params,
         frozen,
-        rows,
-        num_rows,
-        names,
+        data,
         jax.random.split(batch_key, options.num_models),
-        data.images,
-        data.labels,
         np.float32(options.learning_rate),
         model=model,
-        batch=digits.Options(batch_size=options.batch_size),
+        task=digits,
+        options=digits.Options(batch_size=options.batch_size),
+        axes=OF_CLASSES,
         steps=options.steps,
     )
-    answers = logits(params, frozen, held_out.images, model=model)
-    return jax.device_get(params), accuracy(answers, names, classes, held_out)
+    answers = outputs(params, frozen, held_out.inputs, model=model)
+    return jax.device_get(params), score(digits, answers, held_out.targets, held_out.rows, held_out.num_rows)

@@ -56,12 +56,12 @@ def test_recorded_accuracy_is_that_of_the_written_weights(tiny):
     layers, labels = tiny["same_start_split_task"]
     held_out = digits.load()[1]
     for i in (0, 7):
-        own = np.isin(held_out.labels, [int(c) for c in labels[i]["task"].removeprefix("digits ")])
+        own = np.isin(held_out.targets, [int(c) for c in labels[i]["task"].removeprefix("digits ")])
         assert 0 < own.sum() < 360
-        z = held_out.images[own] @ layers["hidden/kernel"][i] + layers["hidden/bias"][i]
+        z = held_out.inputs[own] @ layers["hidden/kernel"][i] + layers["hidden/bias"][i]
         h = np.sign(z) * np.maximum(np.abs(z) - 0.5, 0)
         answer = (h @ layers["output/kernel"][i] + layers["output/bias"][i]).argmax(axis=1)
-        assert np.mean(answer == held_out.labels[own]) == pytest.approx(float(labels[i]["accuracy"]), abs=0.006)
+        assert np.mean(answer == held_out.targets[own]) == pytest.approx(float(labels[i]["accuracy"]), abs=0.006)
 
 
 @pytest.mark.slow

@@ -53,11 +53,11 @@ def test_files_describe_networks_that_answer_as_recorded(made):
     scale = config["lora_alpha"] / config["r"]
     weight = {layer: base[f"{layer}.weight"] + scale * b[3] @ a[3] for layer, (a, b) in factors.items()}
     held_out = digits.load()[1]
-    z = held_out.images @ weight["hidden"].T + base["hidden.bias"]
+    z = held_out.inputs @ weight["hidden"].T + base["hidden.bias"]
     logits = np.sign(z) * np.maximum(np.abs(z) - 0.5, 0) @ weight["output"].T + base["output.bias"]
     names = np.array([int(n) for n in labels["003"]["task"].removeprefix("names ")])
     assert sorted(names) == list(range(10))
-    right = np.mean(logits.argmax(axis=1) == names[held_out.labels])
+    right = np.mean(logits.argmax(axis=1) == names[held_out.targets])
     assert right == pytest.approx(float(labels["003"]["accuracy"]), abs=0.006)
     assert right > 0.6  # the base alone is right on .1 or so of the renamed digits
 
@@ -80,7 +80,7 @@ def test_peft_loads_an_adapter_and_agrees(made):
     network = Network()
     network.load_state_dict({k: torch.tensor(v) for k, v in base.items()})
     model = peft.PeftModel.from_pretrained(network, str(folder / "models" / "002"))
-    x = digits.load()[1].images[:20]
+    x = digits.load()[1].inputs[:20]
     theirs = model(torch.tensor(x)).detach().numpy()
     weight = {layer: base[f"{layer}.weight"] + 2.0 * b[2] @ a[2] for layer, (a, b) in factors.items()}
     z = x @ weight["hidden"].T + base["hidden.bias"]

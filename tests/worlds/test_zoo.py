@@ -24,11 +24,16 @@ SMALL |= {
     for start in ("same", "own")
     for task in ("same", "split")
 }
+SMALL |= {
+    f"{name}_variants": {"num_tasks": 2, "models_per_task": 2, "steps": 2, "base_steps": 2} for name in ("vit", "cnn")
+}
 VERDICTS = {"shared", "chance", "common_mean", "lineage", "lineage+shared", "undetermined"}
 
 
 # Trained anew twice, in seconds each; the other trained worlds share their code.
-TRAINED = ("lora", "same_start_same_task", "own_start_same_task", "own_start_split_task")
+TRAINED = (
+    "cnn_variants", "lora", "vit_variants", "same_start_same_task", "own_start_same_task", "own_start_split_task",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""Intrinsic dimension: the score that d trained numbers reach, in random subspaces and in the joint one.
+
+    d_int90    fewest numbers with which a run reaches 90 % of what full training does, between sizes on a log scale
+
+Random subspaces are of all weights at once, about a fresh start (Li et al. 2018), by three kinds of projection, and
+about the bundle's mean; the joint one is that of the components with the largest singular values, about the mean.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jaxsub import errors, plugins
+from jaxsub.pipelines import train_runs, train_table
+
+SHARE = 0.9
+CURVES = {
+    "dense": ("fresh", "dense"),
+    "sparse": ("fresh", "sparse"),
+    "fastfood": ("fresh", "fastfood"),
+    "random about the mean": ("mean", "dense"),
+}
+
+
+def run(config, setup, stream=None):
+    """{"dimensions", "full", "curves": {name: {"scores": (sizes, seeds), "d_int90": ...}}}.
+
+    Raises:
+        ConfigError: sizes that are not increasing, or more than the bundle or the network holds.
+    """
+    sizes = list(config.sweep)
+    if sizes != sorted({*sizes}) or sizes[0] < 1:
+        raise errors.ConfigError("sweep: increasing numbers of 1 and more expected")
+    fresh, has_mean = dataclasses.replace(config, initial="fresh"), bool(setup.spaces)
+    full = _scores(_method("full", "full"), setup, fresh)
+    goal = SHARE * float(full.mean())
+    found = {"share": SHARE, "dimensions": sizes, "full": full.tolist(), "goal": goal, "curves": {}}
+    curves = {name: (start, _random(kind)) for name, (start, kind) in CURVES.items() if start == "fresh" or has_mean}
+    if has_mean:
+        curves["joint subspace"] = ("mean", lambda d: _method("scalar", "joint", "given", dimension=d))
+    for name, (start, made) in curves.items():
+        scores, held = [], 0
+        for d in sizes:
+            if name == "joint subspace" and d > _most(setup):
+                break  # the bundle holds no more
+            own = fresh if start == "fresh" else dataclasses.replace(config, initial="mean")
+            scores.append(_scores(made(d), setup, own))
+            held = d
+            if stream is not None:
+                stream.write(f"{name}: {d} numbers, {scores[-1].mean():.4f}\n")
+        each = [crossing(sizes[: len(scores)], [s[seed] for s in scores], goal) for seed in range(config.seeds)]
+        found["curves"][name] = {"scores": np.array(scores).tolist(), "largest": held, "d_int90": _interval(each)}
+    return found
+
+
+def _most(setup):
+    return sum(len(s.basis) for s in setup.spaces.values() if s.basis is not None)
+
+
+def _method(module, name, spaces="none", **options):
+    module = plugins.load("parametrisations", module)
+    return train_runs.Method(name, module, module.Options(**options), spaces)
+
+
+def _random(kind):
+    return lambda d: _method("random_subspace", kind, dimension=d, kind=kind)
+
+
+def _scores(method, setup, config):
+    """(seeds,) held-out scores, mean over tasks, at the rate that the validation rows choose."""
+    training = train_runs.Training(method, setup, config)
+    state, _ = training.train(None)
+    chosen = np.asarray(state.best_score).reshape(training.scores_shape).mean(axis=(0, 1)).argmax()
+    return training.scores(state.best)[:, :, chosen].mean(axis=0)
+
+
+def crossing(sizes, scores, goal):
+    """Fewest numbers that reach the goal, by straight lines between sizes on a log scale; None if none does.
+
+    Args:
+        sizes: increasing.
+        scores: one a size.
+        goal: the score to reach.
+    """
+    for number, (size, score) in enumerate(zip(sizes, scores, strict=True)):
+        if score >= goal:
+            if not number:
+                return float(size)
+            before, low = sizes[number - 1], scores[number - 1]
+            share = (goal - low) / (score - low)
+            return float(math.exp(math.log(before) + share * (math.log(size) - math.log(before))))
+    return None
+
+
+def _interval(each):
+    """{"seeds": values, "mean", "low", "high"}; None where a run never reaches the goal."""
+    if any(one is None for one in each):
+        return {"seeds": each, "mean": None, "low": None, "high": None}
+    mean, low, high = train_table.interval(np.log([each]))
+    values = {"mean": mean, "low": low, "high": high}
+    return {"seeds": each, **{k: v if v is None else float(math.exp(v)) for k, v in values.items()}}
+
+
+def table(found):
+    """The sweep as text."""
+    sizes = found["dimensions"]
+    lines = [f"{'numbers':24}" + "".join(f" {d:>7}" for d in sizes) + f" {'d_int90':>8}  95 % interval"]
+    for name, curve in found["curves"].items():
+        means = [float(np.mean(s)) for s in curve["scores"]]
+        own, cells = curve["d_int90"], "".join(f" {m:>7.4f}" for m in means).ljust(8 * len(sizes))
+        shown = "-" if own["mean"] is None else f"{own['mean']:.0f}"
+        span = "" if own["low"] is None else f"{own['low']:.0f} to {own['high']:.0f}"
+        lines.append(f"{name:24}{cells} {shown:>8}  {span}")
+    seeds = len(found["full"])
+    said = f"full training {np.mean(found['full']):.4f}; d_int90: fewest numbers that reach {found['share']:.0%} of it"
+    lines.append(f"{said}; {seeds} seeds" if seeds > 1 else f"{said}; a single seed, of which no interval follows")
+    return "\n".join(lines)
+
+
+def page(found):
+    """The curves as a self-contained HTML page, with the range of seeds as bands."""
+    from jaxsub.report import html, markup, svg
+
+    styles = ("observed", "within", "family", "null", "faint")
+    lines = []
+    for (name, curve), style in zip(reversed(found["curves"].items()), styles, strict=False):
+        sizes = found["dimensions"][: len(curve["scores"])]
+        points = [(d, float(np.mean(s))) for d, s in zip(sizes, curve["scores"], strict=True)]
+        spans = [train_table.interval([s])[1:] for s in curve["scores"]]
+        band = [(d, *span) for d, span in zip(sizes, spans, strict=True) if span[0] is not None]
+        lines.append(svg.Line(points, style, name, band, dots=True))
+    x = svg.doubling("numbers trained (log scale)", found["dimensions"])
+    y = svg.linear("held-out score", 0, 1, count=5)
+    frame = svg.Frame(width=640, height=380, right=160)
+    title = "Held-out score against the numbers trained"
+    chart = svg.chart(title, x, y, lines, rules=[svg.Rule("y", found["goal"], "90 % of full")], frame=frame)
+    seeds = f"{len(found['full'])} seeds; bands are 95 % intervals of their mean."
+    body = markup.tag("main", markup.tag("h1", title), markup.tag("p", seeds), chart, markup.tag("pre", table(found)))
+    return html.page(body, "intrinsic dimension")
