@@ -5,6 +5,7 @@ them. Collections whose layers do not fit are read block by block into `statisti
 not here.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -16,6 +17,8 @@ import numpy as np
 from jaxsub import errors
 from jaxsub.linalg import dealt
 
+COLUMNS = 4096  # of all models averaged at a time on the host: a few MiB
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseStack:
@@ -25,29 +28,31 @@ class DenseStack:
         x: (N, *shape) of any float dtype; where models are dealt to devices, (N', *shape) with others among them.
         name, model_ids: for messages.
         present: (N',) bool, which of these are the models; None: all.
+        host: the first N of `x` on the host, where models are dealt.
     """
 
     x: jax.Array
     name: str = ""
     model_ids: tuple[str, ...] = ()
     present: np.ndarray | None = None
+    host: np.ndarray | None = None
 
     @classmethod
-    def create(cls, x, name="", model_ids=(), count=None):
+    def create(cls, x, name="", model_ids=(), host=None):
         """A checked stack.
 
         Args:
-            x: (N, *shape); or dealt to devices, with models that are none from `count` on.
+            x: (N, *shape); or dealt to devices, with models that are none behind the last.
             name: of the layer.
             model_ids: N names.
-            count: N of a dealt stack.
+            host: (N, *shape), the models of a dealt stack on the host.
 
         Raises:
             InputError: NaN or Inf, naming the layer and the first such model.
             ConfigError: fewer than two models, no weights, or not floating point.
         """
         x = jnp.asarray(x)
-        number = len(x) if count is None else count
+        number = len(x) if host is None else len(host)
         if x.ndim < 2 or number < 2 or not x.size:
             raise errors.ConfigError(f"a stack of shape {x.shape}: expected (N, ...) with at least two models")
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -57,8 +62,9 @@ class DenseStack:
             n = int(np.flatnonzero(~finite)[0])
             label = model_ids[n] if model_ids else f"model {n}"
             raise errors.InputError(label, "holds NaN or Inf", key=name or None, rule="N1")
-        present = None if dealt.mesh_of(x) is None else np.arange(len(x)) < number
-        return cls(x, name, tuple(model_ids), present)
+        if dealt.mesh_of(x) is None:
+            return cls(x, name, tuple(model_ids))
+        return cls(x, name, tuple(model_ids), np.arange(len(x)) < number, host)
 
     @property
     def num_models(self):
@@ -86,7 +92,8 @@ class DenseStack:
     def centred(self, centring="models", axis=None):
         """The models, float32 or wider, minus a mean, and that mean in a shape that broadcasts to `shape`.
 
-        Devices with models of their own add up two sums as large as the mean.
+        Where models are dealt the mean comes from the host: devices would exchange sums as large as a model. Means of
+        columns are few numbers, which they add up.
 
         Args:
             centring: "models" subtracts the mean model, "columns" one mean for each entry of weight axis `axis`, "none"
@@ -96,9 +103,11 @@ class DenseStack:
         Returns:
             As `x`; models that are none are zeros.
         """
-        mesh = dealt.mesh_of(self.x)
+        mesh, given = dealt.mesh_of(self.x), None
         present = np.ones(len(self.x), bool) if self.present is None else self.present
-        y, mean = _centred(self.x, present, self.num_models, centring=centring, axis=axis, mesh=mesh)
+        if mesh is not None and centring == "models":
+            given = _host_mean(self.host, np.flatnonzero(present))
+        y, mean = _centred(self.x, present, self.num_models, given, centring=centring, axis=axis, mesh=mesh)
         return y, mean if mesh is None else jnp.asarray(np.asarray(mean))
 
     def rows(self):
@@ -112,7 +121,8 @@ class DenseStack:
 
 
 @functools.partial(jax.jit, static_argnames=("centring", "axis", "mesh"))
-def _centred(x, present, count, *, centring, axis, mesh):
+def _centred(x, present, count, given, *, centring, axis, mesh):
+    """`DenseStack.centred`; `given`: the mean of the models, and what its rounding left of it, where not found here."""
     over = (0,) if centring == "models" else tuple(a for a in range(x.ndim) if axis is None or a != axis + 1)
     is_masked = mesh is not None
 
@@ -126,6 +136,8 @@ def _centred(x, present, count, *, centring, axis, mesh):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if centring == "none":
         return kept(x, present), jnp.zeros((1,) * (x.ndim - 1), x.dtype)
+    if given is not None:
+        return kept(x - given[0] - given[1], present), given[0][0]
     number = count * math.prod(x.shape[a] for a in over[1:])
 
     def mean(x):
@@ -135,6 +147,24 @@ def _centred(x, present, count, *, centring, axis, mesh):
     y = x - first
     # What rounding left of the mean is the same for all models: a direction of its own, which can be over the floor.
     return kept(y - mean(y), present), first[0]
+
+
+def _host_mean(x, models):
+    """Mean of some models of x (N, *shape), float32 or wider, and of what is left of them without it; (1, *shape)."""
+    dtype = np.promote_types(x.dtype, np.float32)
+    flat, found = x.reshape(len(x), -1), np.empty((2, 1, *x.shape[1:]), dtype)
+    first, rest = found.reshape(2, -1)
+
+    def some(start):
+        part = slice(start, start + COLUMNS)
+        rows = flat[models, part].astype(np.float64)
+        first[part] = rows.mean(axis=0)
+        rest[part] = (rows - first[part]).mean(axis=0)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in [pool.submit(some, start) for start in range(0, flat.shape[1], COLUMNS)]:
+            done.result()
+    return found
 
 
 @jax.jit

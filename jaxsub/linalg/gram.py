@@ -199,7 +199,7 @@ def _lora_gram(a, bt, table, *, size, own, mesh, dtype):
 
 
 def _lora_local(a, bt, table, *, size, own, dtype):
-    held, rank, wide = *a.shape[:2], jnp.float64
+    (held, rank), wide = a.shape[:2], jnp.float64
     rows_a, rows_b = (x.reshape(held * rank, x.shape[-1]) for x in (a, bt))
 
     def products_of(x, p, q):

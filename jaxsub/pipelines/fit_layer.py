@@ -48,7 +48,7 @@ def fit(group, opened, config, rank):
     mesh = fit_plan.mesh_of(group, plugin)
     with jax.enable_x64(True):
         there = sharing.placed(x, mesh, by_rows=fit_plan.by_rows(group, plugin))
-        stack = stacks.DenseStack.create(there, group.name, ids, count=len(x))
+        stack = stacks.DenseStack.create(there, group.name, ids, host=x)
         key = layers.layer_key(group.name, config.seed)
         space = subspace.stored(plugin.fit(stack, _options(plugin, config, stack, rank), key), _wide(group.dtypes))
         space, values, _, unrounded = _stored(space, stack.x, len(x), config)

@@ -70,7 +70,10 @@ def of_layer(group, module, config):
         if config.rank and of_rows:
             each = wide if not config.basis_dtype else 1 if config.basis_dtype == "int8" else 2
             kept = (1 + min(config.rank, count - 1)) * size * each + count * config.rank * wide
-    share = device // mesh_of(group, module).size
+    devices = mesh_of(group, module).size
+    if devices > 1 and not of_rows and group.parametrisation != lineup.LORA:
+        device += devices * 2 * size * wide  # the mean, and what its rounding left of it, on each
+    share = device // devices
     found = LayerPlan(group.name, group.shape, count, group.num_bytes, host + device, share, kept)
     bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1, is_local=True))
     is_too_large = peak([found]) > fit_streamed.allowed(config) or (bound and share > bound)

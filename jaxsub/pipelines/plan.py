@@ -191,8 +191,13 @@ def size(num_bytes):
 
 
 def available_bytes():
-    """Memory that can be had without swapping, bytes; 0 where the system does not say."""
-    return _memory("MemAvailable")
+    """Memory that this process can have without swapping, bytes; 0 where the system does not say.
+
+    Processes of one run share what their machine has.
+    """
+    from jaxsub import distributed
+
+    return _memory("MemAvailable") // distributed.processes_here()
 
 
 def total_bytes():

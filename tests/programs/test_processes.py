@@ -130,6 +130,19 @@ def test_a_file_that_one_process_cannot_read_ends_all(folder, broken):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("program, mebibytes", [("analyze", 100), ("fit", 90)])
+def test_processes_of_one_machine_share_its_memory(folder, tmp_path, program, mebibytes):
+    """So much is enough for one process, and not for two."""
+    memory = f'lambda field: {mebibytes} << 20 if field == "MemAvailable" else 1 << 40'
+    scarce = f"import jaxsub.pipelines.plan as p; p._memory = {memory}"
+    for count, code in ((1, 0), (2, 6)):
+        given = f"--collection={folder}", f"--workdir={tmp_path / str(count)}", *(QUICK if program == "analyze" else ())
+        ended = processes.run(count, program, *given, before=dict.fromkeys(range(count), scarce))
+        assert [e.code for e in ended] == [code] * count, ended[-1].stderr
+        assert count == 1 or all(f"{mebibytes / 2} MiB are allowed or free" in e.stderr for e in ended)
+
+
+@pytest.mark.slow
 def test_options_that_no_run_could_use_end_all_at_once(folder):
     ended = processes.run(2, "analyze", f"--collection={folder}", "--profile", seconds=60)
     assert [e.code for e in ended] == [2, 2] and all("--workdir" in e.stderr for e in ended)
