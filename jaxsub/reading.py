@@ -124,13 +124,14 @@ class Blocks:
         return _fill(buffer, index, self.window, self.sources, self.base, self.plan, self.group, self.pool)
 
 
-def agree(largest, square, failure, mesh):
+def agree(largest, square, failure, mesh, *, is_shared=False):
     """(largest, sum of squares) over the mesh's processes; raises on all where one has a failure, the same if it can.
 
     Args:
         largest, square: floats of this process.
         failure: NonFiniteError or InputError of this process, or None.
         mesh: of this process alone, or of all.
+        is_shared: whether processes read models whole, some of them the same, instead of columns of their own.
     """
     if not mesh.is_multi_process:
         if failure is not None:
@@ -146,7 +147,8 @@ def agree(largest, square, failure, mesh):
         same = found[found[:, 3] == first]
         own = distributed.gather_objects([failure.file, failure.key] if bad and failure.member == first else None)
         path, key = next(one for one in own if one)
-        raise NonFiniteError(first, path, key, int(same[:, 4].sum()), int(same[:, 5].min()))
+        count = same[:, 4].max() if is_shared else same[:, 4].sum()
+        raise NonFiniteError(first, path, key, int(count), int(same[:, 5].min()))
     return float(found[:, 0].max()), float(found[:, 1].sum())
 
 
@@ -227,19 +229,10 @@ def read_factors(group, models):
     return a, b, np.array([e.scale for e in pairs])
 
 
-def read_columns(model, tensor, member, first, end, *, leading):
-    """(r, columns) of A (r, width), of B (width, r) if `leading`: columns first to end, fewer where it ends before."""
-    rank = tensor.shape[1] if leading else tensor.shape[0]
-    first, end = (min(at, tensor.size // rank) for at in (first, end))
-    source = _Source(model, tensor)
-    part = np.empty((end - first, rank) if leading else (rank, end - first), source.dtype)
-    if leading or end - first == tensor.size // rank:
-        source.read(first * rank, part.size, part.reshape(-1))
-    else:
-        for row, out in enumerate(part):
-            source.read(row * (tensor.size // rank) + first, out.size, out)
-    part = require_finite(part, member, model, tensor)
-    return part.T if leading else part
+def read_factor(model, tensor, member, *, transposed):
+    """(r, width) of A (r, *width) or, if `transposed`, of B (width, r, *ones), float32 or as stored if wider."""
+    part = require_finite(formats.read(model, tensor), member, model, tensor)
+    return part.reshape(tensor.shape[0], -1).T if transposed else part.reshape(tensor.shape[0], -1)
 
 
 class _Source:
