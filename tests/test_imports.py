@@ -15,7 +15,11 @@ LEVELS = [
     ["distributed"],
     ["linalg", "formats", "finding", "lineup"],
     ["spectrum", "statistics", "collection", "views", "placement", "reading", "stacks", "subspace", "estimators"],
-    ["heldout", "lineage", "verdict", "nulls", "tasks", "models", "report", "decompositions", "workloads", "bundle"],
+    ["rows"],
+    [
+        "heldout", "lineage", "verdict", "nulls", "tasks", "models", "report", "decompositions", "workloads", "bundle",
+        "merges",
+    ],
     ["training", "worlds"],
     ["pipelines"],
     ["cli"],
@@ -121,7 +125,7 @@ def test_nothing_prints_or_configures_at_import(path):
 def test_plugins_do_not_import_each_other():
     for path in modules():
         own = part_of(path)
-        if own in ("views", "nulls", "tasks", "worlds") and not path.stem.startswith("_"):
+        if own in ("views", "nulls", "tasks", "worlds", "merges") and not path.stem.startswith("_"):
             for name, line, _ in imports(path):
                 inside = name.split(".")[2:]
                 is_plugin = name.startswith(f"jaxsub.{own}.") and not inside[0].startswith("_")
@@ -160,7 +164,7 @@ def test_import_takes_less_than_a_second():
 
 
 def test_files_are_short_enough_to_read():
-    plugins = ("views", "nulls", "tasks")
+    plugins = ("views", "nulls", "tasks", "merges")
     for path in modules():
         most = 150 if part_of(path) in plugins and not path.stem.startswith("_") else 400
         lines = len(path.read_text().splitlines())

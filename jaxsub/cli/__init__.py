@@ -9,6 +9,7 @@ PROGRAMS = {
     "fit": "a subspace for every layer and its models as coefficients: a bundle",
     "update": "models added to a bundle, or removed from it",
     "project": "any models as coefficients of a bundle, what that loses, and their reconstructions",
+    "merge": "one model out of many, by the method of your choice, in their own format",
     "verify": "checks every byte of a bundle",
     "zoo": "makes a collection of small models of known truth",
     "bench": "throughput and accuracy of the kernels on this machine, beside their peers",

@@ -16,7 +16,7 @@ SHORTHANDS = (
     "max_quarantined", "allow_roots", "restart", "preflight", "view", "draws", "world", "workloads", "peers", "quick",
     "rounds", "bundle", "decomposition", "write_models", "budget_bytes", "max_error", "members", "peft_layout",
     "remove", "exact", "score", "max_host_bytes", "max_device_bytes", "profile", "coordinator", "num_processes",
-    "process_id", "stall_timeout", "break_lock",
+    "process_id", "stall_timeout", "break_lock", "method", "out", "weights", "force", "mergekit_yaml", "loss",
 )  # fmt: skip
 RENAMED = {"allow_roots": "allow_root"}  # a flag that is repeated is called by the name of one value
 PROGRAM_FLAGS = {

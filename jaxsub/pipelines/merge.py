@@ -1,0 +1,310 @@
+"""`jaxsub merge`: many models become one, in their own format, layer by layer.
+
+open (headers) -> line-up of layers -> plan -> are they kin? -> layer by layer: rows, method, result -> new model
+
+What is read of a layer is a block of columns of all models, or one model after the other; what is finished is kept.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+
+import jax
+
+from jaxsub import config as configs, errors, formats, lineup, plugins, rows
+from jaxsub.bundle import files as bundle_files
+from jaxsub.pipelines import (
+    aside,
+    layers as layer_loop,
+    merge_kin,
+    merge_layers,
+    merge_plan,
+    merge_rows,
+    merge_store,
+    plan,
+    progress,
+    tracing,
+    workdir as workdirs,
+    zoo,
+)
+from jaxsub.report import _write
+from jaxsub.rows import lora
+
+SCHEMA, RECORD, PART = "jaxsub.merge/1", "merge.json", ".part"
+LAYOUTS = ("portable", "exact")
+log = logging.getLogger("jaxsub")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of a merge; each can be set as --config.<field>=."""
+
+    collection: tuple[str, ...] = ()  # the models: folders, globs, text files of paths, or org/name
+    method: str = ""  # name of a module of jaxsub.merges: mean, task_arithmetic, ties, ...
+    options: tuple[str, ...] = ()  # of the method, as name=value
+    base: str = ""  # the model that they were trained from; updates are differences to it
+    out: str = ""  # new folder for the merged model; WORKDIR/merged by default
+    weights: tuple[str, ...] = ()  # of the models: one each in the order of their ids, or id=weight
+    statistics: str = ""  # folder of statistics of your evaluator, for fisher and regmean: <model id>.safetensors
+    bundle: str = ""  # folder that fit wrote: its layers are merged as coefficients
+    layers: tuple[str, ...] = ()  # regular expressions; only layers that match one; the others are the first model's
+    exclude_layers: tuple[str, ...] = ()  # layers that stay the first model's
+    mismatched: str = "fail"  # layers that do not fit: fail, copy (the first model's), crop (to common rows, else copy)
+    rank: int = 0  # of merged low-rank updates, at most; 0: that of all models together
+    energy: float = 0.0  # share of a merged low-rank update that its rank must hold; 0: all
+    peft_layout: str = "portable"  # of merged PEFT adapters: portable (for servers too), or exact
+    seed: int = 0  # of methods that draw
+    force: bool = False  # merge models that do not share a start
+    dry_run: bool = False  # read the models once and say whether merging them can work; writes nothing
+    strict: bool = False  # as max_quarantined=0
+    max_quarantined: int = 0  # models that may be set aside; -1: max(1, 5 %)
+    allow_roots: tuple[str, ...] = ()  # folders that links may lead into
+    max_host_bytes: int = 0  # bound on the plan's peak; 0: what is free
+    restart: bool = False  # start over where another merge was begun
+    break_lock: bool = False  # take over what a run on another host left; make sure that it has ended
+
+
+def run(config, workdir=None, *, stream=None):
+    """Merges the models of a collection into the new folder `config.out`, or `workdir`/merged.
+
+    Killed, the same call goes on behind the last finished layer and gives the same bytes.
+
+    Returns:
+        dict, as in OUT/merge.json: "method", "models", "layers", "copied", "said"; with `dry_run` the diagnosis.
+
+    Raises:
+        ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
+    """
+    module, options = validate(config)
+    opened = aside.open_collection(config, smallest=1, odd=False)
+    out = config.out or (os.path.join(workdir, "merged") if workdir else "")
+    if not out and not config.dry_run:
+        raise errors.ConfigError("no place for the merged model: give --out=FOLDER")
+    return aside.going_on(lambda left: _merge(left, config, module, options, out, stream), opened, config, least=1)
+
+
+def validate(config):
+    """(method's module, its Options); raises ConfigError for values that no run could use, before anything is read."""
+    if not config.collection:
+        raise errors.ConfigError("no models: give --collection=FOLDER (or a glob, or a .txt file of paths)")
+    if not config.method:
+        raise errors.ConfigError(f"no method: give --method=, one of {', '.join(plugins.available('merges'))}")
+    module = plugins.load("merges", config.method)
+    options = zoo.parse_options(module.Options, config.options, f"method {config.method}")
+    errors.require_known("mismatched", config.mismatched, merge_layers.POLICIES)
+    errors.require_known("peft_layout", config.peft_layout, LAYOUTS)
+    if config.rank < 0 or not 0 <= config.energy <= 1 or config.max_host_bytes < 0:
+        raise errors.ConfigError(
+            f"rank={config.rank}, energy={config.energy}, max_host_bytes={config.max_host_bytes}: a rank of 0 or more, "
+            "0 <= energy <= 1, bytes of 0 or more"
+        )
+    if not 0 <= config.seed < 2**63:
+        raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
+    if config.statistics and not hasattr(module, "TAKES_STATISTICS"):
+        raise errors.ConfigError(f"statistics: method {config.method} takes none; fisher and regmean do")
+    return module, options
+
+
+def _merge(opened, config, module, options, out, stream):
+    chosen = lineup.layer_filter(config.layers or None, config.exclude_layers or None)
+    base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
+    found = merge_layers.line_up(opened, base, config.mismatched, chosen)
+    sources = merge_rows.Sources(
+        opened=opened,
+        base=base,
+        bundle=bundle_files.load(config.bundle) if config.bundle else None,
+        weights=merge_rows.weights_of(config.weights, opened),
+        statistics=merge_rows.open_statistics(config.statistics, opened, config.allow_roots),
+        cut=lora.Cut(config.rank, config.energy),
+        past_cache=plan.outgrows_cache(sum(layer.group.num_bytes for layer in found.layers)),
+    )
+    _require_fit(found, sources, config, module)
+    plans = merge_plan.of(found, sources, module)
+    if config.dry_run:
+        from jaxsub.pipelines import merge_diagnosis
+
+        return merge_diagnosis.run(found, sources, config, merge_plan.text(plans, found, sources), stream)
+    identity = workdirs.identity("merge", config, opened, base=sources.base) | sources.identity()
+    known = _finished(out, identity)
+    if known is not None:
+        if stream is not None:
+            stream.write(f"{errors.quote(out)}: there already, of the same run\n")
+        return known
+    if stream is not None:
+        stream.write(merge_plan.text(plans, found, sources, most=plan.LISTED) + "\n")
+    merge_plan.require_memory(plans, config)
+    kin = merge_kin.require(found, sources, config)
+    part = os.path.abspath(out) + PART
+    with workdirs.hold(part, identity, restart=config.restart, break_lock=config.break_lock):
+        merge_plan.require_disk(part, plans, found, sources)
+        template = opened.models[found.template]
+        store = merge_store.open_store(part, template, found.layers, _digest(identity), config.peft_layout)
+        try:
+            records = _layers(found, sources, config, module, options, store, stream)
+            record = _record(records, found, sources, config, options, kin, identity)
+            place = store.finish()
+            _write.write_json(os.path.join(place, RECORD), record)
+        finally:
+            store.close()
+        merge_store.require_new(out)
+        merge_store.install(place, out)
+    shutil.rmtree(part, ignore_errors=True)
+    return record
+
+
+def _require_fit(found, sources, config, module):
+    """Raises ConfigError where the method cannot merge what there is."""
+    dense = [layer for layer in found.layers if not layer.is_lora]
+    are_weights = dense and not merge_rows.is_delta(sources.opened.models[found.template])
+    if module.NEEDS_UPDATES and are_weights and sources.base is None and sources.bundle is None:
+        if len(dense) == len(found.layers):
+            raise errors.ConfigError(
+                f"method {config.method} merges updates, differences to the model that all were trained from: give "
+                "--base=MODEL"
+            )
+    template = sources.opened.models[found.template]
+    missing = [layer.name for layer in found.layers if layer.is_lora and layer.name not in template.adapters]
+    if missing and not (template.format == "peft" and config.peft_layout == "portable"):
+        raise errors.ConfigError(
+            f"layer {errors.quote(missing[0])}: no single adapter has all updates, and this format is written after one; "
+            "--peft_layout=portable can, or leave it out with --exclude_layers"
+        )
+
+
+def _layers(found, sources, config, module, options, store, stream):
+    """The records of all layers, merged now or kept from before."""
+    records = []
+    total = sum(layer.group.num_bytes for layer in found.layers)
+    with progress.Progress(total, len(found.layers), stream=stream) as bar:
+        for layer in found.layers:
+            record = store.kept(layer)
+            is_known = record is not None
+            if not is_known:
+                with tracing.stage(layer.name):
+                    record = _layer(layer, sources, config, module, options, store)
+            records.append(record)
+            text = f"N={len(layer.group.members)}{' as saved' if is_known else ''}"
+            bar.layer(layer.name, layer.group.num_bytes, text, read=0 if is_known else None)
+    return records
+
+
+def _layer(layer, sources, config, module, options, store):
+    """Merges one layer, puts it into the store and gives its record."""
+    key = layer_loop.layer_key(layer.name, config.seed)
+    space = merge_rows.coefficients(sources, layer)
+    own = sources.of(layer) if space is None else space
+    method, merge = config.method, module.merge
+    if module.NEEDS_UPDATES and not own.is_update:
+        # Full values beside low-rank updates, such as a classifier's head: there is nothing that they are updates of.
+        mean = plugins.load("merges", "mean")
+        method, merge, options = "mean", mean.merge, mean.Options()
+    record = {"name": layer.name, "shape": list(layer.group.shape), "parametrisation": layer.group.parametrisation}
+    record |= {"method": method, "row": _kind(own, space), "num_models": len(layer.group.members)}
+    with jax.enable_x64(True):
+        result = merge(own, options, key)
+    if space is not None:
+        record["sum_of_coefficients_is_zero"] = bool(space.is_centred)
+        result = space.rebuilt(result)
+    if isinstance(result, rows.Factors):
+        record |= {"rank": len(result.a), "truncation_error": result.error}
+    store.put(layer, result, record)
+    return record
+
+
+def _kind(own, space):
+    """What a row was."""
+    if space is not None:
+        return "coefficients" if space.origin is None else "coefficients of differences to the base"
+    if own.factors() is not None:
+        return "low-rank update"
+    return "difference to the base" if own.is_update else "weights"
+
+
+def _record(records, found, sources, config, options, kin, identity):
+    from jaxsub import __version__
+
+    opened = sources.opened
+    return {
+        "schema": SCHEMA,
+        "method": config.method,
+        "options": dataclasses.asdict(options),
+        "base": config.base,
+        "bundle": config.bundle,
+        "weights": None if sources.weights is None else sources.weights.tolist(),
+        "models": [{"id": r.id, "path": r.path, "format": r.format} for r in opened.refs],
+        "template": opened.refs[found.template].id,
+        "layers": records,
+        "copied": found.copied,
+        "said": [*found.said, *kin.said, *_notes(records, config)],
+        "kinship": kin.figures,
+        "quarantined": [dict(q) for q in opened.quarantined],
+        "provenance": {
+            "config": configs.to_dict(dataclasses.replace(config, restart=False, break_lock=False, max_host_bytes=0)),
+            "collection_fingerprint": opened.fingerprint,
+            "jaxsub_version": __version__,
+            "identity": _digest(identity),
+        },
+    }
+
+
+def _notes(records, config):
+    """What the user should know of the method, or of what it made of these models."""
+    said = [note for note in [getattr(plugins.load("merges", config.method), "NOTE", "")] if note]
+    means = [r for r in records if r["method"] == "mean" and config.method != "mean"]
+    if means:
+        said.append(f"{len(means)} layers are no updates, and are the mean: {lineup.listed([r['name'] for r in means], 3)}")
+    centred = [r for r in records if r.get("sum_of_coefficients_is_zero")]
+    if centred:
+        said.append(
+            f"the coefficients of these models sum to zero in {len(centred)} layers: any merge that adds them up with equal "
+            "weights is the plain mean, for every rank and every scaling (E33)"
+        )
+    return said
+
+
+def _digest(identity):
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _finished(out, identity):
+    """The record of the same run that has finished; None where nothing is at `out`.
+
+    Raises:
+        WorkdirError: something else is there.
+    """
+    if not os.path.lexists(out):
+        return None
+    try:
+        with open(os.path.join(out, RECORD), encoding="utf-8") as file:
+            found = json.load(file)
+        if found["schema"] == SCHEMA and found["provenance"]["identity"] == _digest(identity):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    merge_store.require_new(out)
+    return None
+
+
+def table(found):
+    """What was merged, as text of at most 100 columns."""
+    count = len(found["models"])
+    lines = [f"{count} models merged by {found['method']}, {len(found['layers'])} layers"]
+    cut = [r for r in found["layers"] if "rank" in r]
+    if cut:
+        lines.append(f"{'layer':56} {'shape':>16} {'rank':>5} {'cut away':>9}")
+        for one in cut[: plan.LISTED]:
+            shape = "x".join(map(str, one["shape"]))
+            lines.append(
+                f"{errors.quote(one['name'], 56):56} {shape:>16} {one['rank']:>5} {one['truncation_error']:>9.2e}"
+            )
+        if len(cut) > plan.LISTED:
+            lines.append(f"... and {len(cut) - plan.LISTED} more, in {RECORD}")
+        lines.append("cut away: norm lost by the rank, relative to the merged update")
+    if found["copied"]:
+        names = lineup.listed(list(found["copied"]), 3)
+        template = errors.quote(found["template"], 40)
+        lines.append(f"{len(found['copied'])} tensors are as in {template}: {names}")
+    return "\n".join([*lines, *found["said"]])
