@@ -2,7 +2,8 @@
 
 What some tools do (`linear` of PEFT's `add_weighted_adapter` weighs each factor by the root of its weight, as is done
 here). The product of averages is not the average of products: cross terms B_m A_n come in, and the result changes with
-factors B R, R^-1 A that give the same updates. All adapters must have one rank. Weights are made to sum to 1.
+factors B R, R^-1 A that give the same updates; N copies of one adapter give N times its update. All adapters must have
+one rank. Weights are made to sum to 1.
 
 Fails always, unless all adapters share A or share B. `mean` merges the updates themselves.
 """

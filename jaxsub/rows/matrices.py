@@ -106,10 +106,10 @@ def _left_gram(w):
 
 
 def _basis(x):
-    """Orthonormal columns that span the columns of x (d, k), as many as are independent; float64."""
+    """Orthonormal columns that span the columns of x (d, k), as many as are independent; float64. One, if all are 0."""
     x = x[:, np.abs(x).max(axis=0) > 0].astype(np.float64)
-    if x.shape[0] <= x.shape[1]:
-        return np.eye(x.shape[0])
+    if x.shape[0] <= x.shape[1] or not x.shape[1]:
+        return np.eye(x.shape[0], max(x.shape[0] if x.shape[1] else 1, 1))
     q, r = np.linalg.qr(x)
     u, s, _ = np.linalg.svd(r)
     return q @ u[:, s > max(x.shape) * np.finfo(np.float64).eps * s.max(initial=0.0)]
