@@ -8,6 +8,7 @@ A block holds the same columns of every model. Two buffers: one is read by threa
 import concurrent.futures
 import dataclasses
 import math
+import threading
 
 import jax
 import numpy as np
@@ -229,6 +230,7 @@ class Source:
 
     def __init__(self, model, tensor, past_cache=False):
         self.model, self.tensor, self.loaded, self.past_cache = model, tensor, None, past_cache
+        self.lock = threading.Lock()
         self.dtype = descriptors.numpy_dtype(tensor.dtype)
 
     def read(self, start, count, out):
@@ -240,8 +242,9 @@ class Source:
             formats.read_into(self.tensor.extent, start * self.dtype.itemsize, raw.view(np.uint8), self.past_cache)
             out[:] = raw
         else:
-            if self.loaded is None:
-                self.loaded = np.ascontiguousarray(formats.read(self.model, self.tensor)).reshape(-1)
+            with self.lock:
+                if self.loaded is None:
+                    self.loaded = np.ascontiguousarray(formats.read(self.model, self.tensor)).reshape(-1)
             out[:] = self.loaded[start : start + count]
 
 

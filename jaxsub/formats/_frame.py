@@ -4,7 +4,9 @@ The header, and with it every tensor's place, is written first; what is not fill
 is there only its writer knows. Such files belong in a folder that is not yet a model; `finish` puts them on the disk.
 """
 
+import contextlib
 import os
+import threading
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from jaxsub import descriptors
 from jaxsub.formats import _output, safetensors
 
 PIECE = 1 << 24  # bytes written at once
+FLUSH = 1 << 26  # bytes after which what is written begins its way to the disk, so that `finish` has less to wait for
 
 
 class Frame:
@@ -29,7 +32,7 @@ class Frame:
             ResourceError: no room on the disk.
         """
         header, self.places, size = safetensors.layout({t.name: (t.shape, t.dtype) for t in tensors}, metadata or {})
-        self.path = os.fspath(path)
+        self.path, self._unsynced, self._flushing = os.fspath(path), 0, None
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
@@ -47,6 +50,7 @@ class Frame:
         """Writes bytes from byte `start` of a tensor on."""
         offset, num_bytes = self.places[name]
         view = memoryview(data).cast("B")
+        num_bytes_written = view.nbytes
         if start + view.nbytes > num_bytes:
             raise ValueError(f"{name}: {start + view.nbytes} bytes of {num_bytes}")
         try:
@@ -55,6 +59,15 @@ class Frame:
                 start, view = start + count, view[count:]
         except OSError as error:
             raise _output.failed(self.path, error) from error
+        self._unsynced += num_bytes_written
+        if self._unsynced > FLUSH and (self._flushing is None or not self._flushing.is_alive()):
+            self._unsynced = 0
+            self._flushing = threading.Thread(target=self._flush, daemon=True)
+            self._flushing.start()
+
+    def _flush(self):
+        with contextlib.suppress(OSError):  # `finish` meets the fault again, and says so
+            os.fdatasync(self._fd)
 
     def read(self, name):
         """Yields the bytes of a tensor as they are in the file, in pieces."""
@@ -73,6 +86,8 @@ class Frame:
 
     def close(self):
         """Lets go of the file; may be called more than once."""
+        if self._flushing is not None:
+            self._flushing.join()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

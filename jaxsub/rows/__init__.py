@@ -9,7 +9,8 @@
 
 A method needs one of three things, and so works on every kind of rows that has it: coefficients from inner products
 (`gram`, `combination`), a function of columns (`map`, `fold`), or matrices (`matrices.of`). Numbers are float32, float64
-where one of the models is; sums over models are made in that dtype.
+where one of the models is; sums over models are made in that dtype. Combinations are made on the host, where the
+weights are read: sending them to a device would take longer than adding them up.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from jaxsub.linalg import gram as grams, products
 
 CHUNK = 65536  # columns of a model that random draws come in: blocks hold whole ones
 BLOCK_BYTES = 64 * 2**20  # of one block of all models
-UNROLLED = 32  # models up to which a sum over them is written out: XLA makes one loop of it
+PIECE_BYTES = 8 * 2**20  # of a piece of all models: what is summed should still be in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,25 @@ class Values:
     """A merged layer as numbers, the base put back.
 
     Attributes:
-        blocks: () -> iterator of (flat index, 1-D array), in order and without a gap; to be run through once.
+        blocks: () -> iterator of (flat index, 1-D array), in order and without a gap; to be run through once. Every
+            block but the last ends at a multiple of CHUNK.
+        piece: (start, count) -> 1-D array of these numbers, from several threads at once if need be; or None.
+        width: numbers of a piece that are made at little cost, a multiple of CHUNK.
     """
 
     blocks: Callable[[], Iterator[tuple[int, np.ndarray]]]
+    piece: Callable[[int, int], np.ndarray] | None = None
+    width: int = 0
+
+    @classmethod
+    def of_pieces(cls, piece, size, width):
+        """Values of `size` numbers that are made piece by piece."""
+
+        def blocks():
+            for start in range(0, size, width):
+                yield start, piece(start, min(width, size - start))
+
+        return cls(blocks, piece, width)
 
     def array(self, shape):
         """All of it in one array."""
@@ -168,7 +184,13 @@ class Rows:
             coefficients: (N,).
         """
         c = np.asarray(coefficients, np.float64)
-        return self.map(combine, c.astype(self.dtype), self.dtype.type(c.sum()))
+        used = np.flatnonzero(c)
+        piece = functools.partial(self._combined, used, c[used].astype(self.dtype))
+        return Values.of_pieces(piece, self.size, piece_width(max(len(used), 1), self.dtype.itemsize))
+
+    def _combined(self, used, c, start, count):
+        """The numbers start to start + count of sum_n c_n x_n over the models `used`, the base put back."""
+        raise NotImplementedError
 
     def times_right(self, n, right, found=None):
         """`found` plus row n, a matrix (o, i), times `right` (i, i); `found` is what this gave for other rows."""
@@ -185,16 +207,6 @@ class Rows:
 
     def _put(self, flat):
         yield 0, flat
-
-
-@jax.jit
-def combine(x, start, c, total):
-    """sum_n c_n x_n of x (N, W) as total x_0 + sum_n c_n (x_n - x_0): copies of one model give it back to the bit."""
-    del start
-    first = x[0]
-    if x.shape[0] > UNROLLED:
-        return total * first + products.matmul(c[None], x - first)[0]
-    return total * first + sum(c[n] * (x[n] - first) for n in range(1, x.shape[0]))
 
 
 class ArrayRows(Rows):
@@ -228,6 +240,10 @@ class ArrayRows(Rows):
                 part = np.pad(part, ((0, 0), (0, room)))
             yield Block(start, count, np.ascontiguousarray(part), base)
 
+    def _combined(self, used, c, start, count):
+        y = np.dot(c, self.x.reshape(self.num_models, -1)[used, start : start + count])
+        return y if self.base is None else y + self.base[start : start + count]
+
     def matrix(self, n):
         """See `Rows`."""
         return jnp.asarray(self.x[n])
@@ -244,6 +260,11 @@ def block_width(size, num_models, itemsize):
     chunks = -(-size // CHUNK)
     count = -(-chunks // most)
     return -(-chunks // count) * CHUNK
+
+
+def piece_width(num_models, itemsize):
+    """Numbers of a piece of a combination: whole chunks, as many as PIECE_BYTES hold, one at least."""
+    return max(1, PIECE_BYTES // (num_models * itemsize * CHUNK)) * CHUNK
 
 
 def require_models(rows, method, least, most=None):

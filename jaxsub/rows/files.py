@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import math
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,10 @@ class FileRows(core.Rows):
         dtype = "float64" if precision.widest(dtypes) == "float64" else "float32"
         more = {"weights": weights, "is_update": base is not None, "statistics": statistics, "dtype": dtype}
         super().__init__(group.name, group.shape, model_ids, **more)
-        self.models, self.entries, self.past_cache, self.base = tuple(models), group.entries, past_cache, base
+        self.models, self.entries, self.base = tuple(models), group.entries, base
+        pairs = zip(models, group.entries, strict=True)
+        self.sources = [reading.Source(model, tensor, past_cache) for model, tensor in pairs]
+        self.base_source = reading.Source(*base, past_cache) if base else None
         self._kept = None
 
     @property
@@ -59,8 +63,6 @@ class FileRows(core.Rows):
             yield from self._kept
 
     def _read(self):
-        sources = [reading.Source(m, t, self.past_cache) for m, t in zip(self.models, self.entries, strict=True)]
-        base = reading.Source(*self.base, self.past_cache) if self.base else None
         buffers = [None] * (self.num_blocks if self.is_kept else min(2, self.num_blocks))
         pool = concurrent.futures.ThreadPoolExecutor(reading.READERS)
         ahead = concurrent.futures.ThreadPoolExecutor(1)
@@ -68,9 +70,9 @@ class FileRows(core.Rows):
         def fill(index):
             at = index % len(buffers)
             if buffers[at] is None:
-                shape = self.num_models + (base is not None), self.width
+                shape = self.num_models + (self.base is not None), self.width
                 buffers[at] = hostmemory.zeros(shape, self.dtype)
-            return self._fill(buffers[at], index, sources, base, pool)
+            return self._fill(buffers[at], index, pool)
 
         try:
             pending = ahead.submit(fill, 0)
@@ -83,23 +85,21 @@ class FileRows(core.Rows):
             ahead.shutdown(cancel_futures=True)
             pool.shutdown(cancel_futures=True)
 
-    def _fill(self, buffer, index, sources, base, pool):
+    def _fill(self, buffer, index, pool):
         start, total = index * self.width, self.num_models
         count = min(self.width, self.size - start)
         own = None
-        if base is not None:
+        if self.base is not None:
             own = buffer[total]
-            base.read(start, count, own[:count])
-            if not np.isfinite(own[:count]).all():
-                raise errors.InputError(base.model.path, "the base holds NaN or Inf", key=self.name, rule="N1")
+            self.base_source.read(start, count, own[:count])
+            self._require_finite_base(own[:count])
             own[count:] = 0
 
         def one(n):
             row = buffer[n, :count]
-            sources[n].read(start, count, row)
+            self.sources[n].read(start, count, row)
             if not is_finite(row):
-                bad = np.flatnonzero(~np.isfinite(row))
-                return reading.NonFiniteError(n, self.models[n].path, self.name, len(bad), start + int(bad[0]))
+                return self._not_finite(row, n, start)
             if own is not None:
                 np.subtract(row, own[:count], out=row)
             buffer[n, count:] = 0
@@ -110,14 +110,43 @@ class FileRows(core.Rows):
                 raise failure
         return core.Block(start, count, buffer[:total], own)
 
+    def _combined(self, used, c, start, count):
+        x, own = _scratch(len(used) + 1, count, self.dtype), None
+        x, room = x[:-1], x[-1]
+        for row, n in zip(x, used, strict=True):
+            self.sources[n].read(start, count, row)
+        if self.base is not None:
+            own = room
+            self.base_source.read(start, count, own)
+            self._require_finite_base(own)
+            np.subtract(x, own, out=x)
+        y = np.dot(c, x)
+        if not is_finite(y):  # as it is wherever an input is not
+            self._require_finite(x, used, start)
+        return y if own is None else np.add(y, own, out=y)
+
+    def _require_finite_base(self, own):
+        if not is_finite(own):
+            raise errors.InputError(self.base[0].path, "the base holds NaN or Inf", key=self.name, rule="N1")
+
+    def _require_finite(self, x, used, start):
+        for row, n in zip(x, used, strict=True):
+            if not is_finite(row):
+                raise self._not_finite(row, int(n), start)
+
+    def _not_finite(self, row, n, start):
+        bad = np.flatnonzero(~np.isfinite(row))
+        return reading.NonFiniteError(n, self.models[n].path, self.name, len(bad), start + int(bad[0]))
+
     def matrix(self, n):
         """See `Rows`."""
         out = np.empty(self.size, self.dtype)
-        reading.Source(self.models[n], self.entries[n], self.past_cache).read(0, self.size, out)
+        self.sources[n].read(0, self.size, out)
         reading.require_finite(out, n, self.models[n], self.entries[n])
         if self.base is not None:
             own = np.empty(self.size, self.dtype)
-            reading.Source(*self.base, self.past_cache).read(0, self.size, own)
+            self.base_source.read(0, self.size, own)
+            self._require_finite_base(own)
             np.subtract(out, own, out=out)
         return jnp.asarray(out.reshape(self.shape))
 
@@ -125,12 +154,22 @@ class FileRows(core.Rows):
         if self.base is None:
             yield 0, flat
             return
-        source = reading.Source(*self.base, self.past_cache)
         for start in range(0, self.size, self.width):
             count = min(self.width, self.size - start)
             own = np.empty(count, self.dtype)
-            source.read(start, count, own)
+            self.base_source.read(start, count, own)
             yield start, flat[start : start + count] + own
+
+
+_kept = threading.local()
+
+
+def _scratch(rows, columns, dtype):
+    """(rows, columns) of memory that this thread used before: fresh pages cost as much as what is read into them."""
+    size = rows * columns * dtype.itemsize
+    if getattr(_kept, "buffer", None) is None or _kept.buffer.nbytes < size:
+        _kept.buffer = np.empty(size, np.uint8)
+    return _kept.buffer[:size].view(dtype).reshape(rows, columns)
 
 
 def is_finite(row):
