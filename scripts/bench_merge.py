@@ -125,7 +125,7 @@ def main():
     found = {name: [] for name in rows}
     for round_ in range(options.rounds + 1):
         for name, call in rows.items():
-            if name.startswith("mergekit") and round_ > 1:
+            if name.startswith("mergekit") and round_ != 1:
                 continue  # minutes
             if options.cold:
                 forget(every)

@@ -160,4 +160,3 @@ class Frames:
         """Lets go of the files."""
         for frame in self._frames:
             frame.close()
-

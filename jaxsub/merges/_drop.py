@@ -1,4 +1,4 @@
-"""Random masks that hang on the layer's key, the model's name and the place alone: on no block, order or other model."""
+"""Random masks that hang on the layer's key, the model's name and the place alone, not on blocks or other models."""
 
 import functools
 import zlib

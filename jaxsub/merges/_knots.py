@@ -1,6 +1,6 @@
 """The rotation of KnOTS: all updates of a layer in one orthonormal basis of their left sides.
 
-    [W_1 ... W_N] = U S [V_1 ... V_N].T (o, N i);   W_n = U (S V_n.T),   rows S V_n.T = U.T W_n are what is merged
+[W_1 ... W_N] = U S [V_1 ... V_N].T (o, N i);   W_n = U (S V_n.T),   rows S V_n.T = U.T W_n are what is merged
 """
 
 import numpy as np

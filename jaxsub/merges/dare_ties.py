@@ -1,6 +1,7 @@
 """DARE before TIES: updates with most entries dropped at random, then signs elected and the models merged that agree.
 
-    x_n = (m_n o (w_n - w_0)) / density;   s = sign(sum_n a_n x_n);   scaling * sum over models with that sign of a_n x_n
+    x_n = (m_n o (w_n - w_0)) / density;   s = sign(sum_n a_n x_n)
+    scaling * sum over models with that sign of a_n x_n
 
 Nothing is trimmed by magnitude beside. Masks as in `dare_linear`; `function=mean` divides by the weights that agree.
 Weights a_n are 1 unless given. Fails as `dare_linear` does.

@@ -3,9 +3,9 @@
     w = sum_n a_n (F_n + floor) o w_n / sum_n a_n (F_n + floor)
 
 F_n is the diagonal Fisher information of model n, the mean over its own data of squared gradients of the log
-likelihood; your evaluator computes it. `--config.statistics=FOLDER` holds a file `<model id>.safetensors` a model: layer
-name -> array of the layer's shape, not negative. Of low-rank updates it is that of the whole weight. Layers without it
-take the mean. Weights a_n are 1 unless given; the norm of each model's Fisher information, by which some
+likelihood; your evaluator computes it. `--config.statistics=FOLDER` holds a file `<model id>.safetensors` a model:
+layer name -> array of the layer's shape, not negative. Of low-rank updates it is that of the whole weight. Layers
+without it take the mean. Weights a_n are 1 unless given; the norm of each model's Fisher information, by which some
 implementations divide, can be put into them. Published default of the floor: 1e-6.
 
 Fails where Fisher information is far from the curvature: few data, or a model that has not converged.

@@ -3,7 +3,7 @@
     [W_1 ... W_N] = U S V.T side by side,  W_n = U R_n;   w_0 + U ties(R_1, ..., R_N)
 
 In the common basis U entries of different models mean the same direction of the output, which weights of adapters do
-not. Published defaults: density 0.2, the mean of the models that agree, scaling 0.6 for eight ViT-B/32 adapters (tuned).
+not. Published defaults: density 0.2, mean of the models that agree, scaling 0.6 for eight ViT-B/32 adapters (tuned).
 Low-rank updates are rotated by their factors; R_n has the layer's input width. Trimmed layer by layer; the authors'
 script trims all layers together. Layers that are no matrices are merged by TIES as they are. Weights as in `ties`.
 

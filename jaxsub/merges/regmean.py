@@ -3,8 +3,8 @@
     W = (sum_n W_n G_n) (sum_n G_n)^-1,   G_n = X_n.T X_n of the layer's inputs X_n (rows), W (o, i)
 
 Off-diagonal entries of G_n are first multiplied by `shrink` (published: 0.9). Your evaluator collects the inputs:
-`--config.statistics=FOLDER` holds a file `<model id>.safetensors` a model, layer name -> G_n (i, i), symmetric, a sum or a
-mean over tokens. Layers without it, and those that are no matrices, take the mean. Of low-rank updates it is the
+`--config.statistics=FOLDER` holds a file `<model id>.safetensors` a model, layer name -> G_n (i, i), symmetric, a sum
+or a mean over tokens. Layers without it, and those that are no matrices, take the mean. Of low-rank updates it is the
 weight's own input; their result is exact and has the rank of all updates together. Weights a_n multiply G_n.
 
 Fails where inputs span less than the layer: the sum of the G_n must be invertible, to which shrinking helps.

@@ -1,4 +1,4 @@
-"""DARE-TIES on the coefficients in the subspace that the updates share: w_0 + U_1 dare_ties(C_1, ..., C_N) U_2.T  (E37).
+"""DARE-TIES on coefficients in the subspace that updates share: w_0 + U_1 dare_ties(C_1, ..., C_N) U_2.T  (E37).
 
 See `dare_ties`; masks hang on `--seed`. Layers that are no matrices are merged by `dare_ties` as they are.
 Fails where few coefficients hold the update: dropping one is then a large loss, not noise.

@@ -24,6 +24,7 @@ from jaxsub.pipelines import (
     merge_plan,
     merge_rows,
     merge_store,
+    mergekit,
     plan,
     progress,
     tracing,
@@ -50,6 +51,7 @@ class Config:
     weights: tuple[str, ...] = ()  # of the models: one each in the order of their ids, or id=weight
     statistics: str = ""  # folder of statistics of your evaluator, for fisher and regmean: <model id>.safetensors
     bundle: str = ""  # folder that fit wrote: its layers are merged as coefficients
+    mergekit_yaml: str = ""  # a recipe of mergekit, in place of collection, method, options, base and weights
     layers: tuple[str, ...] = ()  # regular expressions; only layers that match one; the others are the first model's
     exclude_layers: tuple[str, ...] = ()  # layers that stay the first model's
     mismatched: str = "fail"  # layers that do not fit: fail, copy (the first model's), crop (to common rows, else copy)
@@ -78,12 +80,37 @@ def run(config, workdir=None, *, stream=None):
     Raises:
         ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
     """
+    dtype = ""
+    if config.mergekit_yaml:
+        config, dtype = mergekit.apply(config)
     module, options = validate(config)
     opened = aside.open_collection(config, smallest=1, odd=False)
+    if dtype:
+        mergekit.require_dtype(opened, dtype)
     out = config.out or (os.path.join(workdir, "merged") if workdir else "")
-    if not out and not config.dry_run:
+    if config.dry_run:
+        return aside.going_on(lambda left: _diagnosis(left, config, module, stream), opened, config, least=1)
+    if not out:
         raise errors.ConfigError("no place for the merged model: give --out=FOLDER")
-    return aside.going_on(lambda left: _merge(left, config, module, options, out, stream), opened, config, least=1)
+    prepared = _prepare(opened, config, module)  # what no run could do leaves no trace
+    identity = workdirs.identity("merge", config, opened, base=prepared.sources.base) | prepared.sources.identity()
+    known = _finished(out, identity)
+    if known is not None:
+        if stream is not None:
+            stream.write(f"{errors.quote(out)}: there already, of the same run\n")
+        return known
+    part = os.path.abspath(out) + PART
+    with workdirs.hold(part, identity, restart=config.restart, break_lock=config.break_lock, flag="--out"):
+
+        def work(left):
+            ready = prepared if left is opened else _prepare(left, config, module)
+            return _merge(ready, config, module, options, part, identity, stream)
+
+        place, record = aside.going_on(work, opened, config, least=1)
+        merge_store.require_new(out)
+        merge_store.install(place, out)
+    shutil.rmtree(part, ignore_errors=True)
+    return record
 
 
 def validate(config):
@@ -108,7 +135,22 @@ def validate(config):
     return module, options
 
 
-def _merge(opened, config, module, options, out, stream):
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """What is known of a merge before weights are read, but for a sample."""
+
+    found: merge_layers.Lineup
+    sources: merge_rows.Sources
+    plans: list
+    kin: merge_kin.Kin | None = None
+
+    @property
+    def template(self):
+        """The Model whose files are written again."""
+        return self.sources.opened.models[self.found.template]
+
+
+def _prepare(opened, config, module, *, is_checked=True):
     chosen = lineup.layer_filter(config.layers or None, config.exclude_layers or None)
     base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
     found = merge_layers.line_up(opened, base, config.mismatched, chosen)
@@ -121,38 +163,39 @@ def _merge(opened, config, module, options, out, stream):
         cut=lora.Cut(config.rank, config.energy),
         past_cache=plan.outgrows_cache(sum(layer.group.num_bytes for layer in found.layers)),
     )
-    _require_fit(found, sources, config, module)
     plans = merge_plan.of(found, sources, module)
-    if config.dry_run:
-        from jaxsub.pipelines import merge_diagnosis
+    if not is_checked:
+        return _Prepared(found, sources, plans)
+    _require_fit(found, sources, config, module)
+    formats.ending(opened.models[found.template])
+    merge_plan.require_memory(plans, config)
+    return _Prepared(found, sources, plans, merge_kin.require(found, sources, config))
 
-        return merge_diagnosis.run(found, sources, config, merge_plan.text(plans, found, sources), stream)
-    identity = workdirs.identity("merge", config, opened, base=sources.base) | sources.identity()
-    known = _finished(out, identity)
-    if known is not None:
-        if stream is not None:
-            stream.write(f"{errors.quote(out)}: there already, of the same run\n")
-        return known
+
+def _diagnosis(opened, config, module, stream):
+    from jaxsub.pipelines import merge_diagnosis
+
+    ready = _prepare(opened, config, module, is_checked=False)
+    text = merge_plan.text(ready.plans, ready.found, ready.sources)
+    return merge_diagnosis.run(ready.found, ready.sources, config, text, stream)
+
+
+def _merge(ready, config, module, options, part, identity, stream):
+    """(folder of the merged model in `part`, its record)."""
+    found, sources, plans = ready.found, ready.sources, ready.plans
     if stream is not None:
         stream.write(merge_plan.text(plans, found, sources, most=plan.LISTED) + "\n")
-    merge_plan.require_memory(plans, config)
-    kin = merge_kin.require(found, sources, config)
-    part = os.path.abspath(out) + PART
-    with workdirs.hold(part, identity, restart=config.restart, break_lock=config.break_lock):
-        merge_plan.require_disk(part, plans, found, sources)
-        template = opened.models[found.template]
-        store = merge_store.open_store(part, template, found.layers, _digest(identity), config.peft_layout)
-        try:
-            records = _layers(found, sources, config, module, options, store, stream)
-            record = _record(records, found, sources, config, options, kin, identity)
-            place = store.finish()
-            _write.write_json(os.path.join(place, RECORD), record)
-        finally:
-            store.close()
-        merge_store.require_new(out)
-        merge_store.install(place, out)
-    shutil.rmtree(part, ignore_errors=True)
-    return record
+    merge_plan.require_disk(part, plans, found, sources)
+    own = _digest([identity, [ref.id for ref in sources.opened.refs]])
+    store = merge_store.open_store(part, ready.template, found.layers, own, config.peft_layout)
+    try:
+        records = _layers(found, sources, config, module, options, store, stream)
+        record = _record(records, found, sources, config, options, ready.kin, identity)
+        place = store.finish()
+        _write.write_json(os.path.join(place, RECORD), record)
+    finally:
+        store.close()
+    return place, record
 
 
 def _require_fit(found, sources, config, module):
@@ -169,7 +212,7 @@ def _require_fit(found, sources, config, module):
     missing = [layer.name for layer in found.layers if layer.is_lora and layer.name not in template.adapters]
     if missing and not (template.format == "peft" and config.peft_layout == "portable"):
         raise errors.ConfigError(
-            f"layer {errors.quote(missing[0])}: no single adapter has all updates, and this format is written after one; "
+            f"layer {errors.quote(missing[0])}: no single adapter has all updates, and this format needs one that has; "
             "--peft_layout=portable can, or leave it out with --exclude_layers"
         )
 
@@ -255,12 +298,14 @@ def _notes(records, config):
     said = [note for note in [getattr(plugins.load("merges", config.method), "NOTE", "")] if note]
     means = [r for r in records if r["method"] == "mean" and config.method != "mean"]
     if means:
-        said.append(f"{len(means)} layers are no updates, and are the mean: {lineup.listed([r['name'] for r in means], 3)}")
+        said.append(
+            f"{len(means)} layers are no updates, and are the mean: {lineup.listed([r['name'] for r in means], 3)}"
+        )
     centred = [r for r in records if r.get("sum_of_coefficients_is_zero")]
     if centred:
         said.append(
-            f"the coefficients of these models sum to zero in {len(centred)} layers: any merge that adds them up with equal "
-            "weights is the plain mean, for every rank and every scaling (E33)"
+            f"the coefficients of these models sum to zero in {len(centred)} layers: any merge that adds them up with "
+            "equal weights is the plain mean, for every rank and every scaling (E33)"
         )
     return said
 

@@ -1,8 +1,8 @@
 """Whether models share a start, from a sample of their weights: those that do not have no mean that is a model.
 
 Cosines of a million weights a model, the same places of all, tell kin from strangers: models of one start keep a
-cosine of .19 and more, strangers have one of about 0 (`lineage`). Low-rank updates say nothing of their start; there the
-names of their base models are compared.
+cosine of .19 and more, strangers have one of about 0 (`lineage`). Low-rank updates say nothing of their start; there
+the names of their base models are compared.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ def require(found, sources, config):
     Raises:
         InputError: they do not share a start, and `config.force` does not say to merge them all the same.
     """
-    kin, reason = _look(found, sources)
+    kin, reason = look(found, sources)
     if reason and not config.force:
         path = sources.opened.models[found.template].path
         raise errors.InputError(path, reason, hint=f"{ALIGN}; --force merges them as they are", rule="N2")
     return dataclasses.replace(kin, said=(f"forced: {reason}",)) if reason else kin
 
 
-def _look(found, sources):
+def look(found, sources):
     """(Kin, why the models should not be merged or "")."""
     opened = sources.opened
     names = [ref.id for ref in opened.refs]
@@ -75,7 +75,9 @@ def _dense(layers, sources, names):
     alone = [labels[i] for i in range(len(labels)) if not groups or i not in groups[0]]
     parts = f"{len(groups[0])} of {len(labels)} share one, " if groups else ""
     shown = lineup.listed(alone, 3)
-    reason = f"the models do not share a start: {parts}not {shown} (cosines from {upper.min():.2f} to {upper.max():.2f})"
+    reason = (
+        f"the models do not share a start: {parts}not {shown} (cosines from {upper.min():.2f} to {upper.max():.2f})"
+    )
     return Kin(figures), reason
 
 
@@ -103,4 +105,3 @@ def _within(x):
     """Rows scaled by powers of two so that squares are finite."""
     largest = np.abs(x).max(axis=1, initial=0.0)
     return np.ldexp(x, -np.frexp(np.where(largest > 0, largest, 1.0))[1][:, None])
-

@@ -1,8 +1,8 @@
 """Which layers of several models are merged with which, and what becomes of those that do not fit. From headers alone.
 
 One model is the template: its files are written again, with merged numbers in the layers that all models have. Low-rank
-updates that a model lacks are updates of zero. Dense layers that differ in their first axis (vocabularies) are merged in
-their common rows, tensors with the same numbers under two names (tied weights) are merged once, if the user says so.
+updates that a model lacks are updates of zero. Tensors with the same numbers under two names (tied weights) are merged
+once. Dense layers that differ in their first axis (vocabularies) are merged in their common rows if the user says so.
 """
 
 import dataclasses
@@ -192,7 +192,9 @@ class _Work:
         shown = "; ".join(f"{errors.quote(name, 80)} {what}" for name, what, _ in self.misfits[:MOST_SHOWN])
         more = f"; and {len(self.misfits) - MOST_SHOWN} more" if len(self.misfits) > MOST_SHOWN else ""
         crop = ", --config.mismatched=crop merges the rows they share" if any(c for *_, c in self.misfits) else ""
-        hint = f"--config.mismatched=copy takes those of {self._template_id()}{crop}, --exclude_layers leaves layers out"
+        hint = (
+            f"--config.mismatched=copy takes those of {self._template_id()}{crop}, --exclude_layers leaves layers out"
+        )
         name = self.misfits[0][0]
         path = self.opened.models[self.template].path
         return errors.InputError(path, f"layers do not fit: {shown}{more}", key=name, hint=hint, rule="N2")
@@ -207,7 +209,9 @@ class _Work:
                 head = next(formats.blocks(model, tensor)).tobytes()
                 alike.setdefault((tensor.shape, tensor.dtype, head), []).append(name)
         for names in alike.values():
-            names = sorted(names, key=lambda n: (sum(e is None for e in self.entries(n, lineup.DENSE)), lineup.natural(n)))
+            names = sorted(
+                names, key=lambda n: (sum(e is None for e in self.entries(n, lineup.DENSE)), lineup.natural(n))
+            )
             for name in names[1:]:
                 if self.chosen(name) and self.chosen(names[0]) and self._are_equal(name, names[0]):
                     self.twins[name] = names[0]

@@ -75,9 +75,9 @@ def require_memory(plans, config):
     if free and peak(plans) > free:
         worst = max(plans, key=lambda p: p.host_bytes)
         raise errors.ResourceError(
-            f"layer {errors.quote(worst.name)} needs {plan.size(peak([worst]))} on the host, {plan.size(free)} are allowed "
-            "or free; allow more with --max_host_bytes, take a method that goes block by block (mean, ties), or leave it "
-            "out with --exclude_layers"
+            f"layer {errors.quote(worst.name)} needs {plan.size(peak([worst]))} on the host, {plan.size(free)} are "
+            "allowed or free; allow more with --max_host_bytes, take one that goes block by block (mean, ties), or "
+            "leave the layer out with --exclude_layers"
         )
 
 
@@ -108,5 +108,3 @@ def text(plans, found, sources, *, most=None):
     lines += plan.memory_lines(peak(plans), max(p.device_bytes for p in plans), placement.make_mesh(1, is_local=True))
     lines.append(f"to write: about {plan.size(written(plans, found, sources))}")
     return "\n".join([*lines, *found.said])
-
-

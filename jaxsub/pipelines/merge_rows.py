@@ -88,8 +88,12 @@ class Sources:
             return None
         for model, tensor in zip(self.statistics, found, strict=True):
             if tensor is None or tensor.shape != found[0].shape:
-                what = "lacks it" if tensor is None else f"has shape {list(tensor.shape)}, others {list(found[0].shape)}"
-                raise errors.InputError(model.path, f"the statistics: {what}", key=layer.name, hint="collect them again")
+                what = (
+                    "lacks it" if tensor is None else f"has shape {list(tensor.shape)}, others {list(found[0].shape)}"
+                )
+                raise errors.InputError(
+                    model.path, f"the statistics: {what}", key=layer.name, hint="collect them again"
+                )
         members = tuple(range(len(found)))
         group = collection.LayerGroup(layer.name, found[0].shape, lineup.DENSE, members, tuple(found))
         return files.FileRows(group, self.statistics, self.ids)
@@ -119,7 +123,7 @@ def open_statistics(folder, opened, allow_roots=()):
 
 
 def weights_of(texts, opened):
-    """(N,) float64 from texts "0.3" (in the order of the ids) or "id=0.3"; None without any.
+    """(N,) float64 from texts "0.3" (in the order of the ids), "id=0.3" or "path=0.3"; None without any.
 
     Raises:
         ConfigError: not one for every model, no number, or an id that is no model's.
@@ -127,12 +131,14 @@ def weights_of(texts, opened):
     if not texts:
         return None
     ids, named = [ref.id for ref in opened.refs], {}
+    places = {os.path.abspath(ref.path): ref.id for ref in opened.refs}
     for position, text in enumerate(texts):
         name, is_named, value = text.rpartition("=")
         if not is_named:
             if position >= len(ids):
                 raise errors.ConfigError(f"weights: {len(texts)} given for {len(ids)} models")
             name = ids[position]
+        name = name if name in ids else places.get(os.path.abspath(name), name)
         if name not in ids:
             raise errors.ConfigError(f"weights: no model {errors.quote(name)}{errors.nearest(name, ids)}")
         try:

@@ -8,9 +8,9 @@
     Result: Values, block by block; or Factors of a low-rank update
 
 A method needs one of three things, and so works on every kind of rows that has it: coefficients from inner products
-(`gram`, `combination`), a function of columns (`map`, `fold`), or matrices (`matrices.of`). Numbers are float32, float64
-where one of the models is; sums over models are made in that dtype. Combinations are made on the host, where the
-weights are read: sending them to a device would take longer than adding them up.
+(`gram`, `combination`), a function of columns (`map`, `fold`), or matrices (`matrices.of`). Numbers are float32, or
+float64 where one of the models is; sums over models are made in that dtype. Combinations are made on the host, where
+the weights are read: sending them to a device would take longer than adding them up.
 """
 
 import dataclasses

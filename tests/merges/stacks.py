@@ -10,9 +10,8 @@ def dense(shape=(12, 9), count=5, seed=0, dtype=np.float32):
     """Updates of one layer that share a part: (N, *shape)."""
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal(shape)
-    return (0.02 * (shared + rng.standard_normal((count, *shape)) * rng.uniform(0.5, 2, (count, *[1] * len(shape))))).astype(
-        dtype
-    )
+    own = rng.standard_normal((count, *shape)) * rng.uniform(0.5, 2, (count, *[1] * len(shape)))
+    return (0.02 * (shared + own)).astype(dtype)
 
 
 def factors(o=14, i=11, ranks=(2, 3, 2, 1), seed=0):

@@ -37,7 +37,11 @@ CASES = [
     ("ties", {"density": 1.0}, lambda x: twins.ties(x, 1.0)),
     ("magnitude", {"density": 0.3}, lambda x: twins.magnitude(x, 0.3)),
     ("breadcrumbs", {"density": 0.4, "gamma": 0.05}, lambda x: twins.breadcrumbs(x, 0.4, 0.05)),
-    ("breadcrumbs", {"density": 0.4, "gamma": 0.05, "elect": True}, lambda x: twins.breadcrumbs(x, 0.4, 0.05, elected=True)),
+    (
+        "breadcrumbs",
+        {"density": 0.4, "gamma": 0.05, "elect": True},
+        lambda x: twins.breadcrumbs(x, 0.4, 0.05, elected=True),
+    ),
     ("breadcrumbs", {"density": 0.98, "gamma": 0.05}, lambda x: twins.breadcrumbs(x, 0.98, 0.05)),
     ("pcb", {"ratio": 0.2, "scaling": 1.2}, lambda x: twins.pcb(x, 0.2, 1.2)),
     ("fisher", {}, twins.mean),
@@ -80,7 +84,10 @@ def test_what_is_no_matrix_is_merged_as_published_code_does(name, options, twin,
     assert stacks.relative(run(name, stacks.of_arrays(x), **options), twin(x.astype(float))) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "magnitude", "breadcrumbs", "mean", "spherical", "subspace_sum"])
+WEIGHTED = ["task_arithmetic", "ties", "magnitude", "breadcrumbs", "mean", "spherical", "subspace_sum"]
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
 def test_weights_of_the_models(name):
     x = stacks.dense(seed=3)
     found = run(name, stacks.of_arrays(x, weights=WEIGHTS))

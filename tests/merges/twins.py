@@ -5,6 +5,8 @@ Each takes updates x (N, *shape), differences to a base, and gives the merged up
 
 import numpy as np
 
+EPS32 = float(np.finfo(np.float32).eps)
+
 
 def ones(x):
     return np.ones(len(x))
@@ -143,7 +145,7 @@ def regmean(x, g, shrink=0.9, weights=None):
     return sum(row @ one for row, one in zip(x, g, strict=True)) @ np.linalg.inv(g.sum(axis=0))
 
 
-def rank_of(s, shape, eps=np.finfo(np.float32).eps):
+def rank_of(s, shape, eps=EPS32):
     return int(np.sum(s > max(shape) * eps * s[0]))
 
 
