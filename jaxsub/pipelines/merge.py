@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import textwrap
 
 import jax
 
@@ -351,5 +352,6 @@ def table(found):
     if found["copied"]:
         names = lineup.listed(list(found["copied"]), 3)
         template = errors.quote(found["template"], 40)
-        lines.append(f"{len(found['copied'])} tensors are as in {template}: {names}")
-    return "\n".join([*lines, *found["said"]])
+        are = "tensor is" if len(found["copied"]) == 1 else "tensors are"
+        lines.append(f"{len(found['copied'])} {are} as in {template}: {names}")
+    return "\n".join([*lines, *(textwrap.fill(one, 100) for one in found["said"])])

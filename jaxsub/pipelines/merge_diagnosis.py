@@ -12,6 +12,7 @@ Effective ranks are participation ratios, (sum s^2)^2 / sum s^4, found with rand
 
 import functools
 import math
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def run(found, sources, config, plan_text, stream=None):
         "layers": records,
         "said": said,
         "can_work": not reason,
-        "text": "\n".join([plan_text, "", table(records), *said]),
+        "text": "\n".join([plan_text, "", table(records), *(textwrap.fill(one, 100) for one in said)]),
     }
 
 
@@ -205,8 +206,6 @@ def table(records):
         lines.append(f"{name:28} {shape:>12} {norms:>15} {cosine:>6} {against:>11} {overlap:>13} {ranks:>9}".rstrip())
     if len(records) > SHOWN:
         lines.append(f"... and {len(records) - SHOWN} more")
-    lines.append(
-        "norms of rows; cosine: mean of pairs; against: share of the magnitude against the sum (of unrelated ones);"
-    )
-    lines.append("overlap of leading directions (chance); ranks: effective, of each / of all together / of their mean")
+    lines.append("norms: of the rows; cosine: mean of pairs; against: share of the magnitude against the sum (of")
+    lines.append("unrelated ones); overlap: of leading directions (chance); ranks: effective, each/together/mean")
     return "\n".join(lines)

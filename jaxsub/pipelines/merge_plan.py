@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import textwrap
 
 from jaxsub import descriptors, errors, placement, precision, rows
 from jaxsub.formats import _files
@@ -107,4 +108,4 @@ def text(plans, found, sources, *, most=None):
     lines.append(plan.to_read(sum(p.bytes_read * p.reads for p in plans)))
     lines += plan.memory_lines(peak(plans), max(p.device_bytes for p in plans), placement.make_mesh(1, is_local=True))
     lines.append(f"to write: about {plan.size(written(plans, found, sources))}")
-    return "\n".join([*lines, *found.said])
+    return "\n".join([*lines, *(textwrap.fill(one, 100) for one in found.said)])
