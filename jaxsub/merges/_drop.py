@@ -6,7 +6,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from jaxsub.merges import _signs, _weights
+from jaxsub.merges import _columns, _signs, _weights
 
 
 def keys(rows, key):
@@ -29,7 +29,7 @@ def kept(x, start, model_keys, density, *, chunk):
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def _summed(x, start, model_keys, density, weights, *, chunk):
-    return jnp.sum(kept(x, start, model_keys, density, chunk=chunk) * weights[:, None], axis=0)
+    return _columns.weighted_sum(kept(x, start, model_keys, density, chunk=chunk), weights)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "function"))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors
-from jaxsub.merges import _select, _weights
+from jaxsub.merges import _columns, _select, _weights
 
 FUNCTIONS = ("mean", "sum")
 
@@ -44,13 +44,20 @@ def elected(x, weights, *, function):
 
     Entries of 0 take no part. A sum of exactly 0 elects the positive ones.
     """
-    weighted = x * weights[:, None]
-    positive = jnp.sum(weighted, axis=0) >= 0
-    agree = jnp.where(positive, weighted > 0, weighted < 0)
-    total = jnp.sum(jnp.where(agree, weighted, 0), axis=0)
+
+    def step(sums, row, weight):
+        v = weight * row
+        above, below, share_above, share_below = sums
+        shares = share_above + jnp.where(v > 0, weight, 0), share_below + jnp.where(v < 0, weight, 0)
+        return above + jnp.maximum(v, 0), below + jnp.minimum(v, 0), *shares
+
+    zeros = jnp.zeros_like(x[0])
+    above, below, share_above, share_below = _columns.fold(step, (zeros,) * 4, x, weights)
+    is_positive = above + below >= 0
+    total = jnp.where(is_positive, above, below)
     if function == "sum":
         return total
-    share = jnp.sum(jnp.where(agree, weights[:, None], 0), axis=0)
+    share = jnp.where(is_positive, share_above, share_below)
     return total / jnp.where(share == 0, 1, share)
 
 
@@ -78,7 +85,7 @@ def ties(rows, density, scaling, function, gamma=0.0):
 @jax.jit
 def _sum(x, start, low, high, weights):
     del start
-    return jnp.sum(within(x, low, high) * weights[:, None], axis=0)
+    return _columns.weighted_sum(within(x, low, high), weights)
 
 
 def pruned(rows, density, scaling, gamma=0.0):

@@ -14,10 +14,9 @@ Fails where Fisher information is far from the curvature: few data, or a model t
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from jaxsub import errors
-from jaxsub.merges import _weights
+from jaxsub.merges import _columns, _weights
 
 REFERENCE = "Matena and Raffel 2022, merging models with Fisher-weighted averaging (arXiv 2111.09832), equation 5"
 NEEDS_UPDATES = False
@@ -34,8 +33,8 @@ class Options:
 @jax.jit
 def _merged(x, fisher, start, weights, floor):
     del start
-    wide = weights[:, None] * (fisher.astype(x.dtype) + floor)
-    return jnp.sum(wide * x, axis=0) / jnp.sum(wide, axis=0)
+    wide = fisher.astype(x.dtype) + floor
+    return _columns.weighted_sum(wide * x, weights) / _columns.weighted_sum(wide, weights)
 
 
 def merge(rows, options, key):

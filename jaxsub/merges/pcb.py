@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors
-from jaxsub.merges import _select, _signs
+from jaxsub.merges import _columns, _select, _signs
 
 REFERENCE = "Du et al. 2024, parameter competition balancing (arXiv 2410.02396), section 4 and the released script"
 NEEDS_UPDATES = True
@@ -39,7 +39,8 @@ def _balance(x, start, low, high):
     cut = jnp.clip(jnp.abs(x), low[:, None], high[:, None])
     room = (high - low)[:, None]
     inside = jnp.square((cut - low[:, None]) / jnp.where(room > 0, room, 1))
-    return jnp.exp(x.shape[0] * inside) * jnp.tanh(x * jnp.sum(x, axis=0)), jnp.sign(x) * cut
+    total = _columns.weighted_sum(x, jnp.ones_like(low))
+    return jnp.exp(x.shape[0] * inside) * jnp.tanh(x * total), jnp.sign(x) * cut
 
 
 @jax.jit
@@ -47,7 +48,9 @@ def _merged(x, start, low, high, least, most, scaling):
     beta, cut = _balance(x, start, low, high)
     room = (most - least)[:, None]
     shares = (jnp.clip(beta, least[:, None], most[:, None]) - least[:, None]) / jnp.where(room > 0, room, 1)
-    return scaling * jnp.sum(shares * cut, axis=0) / jnp.maximum(jnp.sum(shares, axis=0), 1e-12)
+    ones = jnp.ones_like(low)
+    merged, share = _columns.weighted_sum(shares * cut, ones), _columns.weighted_sum(shares, ones)
+    return scaling * merged / jnp.maximum(share, 1e-12)
 
 
 def merge(rows, options, key):

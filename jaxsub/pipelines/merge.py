@@ -25,6 +25,7 @@ from jaxsub.pipelines import (
     merge_plan,
     merge_rows,
     merge_store,
+    merge_whole,
     mergekit,
     plan,
     progress,
@@ -52,6 +53,7 @@ class Config:
     weights: tuple[str, ...] = ()  # of the models: one each in the order of their ids, or id=weight
     statistics: str = ""  # folder of statistics of your evaluator, for fisher and regmean: <model id>.safetensors
     bundle: str = ""  # folder that fit wrote: its layers are merged as coefficients
+    loss: str = ""  # module:function of yours, f(weights) -> number, traceable by JAX; for adamerging and concrete
     mergekit_yaml: str = ""  # a recipe of mergekit, in place of collection, method, options, base and weights
     layers: tuple[str, ...] = ()  # regular expressions; only layers that match one; the others are the first model's
     exclude_layers: tuple[str, ...] = ()  # layers that stay the first model's
@@ -131,6 +133,7 @@ def validate(config):
         )
     if not 0 <= config.seed < 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
+    merge_whole.load_loss(config, module)
     if config.statistics and not hasattr(module, "TAKES_STATISTICS"):
         raise errors.ConfigError(f"statistics: method {config.method} takes none; fisher and regmean do")
     return module, options
@@ -190,8 +193,11 @@ def _merge(ready, config, module, options, part, identity, stream):
     own = _digest([identity, [ref.id for ref in sources.opened.refs]])
     store = merge_store.open_store(part, ready.template, found.layers, own, config.peft_layout)
     try:
-        records = _layers(found, sources, config, module, options, store, stream)
-        record = _record(records, found, sources, config, options, ready.kin, identity)
+        if hasattr(module, "merge_models"):
+            records, figures = _whole(found, sources, config, module, options, store)
+        else:
+            records, figures = _layers(found, sources, config, module, options, store, stream), {}
+        record = _record(records, found, sources, config, options, ready.kin, identity) | {"fit": figures}
         place = store.finish()
         _write.write_json(os.path.join(place, RECORD), record)
     finally:
@@ -235,6 +241,37 @@ def _layers(found, sources, config, module, options, store, stream):
     return records
 
 
+def _whole(found, sources, config, module, options, store):
+    """(records of all layers, what the method says of its fit) of a method that takes all layers at once."""
+    kept = [store.kept(layer) for layer in found.layers]
+    if None not in kept:
+        return [{k: v for k, v in one.items() if k != "fit"} for one in kept], kept[0]["fit"]
+    key = layer_loop.layer_key("", config.seed)
+    models = merge_whole.read(found, sources)
+    results, figures = merge_whole.merge(models, module, merge_whole.load_loss(config, module), options, key)
+    records = []
+    for number, layer in enumerate(found.layers):
+        own = models.whole.layers.get(layer.name) or models.means[layer.name]
+        method = "mean" if layer.name in models.means else config.method
+        result = results[layer.name]
+        record = _described(layer, method, own, models.spaces.get(layer.name), result)
+        store.put(layer, result, record | ({} if number else {"fit": figures}))
+        records.append(record)
+    return records, figures
+
+
+def _described(layer, method, own, space, result):
+    """The record of a merged layer."""
+    group = layer.group
+    record = {"name": layer.name, "shape": list(group.shape), "parametrisation": group.parametrisation}
+    record |= {"method": method, "row": _kind(own, space), "num_models": len(group.members)}
+    if space is not None:
+        record["sum_of_coefficients_is_zero"] = bool(space.is_centred)
+    if isinstance(result, rows.Factors):
+        record |= {"rank": len(result.a), "truncation_error": result.error}
+    return record
+
+
 def _layer(layer, sources, config, module, options, store):
     """Merges one layer, puts it into the store and gives its record."""
     key = layer_loop.layer_key(layer.name, config.seed)
@@ -245,15 +282,10 @@ def _layer(layer, sources, config, module, options, store):
         # Full values beside low-rank updates, such as a classifier's head: there is nothing that they are updates of.
         mean = plugins.load("merges", "mean")
         method, merge, options = "mean", mean.merge, mean.Options()
-    record = {"name": layer.name, "shape": list(layer.group.shape), "parametrisation": layer.group.parametrisation}
-    record |= {"method": method, "row": _kind(own, space), "num_models": len(layer.group.members)}
     with jax.enable_x64(True):
         result = merge(own, options, key)
-    if space is not None:
-        record["sum_of_coefficients_is_zero"] = bool(space.is_centred)
-        result = space.rebuilt(result)
-    if isinstance(result, rows.Factors):
-        record |= {"rank": len(result.a), "truncation_error": result.error}
+    result = result if space is None else space.rebuilt(result)
+    record = _described(layer, method, own, space, result)
     store.put(layer, result, record)
     return record
 

@@ -23,29 +23,31 @@ from jaxsub import bundle as bundles, collection, descriptors, errors, formats, 
 KINDS = ("original", "mean", "random", "rebuilt")
 
 
-def load(spec):
-    """The function that `module:function` names, looked for in the current folder first.
+def load(spec, option="score"):
+    """The function that `module:function` names, looked for in the current folder first; `option` is who names it.
 
     Raises:
         ConfigError: no such name, a module that cannot be imported, or nothing that can be called.
     """
     module, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise errors.ConfigError(f"score={errors.quote(spec)}: give module:function, such as --score=evaluate:accuracy")
+        raise errors.ConfigError(
+            f"{option}={errors.quote(spec)}: give module:function, such as --{option}=evaluate:{option}"
+        )
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
         found = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # the user's own code: anything may come
         raise errors.ConfigError(
-            f"score={spec}: {module} cannot be imported from {errors.quote(folder)} or the path: "
+            f"{option}={spec}: {module} cannot be imported from {errors.quote(folder)} or the path: "
             f"{type(error).__name__}: {errors.quote(error)}"
         ) from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(folder)
     if not callable(found):
-        raise errors.ConfigError(f"score={spec}: {module} has no function {name}")
+        raise errors.ConfigError(f"{option}={spec}: {module} has no function {name}")
     return found
 
 

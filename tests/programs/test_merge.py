@@ -1,4 +1,4 @@
-"""`jaxsub merge`: files like the inputs' with merged numbers; what does not fit is refused or said; killed runs go on."""
+"""`jaxsub merge`: files like the inputs' with merged numbers; what does not fit is said; killed runs go on."""
 
 import importlib
 import json
