@@ -3,7 +3,7 @@
 import os
 import sys
 
-from jaxsub.pipelines import aside, merge
+from jaxsub.pipelines import aside, merge, merge_words
 
 
 def config_class():
@@ -18,5 +18,5 @@ def main(parsed):
     if config.dry_run:
         sys.stdout.write(found["text"] + "\n")
         return
-    sys.stdout.write(aside.listed(found["quarantined"]) + merge.table(found) + "\n")
+    sys.stdout.write(aside.listed(found["quarantined"]) + merge_words.table(found) + "\n")
     sys.stdout.write(f"merged model: {config.out or os.path.join(parsed.workdir, 'merged')}\n")

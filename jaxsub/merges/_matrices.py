@@ -1,7 +1,5 @@
 """What the methods for matrices share: numerical rank, and what becomes of layers that are none."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,14 +24,11 @@ def resolved(s, shape):
     return int(np.sum(s > max(shape) * np.finfo(s.dtype).eps * s[0])) if s.size and s[0] > 0 else 0
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def polar(x, *, count):
-    """Nearest matrix with orthonormal columns to x (p, k); of its directions the leading `count` only."""
-    u, _, vt = jnp.linalg.svd(x, full_matrices=False)
-    return products.matmul(u[:, :count], vt[:count])
-
-
 def orthonormal(x):
-    """`polar` of the directions of x (p, k) that are resolved."""
-    s = jnp.linalg.svd(x, compute_uv=False)
-    return polar(x, count=resolved(s, x.shape))
+    """Nearest matrix with orthonormal columns to x (p, k), of its directions that are more than rounding.
+
+    In float64: what two nearly parallel columns differ by is told apart here.
+    """
+    u, s, vt = svd(x.astype(jnp.float64))
+    count = resolved(np.asarray(s).astype(x.dtype), x.shape)
+    return products.matmul(u[:, :count], vt[:count]).astype(x.dtype)

@@ -20,7 +20,7 @@ def losses(gram):
     return _by_subsets(gram) if len(gram) <= EXACT else _by_ward(gram)
 
 
-def _within(gram, members):
+def within(gram, members):
     """Sum of squared distances of some models to their mean."""
     part = gram[np.ix_(members, members)]
     return max(float(np.trace(part) - part.sum() / len(members)), 0.0)
@@ -31,7 +31,7 @@ def _by_subsets(gram):
 
     @functools.cache
     def cost(mask):
-        return _within(gram, [n for n in range(count) if mask >> n & 1])
+        return within(gram, [n for n in range(count) if mask >> n & 1])
 
     @functools.cache
     def best(mask, groups):
@@ -64,7 +64,7 @@ def _by_ward(gram):
     found = {len(groups): (0.0, tuple(groups))}
     while len(groups) > 1:
         costs = [
-            (_within(gram, a + b) - _within(gram, a) - _within(gram, b), i, j)
+            (within(gram, a + b) - within(gram, a) - within(gram, b), i, j)
             for i, a in enumerate(groups)
             for j, b in enumerate(groups[:i])
         ]
@@ -72,7 +72,7 @@ def _by_ward(gram):
         joined = tuple(sorted(groups[i] + groups[j]))
         groups = [g for k, g in enumerate(groups) if k not in (i, j)] + [joined]
         groups.sort()
-        found[len(groups)] = sum(_within(gram, g) for g in groups), tuple(groups)
+        found[len(groups)] = sum(within(gram, g) for g in groups), tuple(groups)
     return found
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import textwrap
 
 import jax
 
@@ -20,12 +19,14 @@ from jaxsub.bundle import files as bundle_files
 from jaxsub.pipelines import (
     aside,
     layers as layer_loop,
+    merge_branched,
     merge_kin,
     merge_layers,
     merge_plan,
     merge_rows,
     merge_store,
     merge_whole,
+    merge_words,
     mergekit,
     plan,
     progress,
@@ -191,6 +192,11 @@ def _merge(ready, config, module, options, part, identity, stream):
         stream.write(merge_plan.text(plans, found, sources, most=plan.LISTED) + "\n")
     merge_plan.require_disk(part, plans, found, sources)
     own = _digest([identity, [ref.id for ref in sources.opened.refs]])
+    if getattr(module, "MANY", False):
+        place, records, figures = merge_branched.run(ready, config, module, options, part, own, stream)
+        record = _record(records, found, sources, config, options, ready.kin, identity) | {"fit": figures}
+        _write.write_json(os.path.join(place, RECORD), record)
+        return place, record
     store = merge_store.open_store(part, ready.template, found.layers, own, config.peft_layout)
     try:
         if hasattr(module, "merge_models"):
@@ -314,7 +320,7 @@ def _record(records, found, sources, config, options, kin, identity):
         "template": opened.refs[found.template].id,
         "layers": records,
         "copied": found.copied,
-        "said": [*found.said, *kin.said, *_notes(records, config)],
+        "said": [*found.said, *kin.said, *merge_words.notes(records, config.method)],
         "kinship": kin.figures,
         "quarantined": [dict(q) for q in opened.quarantined],
         "provenance": {
@@ -324,23 +330,6 @@ def _record(records, found, sources, config, options, kin, identity):
             "identity": _digest(identity),
         },
     }
-
-
-def _notes(records, config):
-    """What the user should know of the method, or of what it made of these models."""
-    said = [note for note in [getattr(plugins.load("merges", config.method), "NOTE", "")] if note]
-    means = [r for r in records if r["method"] == "mean" and config.method != "mean"]
-    if means:
-        said.append(
-            f"{len(means)} layers are no updates, and are the mean: {lineup.listed([r['name'] for r in means], 3)}"
-        )
-    centred = [r for r in records if r.get("sum_of_coefficients_is_zero")]
-    if centred:
-        said.append(
-            f"the coefficients of these models sum to zero in {len(centred)} layers: any merge that adds them up with "
-            "equal weights is the plain mean, for every rank and every scaling (E33)"
-        )
-    return said
 
 
 def _digest(identity):
@@ -364,26 +353,3 @@ def _finished(out, identity):
         pass
     merge_store.require_new(out)
     return None
-
-
-def table(found):
-    """What was merged, as text of at most 100 columns."""
-    count = len(found["models"])
-    lines = [f"{count} models merged by {found['method']}, {len(found['layers'])} layers"]
-    cut = [r for r in found["layers"] if "rank" in r]
-    if cut:
-        lines.append(f"{'layer':56} {'shape':>16} {'rank':>5} {'cut away':>9}")
-        for one in cut[: plan.LISTED]:
-            shape = "x".join(map(str, one["shape"]))
-            lines.append(
-                f"{errors.quote(one['name'], 56):56} {shape:>16} {one['rank']:>5} {one['truncation_error']:>9.2e}"
-            )
-        if len(cut) > plan.LISTED:
-            lines.append(f"... and {len(cut) - plan.LISTED} more, in {RECORD}")
-        lines.append("cut away: norm lost by the rank, relative to the merged update")
-    if found["copied"]:
-        names = lineup.listed(list(found["copied"]), 3)
-        template = errors.quote(found["template"], 40)
-        are = "tensor is" if len(found["copied"]) == 1 else "tensors are"
-        lines.append(f"{len(found['copied'])} {are} as in {template}: {names}")
-    return "\n".join([*lines, *(textwrap.fill(one, 100) for one in found["said"])])

@@ -201,6 +201,11 @@ class Rows:
         """The row of what `times_right` added up."""
         return self.result(found)
 
+    def values(self, array):
+        """Values of an array (`shape`) of weights as they are, to be run through any number of times."""
+        flat = np.asarray(array).reshape(-1)
+        return Values(lambda: iter([(0, flat)]))
+
     def result(self, array):
         """The row with these numbers (`shape`) of the update, or of the weights where there is no base."""
         return Values(functools.partial(self._put, np.asarray(array).reshape(-1)))

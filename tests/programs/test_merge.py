@@ -12,7 +12,7 @@ import pytest
 import jaxsub
 from jaxsub import cli, errors, formats, plugins
 from jaxsub.formats import peft, safetensors
-from jaxsub.pipelines import merge, merge_store
+from jaxsub.pipelines import merge, merge_store, merge_words
 from tests import folders
 from tests.merges import twins
 
@@ -450,7 +450,7 @@ def test_the_rank_of_a_merged_adapter(tmp_path):
         best = np.sqrt(np.sum(s[3:] ** 2) / np.sum(s**2))
         assert record["rank"] == 3 and record["truncation_error"] == pytest.approx(best, rel=1e-5)
         assert np.linalg.norm(new[record["name"]] - mean) / np.linalg.norm(mean) == pytest.approx(best, rel=1e-4)
-    assert f"{found['layers'][0]['truncation_error']:.2e}" in merge.table(found)
+    assert f"{found['layers'][0]['truncation_error']:.2e}" in merge_words.table(found)
 
 
 def test_an_update_that_no_single_adapter_has_needs_the_portable_layout(tmp_path):
@@ -567,3 +567,76 @@ def test_the_command(tmp_path, capsys):
     )
     assert "to read: " in said.err and "[5/5]" in said.err
     assert os.path.exists(tmp_path / "work" / "merged" / "model.safetensors")
+
+
+# Many models out of many, and losses of the user's ----------------------------------------------------------------
+
+
+def test_branched_models_share_within_the_budget(tmp_path):
+    models, _ = collection(tmp_path, 4)
+    found = run(tmp_path, "branched", options=("budget=1.8",))
+    total = sum(v.size for v in models["m0"].values() if v.dtype.kind == "f")
+    distinct, new = 0, {m: safetensors.read(tmp_path / "out" / m / "model.safetensors") for m in models}
+    for record in found["layers"]:
+        name, versions = record["name"], {new[m][record["name"]].tobytes() for m in models}
+        assert len(versions) == len(record["groups"])
+        distinct += len(versions) * models["m0"][name].size
+        for group in record["groups"]:
+            mean = np.mean([models[m][name].astype(float) for m in group], axis=0)
+            assert all(np.abs(new[m][name] - mean).max() < 1e-6 for m in group)
+    assert 1.0 < distinct / total <= 1.8 and found["fit"]["models_worth_of_weights"] == pytest.approx(distinct / total)
+    assert "models' worth of weights" in merge_words.table(found)
+    assert safetensors.open_metadata(tmp_path / "out" / "m2" / "model.safetensors") == {"epoch": "2"}
+
+
+def test_branched_adapters(tmp_path):
+    x = adapters(tmp_path, missing=False)
+    found = run(tmp_path, "branched", options=("budget=2",), peft_layout="exact")
+    for record in found["layers"]:
+        for group in record["groups"]:
+            mean = np.mean([x[record["name"]][int(m[1:])] for m in group], axis=0)
+            got = updates(tmp_path / "out" / group[0])[record["name"]]
+            s = np.linalg.svd(mean, compute_uv=False)
+            lost = np.sqrt(np.sum(s[3:] ** 2))  # cut to the rank of one model
+            assert np.linalg.norm(got - mean) == pytest.approx(lost, abs=1e-5 * s[0])
+
+
+def test_a_loss_by_name(tmp_path, monkeypatch):
+    models, base = collection(tmp_path)
+    wanted = base["a.weight"] + 0.9 * (models["m1"]["a.weight"] - base["a.weight"])
+    np.save(tmp_path / "wanted.npy", wanted)
+    (tmp_path / "judge.py").write_text(
+        "import numpy as np, jax.numpy as jnp\nwanted = np.load('wanted.npy')\n"
+        "def loss(weights):\n    return 1e2 * jnp.mean(jnp.square(weights['a.weight'] - wanted))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ("steps=400", "rate=0.02")
+    more = {"base": str(tmp_path / "base.safetensors"), "loss": "judge:loss", "options": options}
+    found = run(tmp_path, "adamerging", **more)
+    np.testing.assert_allclose(found["fit"]["coefficients"]["a.weight"], (0, 0.9, 0), atol=0.02)
+    new = written(tmp_path)
+    assert np.linalg.norm(new["a.weight"] - wanted) < 0.02 * np.linalg.norm(wanted)
+    bias = base["a.bias"] + twins.task_arithmetic(stack(models, "a.bias") - base["a.bias"])
+    assert np.abs(new["a.bias"] - bias).max() < 1e-6  # of which the loss says nothing
+    for bad, said in ((("mean", "judge:loss"), "takes none"), (("concrete", ""), "needs a loss of yours")):
+        with pytest.raises(errors.ConfigError, match=said):
+            run(tmp_path, bad[0], loss=bad[1], out=str(tmp_path / "bad"), base=more["base"])
+
+
+def test_masks_on_coefficients(fitted, tmp_path, monkeypatch):
+    bundle = jaxsub.load(fitted.bundle)
+    own = bundle.layer("a.weight", (12, 8))
+    mean, basis = np.asarray(own.subspace.mean), np.asarray(own.subspace.basis)
+    wanted = (mean + 0.5 * own.values[2, 1] * basis[1]).reshape(12, 8)
+    np.save(tmp_path / "wanted.npy", wanted)
+    (tmp_path / "judge2.py").write_text(
+        "import numpy as np, jax.numpy as jnp\nwanted = np.load('wanted.npy')\n"
+        "def loss(weights):\n    return 1e3 * jnp.mean(jnp.square(weights['a.weight'] - wanted))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ("steps=300", "rate=0.05", "inner=layer")
+    more = {"bundle": fitted.bundle, "loss": "judge2:loss", "base": str(fitted.folder / "base.safetensors")}
+    found = run(fitted.folder, "concrete", **more, options=options, out=str(tmp_path / "out"))
+    assert found["fit"]["losses"][-1] < found["fit"]["losses"][0]
+    record = next(r for r in found["layers"] if r["name"] == "a.weight")
+    assert record["row"] == "coefficients of differences to the base"
