@@ -35,6 +35,5 @@ def merge(rows, options, key):
         return _matrices.fallback(rows, options.scaling)
     found = matrices.of(rows)
     u, s, vt = _matrices.svd(sum(found))
-    rank = _matrices.resolved(s, found.shape)
-    level = options.scaling * jnp.mean(s[:rank]) if rank else 0.0
-    return found.result(level * products.matmul(u[:, :rank], vt[:rank]))
+    level = options.scaling * jnp.mean(s) if s.size else 0.0
+    return found.result(level * products.matmul(u, vt))

@@ -44,13 +44,11 @@ def merge(rows, options, key):
     each = round((size - int(size * options.common)) / count)
     shared = max(size - each * count, 0)
     u, s, vt = _matrices.svd(sum(found))
-    kept = min(shared, _matrices.resolved(s, found.shape))
-    left, values, right = [u[:, :kept]], [s[:kept]], [vt[:kept]]
+    left, values, right = [u[:, :shared]], [s[:shared]], [vt[:shared]]
     for w in found:
-        rest = w - products.matmul(u[:, :kept], products.matmul(u[:, :kept].T, w))
-        own = _matrices.svd(rest)
-        rank = min(each, _matrices.resolved(own[1], found.shape))
-        for parts, part in zip((left, values, right), (own[0][:, :rank], own[1][:rank], own[2][:rank]), strict=True):
+        common = left[0].astype(w.dtype)
+        own = _matrices.svd(w - products.matmul(common, products.matmul(common.T, w)))
+        for parts, part in zip((left, values, right), (own[0][:, :each], own[1][:each], own[2][:each]), strict=True):
             parts.append(part)
     u, s, vt = jnp.concatenate(left, axis=1), jnp.concatenate(values), jnp.concatenate(right)
     if not s.size:

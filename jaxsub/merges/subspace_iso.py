@@ -33,6 +33,5 @@ def merge(rows, options, key):
         return _matrices.fallback(rows, options.scaling)
     shared = _subspace.of(rows, options.rank, options.energy)
     u, s, vt = _matrices.svd(jnp.asarray(shared.cores.x.sum(axis=0)))
-    rank = _matrices.resolved(s, shared.cores.shape)
-    level = options.scaling * jnp.mean(s[:rank]) if rank else 0.0
-    return shared.result(level * products.matmul(u[:, :rank], vt[:rank]))
+    level = options.scaling * jnp.mean(s) if s.size else 0.0
+    return shared.result(level * products.matmul(u, vt))

@@ -39,10 +39,9 @@ def merge(rows, options, key):
     left, values, right = [], [], []
     for w in found:
         u, s, vt = _matrices.svd(w)
-        rank = min(each, _matrices.resolved(s, found.shape))
-        left.append(u[:, :rank])
-        values.append(s[:rank])
-        right.append(vt[:rank])
+        left.append(u[:, :each])
+        values.append(s[:each])
+        right.append(vt[:each])
     u, s, vt = jnp.concatenate(left, axis=1), jnp.concatenate(values), jnp.concatenate(right)
     if not s.size:
         return found.result(jnp.zeros(found.shape))

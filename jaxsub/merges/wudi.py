@@ -18,7 +18,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsub import errors
 from jaxsub.linalg import products
@@ -48,32 +47,30 @@ def merge(rows, options, key):
         return _matrices.fallback(rows, options.scaling)
     found = matrices.of(rows)
     is_exact = options.solver == "exact" or rows.factors() is not None
-    with jax.enable_x64(True):
-        total, target, gram = _sums(found)
-        if is_exact:
-            values, vectors = jnp.linalg.eigh(gram)
-            is_known = values > FLOOR * values[-1]
-            inverse = jnp.where(is_known, 1 / jnp.where(is_known, values, 1), 0)
-            missing = target - products.matmul(total, gram)
-            merged = total + products.matmul(products.matmul(missing, vectors) * inverse, vectors.T)
-        else:
-            dtype = rows.dtype
-            merged = _adam(*(x.astype(dtype) for x in (total, target, gram)), options.rate, steps=options.steps)
-        return found.result(options.scaling * merged)
+    total, target, gram = _sums(found, jnp.float64 if is_exact else rows.dtype)
+    if is_exact:
+        values, vectors = jnp.linalg.eigh(gram)
+        is_known = values > FLOOR * values[-1]
+        inverse = jnp.where(is_known, 1 / jnp.where(is_known, values, 1), 0)
+        missing = target - products.matmul(total, gram)
+        merged = total + products.matmul(products.matmul(missing, vectors) * inverse, vectors.T)
+    else:
+        merged = _adam(total, target, gram, options.rate, steps=options.steps)
+    return found.result(options.scaling * merged)
 
 
-def _sums(found):
-    """S (p, q), H (p, q) and G (q, q), float64."""
-    total = target = jnp.zeros(found.shape, jnp.float64)
-    gram = jnp.zeros((found.shape[1],) * 2, jnp.float64)
+def _sums(found, dtype):
+    """S (p, q), H (p, q) and G (q, q)."""
+    total = target = jnp.zeros(found.shape, dtype)
+    gram = jnp.zeros((found.shape[1],) * 2, dtype)
     for w in found:
         total, target, gram = _added(total, target, gram, w)
     return total, target, gram
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=(2,))
 def _added(total, target, gram, w):
-    w = w.astype(jnp.float64)
+    w = w.astype(gram.dtype)
     square = jnp.sum(jnp.square(w))
     own = products.matmul(w.T, w) / jnp.where(square > 0, square, 1)
     return total + w, target + products.matmul(w, own), gram + own
@@ -93,4 +90,4 @@ def _adam(start, target, gram, rate, *, steps):
         return t - rate * unbiased[0] / (jnp.sqrt(unbiased[1]) + 1e-8), m, v
 
     zeros = jnp.zeros_like(start)
-    return jax.lax.fori_loop(0, steps, step, (start, zeros, zeros))[0].astype(np.float64)
+    return jax.lax.fori_loop(0, steps, step, (start, zeros, zeros))[0]

@@ -91,7 +91,9 @@ def compare(folder, name, x):
     with jax.enable_x64(True):
         result = module.merge(stacks.of_arrays(x, **more), module.Options(**OPTIONS.get(name, {})), jax.random.key(0))
     found = result.array(x.shape[1:])
-    assert stacks.relative(found, theirs(folder, name, x=x, **given)) < 1e-5
+    # Leading vectors hang on gaps, which their float32 does not tell to 1e-5.
+    exact = x.astype(np.float64) if name in ("iso_c", "iso_cts", "tsv") else x
+    assert stacks.relative(found, theirs(folder, name, x=exact, **given)) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
