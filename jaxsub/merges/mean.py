@@ -8,6 +8,7 @@ import dataclasses
 from jaxsub.merges import _weights
 
 REFERENCE = "Wortsman et al. 2022, model soups (arXiv 2203.05482)"
+IS_LINEAR = True  # a sum of the rows
 NEEDS_UPDATES = False
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from jaxsub.merges import _weights
 
 REFERENCE = "Ilharco et al. 2023, editing models with task arithmetic (arXiv 2212.04089), section 4"
+IS_LINEAR = True  # a sum of the rows
 NEEDS_UPDATES = True
 
 

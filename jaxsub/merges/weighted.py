@@ -10,6 +10,7 @@ from jaxsub import errors
 from jaxsub.merges import _weights
 
 REFERENCE = "Wortsman et al. 2022 (arXiv 2203.05482); `linear` of mergekit"
+IS_LINEAR = True  # a sum of the rows
 NEEDS_UPDATES = False
 
 

@@ -320,7 +320,7 @@ def _record(records, found, sources, config, options, kin, identity):
         "template": opened.refs[found.template].id,
         "layers": records,
         "copied": found.copied,
-        "said": [*found.said, *kin.said, *merge_words.notes(records, config.method)],
+        "said": [*found.said, *kin.said, *merge_words.notes(records, config.method, sources.weights)],
         "kinship": kin.figures,
         "quarantined": [dict(q) for q in opened.quarantined],
         "provenance": {

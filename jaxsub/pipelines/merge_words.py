@@ -6,16 +6,18 @@ from jaxsub import errors, lineup, plugins
 from jaxsub.pipelines import plan
 
 
-def notes(records, method):
-    """What the user should know of the method, or of what it made of these models."""
-    said = [note for note in [getattr(plugins.load("merges", method), "NOTE", "")] if note]
+def notes(records, method, weights=None):
+    """What the user should know of the method, or of what it made of these models; `weights` (N,) or None."""
+    module = plugins.load("merges", method)
+    said = [note for note in [getattr(module, "NOTE", "")] if note]
     means = [r for r in records if r["method"] == "mean" and method != "mean"]
     if means:
         said.append(
             f"{len(means)} layers are no updates, and are the mean: {lineup.listed([r['name'] for r in means], 3)}"
         )
     centred = [r for r in records if r.get("sum_of_coefficients_is_zero")]
-    if centred:
+    is_equal = weights is None or len({*weights.tolist()}) == 1
+    if centred and is_equal and getattr(module, "IS_LINEAR", False):
         said.append(
             f"the coefficients of these models sum to zero in {len(centred)} layers: any merge that adds them up with "
             "equal weights is the plain mean, for every rank and every scaling (E33)"
