@@ -16,6 +16,7 @@ from jaxsub.merges import _drop
 
 REFERENCE = "Yu et al. 2024, language models are super Mario (arXiv 2311.03099), equation 1"
 NEEDS_UPDATES = True
+IS_ENTRYWISE = True
 
 
 @dataclasses.dataclass(frozen=True)

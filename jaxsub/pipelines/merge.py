@@ -14,7 +14,7 @@ import shutil
 
 import jax
 
-from jaxsub import config as configs, errors, formats, lineup, plugins, rows
+from jaxsub import config as configs, errors, formats, hostmemory, lineup, plugins, rows
 from jaxsub.bundle import files as bundle_files
 from jaxsub.pipelines import (
     aside,
@@ -168,7 +168,7 @@ def _prepare(opened, config, module, *, is_checked=True):
         cut=lora.Cut(config.rank, config.energy),
         past_cache=plan.outgrows_cache(sum(layer.group.num_bytes for layer in found.layers)),
     )
-    plans = merge_plan.of(found, sources, module)
+    plans = merge_plan.of(found, sources, module, has_loss=bool(config.loss))
     if not is_checked:
         return _Prepared(found, sources, plans)
     _require_fit(found, sources, config, module)
@@ -241,6 +241,7 @@ def _layers(found, sources, config, module, options, store, stream):
             if not is_known:
                 with tracing.stage(layer.name):
                     record = _layer(layer, sources, config, module, options, store)
+                hostmemory.trim()
             records.append(record)
             text = f"N={len(layer.group.members)}{' as saved' if is_known else ''}"
             bar.layer(layer.name, layer.group.num_bytes, text, read=0 if is_known else None)
