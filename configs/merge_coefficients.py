@@ -1,0 +1,21 @@
+"""Does a merge in a fitted subspace differ from the plain mean? Linear averages of coefficients do not, TIES does.
+
+    jaxsub zoo --world=same_start_split_task --workdir=runs
+    jaxsub fit --collection=runs/same_start_split_task/models --rank=16 --workdir=runs/fit
+    jaxsub merge --config=configs/merge_coefficients.py:mean --workdir=runs/coefficients_mean
+    jaxsub merge --config=configs/merge_coefficients.py:ties --workdir=runs/coefficients_ties
+
+RESULT
+"""
+
+from jaxsub import config
+from jaxsub.pipelines import merge
+
+
+def get_config(method="ties"):
+    """Networks of the digits zoo as coefficients of a bundle, by one method."""
+    options = config.default(merge.Config)
+    options.collection = ("runs/same_start_split_task/models",)
+    options.bundle = "runs/fit/bundle"
+    options.method = method
+    return options

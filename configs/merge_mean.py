@@ -1,0 +1,18 @@
+"""Is the mean of networks of one start a network, although no two of them saw the same classes?
+
+    jaxsub zoo --world=same_start_split_task --workdir=runs
+    jaxsub merge --config=configs/merge_mean.py:runs/same_start_split_task/models --workdir=runs/mean
+
+RESULT
+"""
+
+from jaxsub import config
+from jaxsub.pipelines import merge
+
+
+def get_config(collection="runs/same_start_split_task/models"):
+    """The plain mean of all layers."""
+    options = config.default(merge.Config)
+    options.collection = (collection,)
+    options.method = "mean"
+    return options
