@@ -137,6 +137,8 @@ def validate(config):
     if not 0 <= config.seed < 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
     merge_whole.load_loss(config, module)
+    if config.score:
+        raise errors.ConfigError("score: a merge is not scored; --bench compares methods with it")
     if config.statistics and not hasattr(module, "TAKES_STATISTICS"):
         raise errors.ConfigError(f"statistics: method {config.method} takes none; fisher and regmean do")
     return module, options

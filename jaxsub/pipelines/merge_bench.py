@@ -21,24 +21,26 @@ import time
 
 import numpy as np
 
-from jaxsub import config as configuration, errors, formats, lineup, plugins
+from jaxsub import config as configuration, errors
 from jaxsub.formats import _files
 from jaxsub.pipelines import (
-    aside,
     merge_bench_case as cases,
+    merge_bench_sources as sources,
     merge_bench_space as space,
     merge_bench_table,
-    merge_kin,
-    merge_whole,
-    progress,
-    scoring,
     workdir as workdirs,
-    zoo,
 )
 from jaxsub.report import _write
 
-SCHEMA, RECORD, PAGE, PARTS, TABLE = "jaxsub.merge_bench/1", "merge_bench.json", "merge_bench.html", "bench", "merge_bench.md"
+SCHEMA, RECORD, PAGE, PARTS, TABLE = (
+    "jaxsub.merge_bench/1",
+    "merge_bench.json",
+    "merge_bench.html",
+    "bench",
+    "merge_bench.md",
+)
 BASELINES = "baselines"
+NOT_TAKEN = ("method", "options", "out", "weights", "bundle", "mergekit_yaml")
 WORLDS = (
     "same_start_split_task num_models=8",
     "lora num_models=8",
@@ -90,13 +92,17 @@ class Config:
     pairs: tuple[str, ...] = ("concrete task_arithmetic", "concrete_layer adamerging")  # more comparisons
 
 
-def load(spec):
+def load(spec, forbidden=()):
     """(Config, [Method]) of the file that --bench names.
+
+    Args:
+        spec: path, for Python files with an argument behind a colon.
+        forbidden: folders whose files are data; a Python file in them is never run.
 
     Raises:
         ConfigError: no such file, or values that no bench could use.
     """
-    config = configuration.freeze(Config, configuration.load_file(spec))
+    config = configuration.freeze(Config, configuration.load_file(spec, forbidden=forbidden))
     for name in ("seeds", "evaluations", "loss_rows"):
         if getattr(config, name) < 1:
             raise errors.ConfigError(f"{name}={getattr(config, name)}: expected 1 or more")
@@ -127,8 +133,11 @@ def run(config, workdir=None, *, stream=None):
     Raises:
         ConfigError, InputError, WorkdirError, ResourceError: see `jaxsub.errors`.
     """
-    own, methods = load(config.bench)
-    worlds = [_world(text) for text in own.worlds] if not config.collection else []
+    own, methods = load(config.bench, [path for path in config.collection if os.path.isdir(path)])
+    given = [name for name in NOT_TAKEN if getattr(config, name)]
+    if given:
+        raise errors.ConfigError(f"{given[0]}: --bench has no use for it; methods and their options are in its file")
+    worlds = [sources.parse(text) for text in own.worlds] if not config.collection else []
     if not (worlds or config.collection):
         raise errors.ConfigError("worlds: none, and no --collection")
     if config.collection and not config.score:
@@ -140,17 +149,15 @@ def run(config, workdir=None, *, stream=None):
             workdir = place = stack.enter_context(tempfile.TemporaryDirectory())
         else:
             place = workdir
-        opened = _User.open(config) if config.collection else None
+        opened = sources.User.open(config) if config.collection else None
         identity = _identity(config, own, opened)
-        stack.enter_context(
-            workdirs.hold(place, identity, restart=config.restart, break_lock=config.break_lock)
-        )
+        stack.enter_context(workdirs.hold(place, identity, restart=config.restart, break_lock=config.break_lock))
         started = time.perf_counter()
         found = {"schema": SCHEMA, "config": configuration.to_dict(own), "collections": []}
         if opened is not None:
             found["collections"].append(_collection([opened], own, methods, place, stream))
         for world in worlds:
-            zoos = [_World(world, own, place, own.seed + n, stream) for n in range(own.seeds)]
+            zoos = [sources.World(world, own, place, own.seed + n, stream) for n in range(own.seeds)]
             found["collections"].append(_collection(zoos, own, methods, place, stream))
         found["notes"] = merge_bench_table.notes(found)
         found["seconds"] = round(time.perf_counter() - started, 1)
@@ -172,72 +179,11 @@ def _identity(config, own, opened):
 
 def _plan(own, methods, worlds):
     counts = {m.label: own.evaluations if m.tuned else 1 for m in methods}
-    return {"plan": counts, "collections": [text for text, *_ in worlds] or ["yours"], "zoos": own.seeds if worlds else 1}
-
-
-def _world(text):
-    """(text, module of `worlds`, its Options, texts of them) of "world option=value ..."."""
-    name, *options = text.split() or [""]
-    module = plugins.load("worlds", name)
-    if not hasattr(module, "evaluation"):
-        known = [w for w in plugins.available("worlds") if hasattr(plugins.load("worlds", w), "evaluation")]
-        raise errors.ConfigError(f"worlds: models of {name} are not scored; those of {', '.join(known)} are")
-    return text, module, zoo.parse_options(module.Options, options, f"world {name}"), tuple(options)
-
-
-class _World:
-    """One zoo of a world, trained when it is first asked for."""
-
-    def __init__(self, world, own, place, seed, stream):
-        self.text, self.module, self.options, self.texts = world
-        self.own, self.folder, self.seed, self.stream = own, os.path.join(place, "zoo", f"seed_{seed}"), seed, stream
-        self.title, self.key = self.text, f"{self.text} seed={seed}"
-        self.identity = [self.key, own.tuning, own.loss_rows]
-
-    def case(self):
-        """The Zoo."""
-        name = self.module.__name__.rpartition(".")[2]
-        say = None if self.stream is None else lambda line: self.stream.write(line + "\n")
-        # Options are in the folder's name: two worlds of a bench may differ in them alone.
-        folder = os.path.join(self.folder, hashlib.sha256(self.text.encode()).hexdigest()[:8])
-        models = zoo.run(zoo.Config(world=name, seed=self.seed, options=self.texts), folder, progress=say)
-        evaluation = self.module.evaluation(self.options, self.seed)
-        from jaxsub import collection
-
-        opened = collection.open_collection([models], smallest=1)
-        base = formats.open_model(os.path.join(os.path.dirname(models), evaluation.base))
-        return cases.Zoo(opened, base, evaluation, self.own.tuning, self.own.loss_rows)
-
-
-class _User:
-    """A collection of the user's, opened already."""
-
-    title = "collection"
-
-    def __init__(self, case, digests, config):
-        self._case, self.digests, self.seed = case, digests, config.seed
-        self.key = "collection"
-        self.identity = [digests, config.base, config.score, config.loss]
-
-    @classmethod
-    def open(cls, config):
-        """Opens it, and refuses what no bench could use before anything is scored."""
-        from jaxsub import collection
-
-        opened = aside.open_collection(config, smallest=1, odd=False)
-        base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
-        chosen = lineup.layer_filter(config.layers or None, config.exclude_layers or None)
-        function = scoring.load(config.score)
-        loss = scoring.load(config.loss, "loss") if config.loss else None
-        policy = config.mismatched
-        case = cases.User(opened, base, chosen, policy, function, config.score, loss)
-        merge_kin.require(case.found, case.sources, config)
-        digests = {r.id: collection.digest(m) for r, m in zip(opened.refs, opened.models, strict=True)}
-        return cls(case, digests, config)
-
-    def case(self):
-        """The User."""
-        return self._case
+    return {
+        "plan": counts,
+        "collections": [text for text, *_ in worlds] or ["yours"],
+        "zoos": own.seeds if worlds else 1,
+    }
 
 
 def _collection(zoos, own, methods, place, stream):
@@ -311,8 +257,8 @@ def baselines(case):
     """Scores of what is no merge: each model on every task, the base, and the ensemble of all models.
 
     Returns:
-        {"tasks", "individual": {part: (T,)}, "models": {part: (N, T)}, "base": (T,) or None, "ensemble": (T,) or None},
-        the last two on test rows.
+        {"tasks", "individual": {part: (T,)}, "models": {part: (N, T)}, "base": (T,) or None, "ensemble": (T,) or None,
+                both on test rows, "kept": names of layers that are not merged}.
 
     Raises:
         InputError: a model scores 0 or less on its own task.
@@ -330,6 +276,7 @@ def baselines(case):
     nothing = np.zeros(len(case.ids))
     found["base"] = case.scores(case.combined(nothing), cases.TEST).tolist() if case.has_base else None
     found["ensemble"] = _ensemble(case).tolist() if case.can_vote else None
+    found["kept"] = case.kept
     return found
 
 

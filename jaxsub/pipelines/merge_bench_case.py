@@ -25,7 +25,7 @@ class Case:
     loss = None  # function(weights[, key]) that methods with a loss descend on
     can_vote = False  # whether models' predictions can be averaged
 
-    def __init__(self, opened, base, chosen, policy="fail"):
+    def __init__(self, opened, base, chosen, policy="fail", statistics=()):
         """Reads headers, and small collections whole.
 
         Args:
@@ -33,9 +33,10 @@ class Case:
             base: Model that all were trained from, or None.
             chosen: function of a layer's name, whether it is merged.
             policy: see `merge_layers.line_up`.
+            statistics: see `merge_rows.Sources`.
         """
         self.found = merge_layers.line_up(opened, base, policy, chosen)
-        self.sources = merge_rows.Sources(opened=opened, base=base)
+        self.sources = merge_rows.Sources(opened=opened, base=base, statistics=statistics)
         self.ids = self.sources.ids
         self.rows = {layer.name: self.sources.of(layer) for layer in self.found.layers}
         if sum(layer.group.num_bytes for layer in self.found.layers) <= IN_MEMORY:
@@ -52,6 +53,8 @@ class Case:
         Raises:
             ConfigError, InputError: the method cannot merge these models.
         """
+        if hasattr(module, "TAKES_STATISTICS") and not self.sources.statistics:
+            raise errors.ConfigError(f"method {name} needs statistics of your evaluator: --config.statistics=FOLDER")
         if getattr(module, "MANY", False):
             raise errors.ConfigError(f"method {name} gives several models, not one")
         if hasattr(module, "merge_models"):
@@ -78,6 +81,13 @@ class Case:
         """Whether a sum of no updates is a model."""
         return all(own.is_update for own in self.rows.values())
 
+    @property
+    def kept(self):
+        """Names of the layers that stay each model's own."""
+        first = self.sources.opened.models[self.found.template]
+        merged = {name for layer in self.found.layers for name in (layer.name, *layer.twins)}
+        return sorted({*first.tensors, *first.adapters} - merged)
+
     def scores(self, weights, part):
         """(T,) float64 scores of merged layers {layer: ...} on the tasks of all models, higher is better."""
         raise NotImplementedError
@@ -85,7 +95,7 @@ class Case:
 
 def _kept(own):
     """Rows in memory."""
-    if own.factors() is not None:
+    if own.factors() is not None or own.statistics is not None:
         return own
     x, base = (np.asarray(part) for part in _whole.stack(own))
     more = {"is_update": own.is_update, "base": base if own.is_update else None}
@@ -188,9 +198,9 @@ def _product(array):
 class User(Case):
     """Models of a user, scored by a function of theirs: function(weights, model_id, part) -> number."""
 
-    def __init__(self, opened, base, chosen, policy, function, spec, loss=None):
+    def __init__(self, opened, base, chosen, policy, statistics, function, spec, loss=None):
         """Takes a collection; `function` is what `spec` names, other arguments as in `Case`."""
-        super().__init__(opened, base, chosen, policy)
+        super().__init__(opened, base, chosen, policy, statistics)
         self.function, self.spec, self.loss = function, spec, loss
 
     def scores(self, weights, part):

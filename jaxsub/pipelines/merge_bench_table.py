@@ -1,14 +1,17 @@
-"""Scores of merge methods as shares of the individual models', which differences are real, as text, Markdown, and a page.
+"""Scores of merge methods as shares of the individual models', and which differences are real: text, Markdown, page.
 
 Every score is divided by that of the task's own model. Intervals are of a bootstrap that draws zoos, and within each
 the tasks (`train_table.interval`), of differences task by task; a method beats another where theirs leaves out zero.
 """
 
+import textwrap
+
 import numpy as np
 
-from jaxsub import errors
+from jaxsub import errors, lineup
 from jaxsub.pipelines import train_table
 
+WIDTH = 100  # columns
 BETTER, WORSE, UNCLEAR, SAME = "better", "worse", "unclear", "identical"
 
 
@@ -24,6 +27,7 @@ def collected(title, each, methods, own):
     base = [one["baselines"] for one in each]
     individual = np.array([b["individual"]["test"] for b in base])
     found = {"name": title, "zoos": len(each), "tasks": [b["tasks"] for b in base], "individual": individual.tolist()}
+    found["kept"] = base[0]["kept"]
     found["baselines"] = {
         label: _row(scores, individual) for label, scores in _baselines(base).items() if scores is not None
     }
@@ -36,7 +40,10 @@ def collected(title, each, methods, own):
             continue
         row = _row([run["scores"] for run in runs], individual)
         row |= {"evaluations": len(runs[0]["tuning"]), "loss_steps": _loss_steps(method)}
-        row |= {"options": [run["candidates"][run["chosen"]] for run in runs], "tuning": [run["tuning"] for run in runs]}
+        row |= {
+            "options": [run["candidates"][run["chosen"]] for run in runs],
+            "tuning": [run["tuning"] for run in runs],
+        }
         found["methods"][method.label] = row
     found["comparisons"] = _comparisons(found["methods"], own)
     return found
@@ -102,19 +109,22 @@ def notes(found):
     config, collections = found["config"], found["collections"]
     said = [
         f"Tuned methods: {config['evaluations']} candidates each, the first with the published defaults, the best on "
-        "tuning rows scored on test rows; methods without a range have one. Shares are of the individual models' scores."
+        "tuning rows scored on test rows; methods without a range have one. Shares are of the individual models."
     ]
     many, tasks = max(c["zoos"] for c in collections), max(len(c["individual"][0]) for c in collections)
-    drawn = f"{many} zoos and of the {tasks} tasks of each" if many > 1 else f"the {tasks} tasks of one collection"
+    drawn = f"{many} zoos and of the {tasks} tasks of each" if many > 1 else f"the {tasks} tasks"
     said.append(f"Intervals (95 %) are of a bootstrap of {drawn}; '{UNCLEAR}': the interval holds 0.")
     count = sum(c["verdict"] != SAME for one in collections for c in one["comparisons"])
     said.append(
         f"{count} differences were looked at, none corrected for that: about {round(count / 20)} would leave out 0 if "
         "no method differed."
     )
-    steps = [f"{label} ({m['loss_steps']} steps)" for label, m in collections[0]["methods"].items() if m.get("loss_steps")]
+    steps = {
+        label: m["loss_steps"] for one in collections for label, m in one["methods"].items() if m.get("loss_steps")
+    }
     if steps:
-        said.append(f"With a loss on training rows beside, every candidate: {', '.join(steps)}.")
+        shown = ", ".join(f"{label} ({count} steps)" for label, count in steps.items())
+        said.append(f"With a loss beside, which the others do not see, for every candidate: {shown}.")
     if any("ensemble" in label for one in collections for label in one["baselines"]):
         said.append("The ensemble averages the predictions of all models: N times the cost of a merged one.")
     same = [label for label in collections[0]["methods"] if all(_is_mean(c, label) for c in collections)]
@@ -134,32 +144,41 @@ def table(found):
         return "\n".join([*lines, f"{', '.join(found['collections'])}; {found['zoos']} zoos each"])
     lines = []
     for one in found["collections"]:
-        lines += [*_collection(one, found["config"]["against"]), ""]
-    return "\n".join([*lines, *found["notes"], f"{found['seconds']:.0f} s"])
+        lines += [*_collection(one, found["config"]["against"], found["config"]["pairs"]), ""]
+    lines += [line for note in found["notes"] for line in textwrap.wrap(note, WIDTH)]
+    return "\n".join([*lines, f"{found['seconds']:.0f} s"])
 
 
 def heading(one):
     """What a collection is, in a sentence."""
     score, zoos, tasks = np.mean(one["individual"]), one["zoos"], len(one["individual"][0])
     many = f"{tasks} tasks" + (f" x {zoos} zoos" if zoos > 1 else "")
-    return f"{errors.quote(one['name'], 60)}: {many}, individual models score {score:.3f}"
+    kept = f"; own layers of each task: {lineup.listed(one['kept'], 3)}" if one["kept"] else ""
+    return f"{errors.quote(one['name'], 60)}: {many}, individual models score {score:.3f}{kept}"
 
 
-def _collection(one, against):
-    lines = [heading(one), f"{'':18} {'tried':>5} {'score':>6} {'share':>6}" + "".join(f"  {'- ' + a:30}" for a in against)]
+def _collection(one, against, pairs):
+    lines = [
+        heading(one),
+        f"{'':18} {'tried':>5} {'score':>6} {'share':>6}" + "".join(f"  {'- ' + a:30}" for a in against),
+    ]
     for label, row in one["baselines"].items():
         lines.append(f"{label:18} {'':>5} {np.mean(row['scores']):>6.3f} {row['mean']:>6.3f}")
     ordered = sorted(_done(one), key=lambda item: -item[1]["mean"])
     for label, row in ordered:
         shown = "".join(f"  {_difference(one, label, other):30}" for other in against)
-        lines.append(
-            f"{errors.quote(label, 18):18} {row['evaluations']:>5} {np.mean(row['scores']):>6.3f} {row['mean']:>6.3f}{shown}".rstrip()
-        )
+        score = np.mean(row["scores"])
+        line = f"{errors.quote(label, 18):18} {row['evaluations']:>5} {score:>6.3f} {row['mean']:>6.3f}{shown}"
+        lines.append(line.rstrip())
     for label, row in one["methods"].items():
         if "refused" in row:
             lines.append(f"{errors.quote(label, 18):18} not run: {errors.quote(row['refused'], 70)}")
-    shown = [(label, other) for label in one["methods"] for other in against]
-    return lines + [sentence(c) for c in one["comparisons"] if (c["of"], c["with"]) not in shown]
+    return lines + [sentence(c) for c in _pairs(one, pairs)]
+
+
+def _pairs(one, pairs):
+    """The comparisons that the bench's `pairs` ask for."""
+    return [c for c in one["comparisons"] if [c["of"], c["with"]] in [pair.split() for pair in pairs]]
 
 
 def _done(one):
@@ -193,17 +212,16 @@ def markdown(found):
     names = [one["name"].split()[0] for one in collections]
     lines = [f"| method | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for label in dict.fromkeys(label for one in collections for label in one["baselines"]):
-        cells = [f"{100 * one['baselines'][label]['mean']:.1f}" if label in one["baselines"] else "-" for one in collections]
+        cells = [
+            f"{100 * one['baselines'][label]['mean']:.1f}" if label in one["baselines"] else "-" for one in collections
+        ]
         lines.append(f"| *{label}* | {' | '.join(cells)} |")
     labels = [label for label in collections[0]["methods"]]
     labels.sort(key=lambda label: -np.mean([one["methods"][label].get("mean", 0) for one in collections]))
     lines += [f"| {label} | {' | '.join(_cell(one, label) for one in collections)} |" for label in labels]
-    shown = [(label, other) for label in labels for other in found["config"]["against"][:1]]
-    rest = [
-        (one["name"].split()[0], c) for one in collections for c in one["comparisons"] if (c["of"], c["with"]) not in shown
-    ]
-    pairs = [tuple(pair.split()) for pair in found["config"]["pairs"]]
-    lines += ["", *[f"- {name}: {sentence(c)}" for name, c in rest if (c["of"], c["with"]) in pairs]]
+    lines.append("")
+    for one, name in zip(collections, names, strict=True):
+        lines += [f"- {name}: {sentence(c)}" for c in _pairs(one, found["config"]["pairs"])]
     return "\n".join([*lines, "", *[f"- {note}" for note in found["notes"]]]) + "\n"
 
 
