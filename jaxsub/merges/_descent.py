@@ -48,14 +48,24 @@ def minimise(build, parameters, loss, *, steps, rate, key):
         change, moments = adam.update(gradient, moments, parameters)
         return (optax.apply_updates(parameters, change), moments), value
 
-    @jax.jit
     def run(parameters):
         return jax.lax.scan(step, (parameters, adam.init(parameters)), jnp.arange(steps))
 
-    (found, _), values = run(parameters)
+    (found, _), values = _compiled(run, parameters)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((found, values))):
         raise errors.ConfigError("loss: it, or its gradient, was not finite on the way; a smaller rate may help")
     return found, values
+
+
+def _compiled(function, argument):
+    """function(argument), jitted with the arrays that it closes over as arguments.
+
+    As constants they would be part of the program: other models of the same shapes would be compiled for again.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(argument)
+    run = jax.jit(lambda constants, leaves: jax.core.eval_jaxpr(closed.jaxpr, constants, *leaves))
+    found = run(closed.consts, jax.tree.leaves(argument))
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
 def _loss(build, loss, parameters, key):

@@ -55,6 +55,8 @@ class Config:
     statistics: str = ""  # folder of statistics of your evaluator, for fisher and regmean: <model id>.safetensors
     bundle: str = ""  # folder that fit wrote: its layers are merged as coefficients
     loss: str = ""  # module:function of yours, f(weights) -> number, traceable by JAX; for adamerging and concrete
+    bench: str = ""  # configuration file of a comparison of methods, in place of a merge; see merge_bench
+    score: str = ""  # module:function of yours for bench, f(weights, model_id, part) -> number, higher is better
     mergekit_yaml: str = ""  # a recipe of mergekit, in place of collection, method, options, base and weights
     layers: tuple[str, ...] = ()  # regular expressions; only layers that match one; the others are the first model's
     exclude_layers: tuple[str, ...] = ()  # layers that stay the first model's
@@ -135,6 +137,8 @@ def validate(config):
     if not 0 <= config.seed < 2**63:
         raise errors.ConfigError(f"seed={config.seed}: must lie in 0 .. 2**63 - 1")
     merge_whole.load_loss(config, module)
+    if config.score:
+        raise errors.ConfigError("score: a merge is not scored; --bench compares methods with it")
     if config.statistics and not hasattr(module, "TAKES_STATISTICS"):
         raise errors.ConfigError(f"statistics: method {config.method} takes none; fisher and regmean do")
     return module, options
