@@ -21,6 +21,19 @@ def zeros(shape, dtype):
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
+def mapped(shape, dtype):
+    """As `zeros`, of pages of its own: they go back to the system with the array, whichever thread made it.
+
+    malloc keeps what threads that have ended have freed, up to 32 MiB of each.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    pages = mmap.mmap(-1, max(size, 1))
+    if size >= WORTHWHILE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
+
+
 def resident():
     """Bytes of memory that the process holds now; 0 where the system does not say."""
     try:
