@@ -10,6 +10,7 @@ import numpy as np
 
 ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
 WORTHWHILE = 8 * 2**20
+M_MMAP_THRESHOLD = -3  # of malloc.h
 _trimmed = 0  # bytes resident after the last `trim`
 
 
@@ -21,17 +22,14 @@ def zeros(shape, dtype):
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
-def mapped(shape, dtype):
-    """As `zeros`, of pages of its own: they go back to the system with the array, whichever thread made it.
+def free_at_once():
+    """From now on arrays from WORTHWHILE / 8 on go back to the system when they are freed, whichever thread made them.
 
-    malloc keeps what threads that have ended have freed, up to 32 MiB of each.
+    Else glibc gives only larger ones pages of their own, up to 32 MiB, as soon as one has been freed, and keeps what
+    threads that have ended freed. For programs whose threads make large arrays and end; new pages cost time.
     """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    pages = mmap.mmap(-1, max(size, 1))
-    if size >= WORTHWHILE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, WORTHWHILE // 8)
 
 
 def resident():

@@ -105,6 +105,7 @@ def run(config, workdir=None, *, stream=None):
             stream.write(f"{errors.quote(out)}: there already, of the same run\n")
         return known
     part = os.path.abspath(out) + PART
+    hostmemory.free_at_once()
     with workdirs.hold(part, identity, restart=config.restart, break_lock=config.break_lock, flag="--out"):
 
         def work(left):

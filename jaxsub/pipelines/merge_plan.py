@@ -10,8 +10,8 @@ from jaxsub.formats import _files
 from jaxsub.pipelines import memory, plan
 from jaxsub.rows import files, lora
 
-RUNTIME_BYTES = memory.RUNTIME_BYTES + 48 * 2**20  # kernels of each shape, scratch of the threads that read and write
-BLOCKS = 4  # of all models that a kernel holds beside those that are read, unless its method says more
+RUNTIME_BYTES = memory.RUNTIME_BYTES + 80 * 2**20  # kernels of each shape, scratch of the threads that read and write
+BLOCKS = 3  # of all models that a kernel holds beside those that are read, unless its method says more
 MATRICES = 3  # layers that are read beside what a method holds
 LOSS = 4  # models in memory beside the N of a loss: the merged one, its gradient, moments
 

@@ -74,7 +74,7 @@ class FileRows(core.Rows):
         def fill(index):
             at = index % len(buffers)
             if buffers[at] is None:
-                buffers[at] = hostmemory.mapped((self._depth, self.width), self.dtype)
+                buffers[at] = hostmemory.zeros((self._depth, self.width), self.dtype)
             return self._fill(buffers[at], index, pool)
 
         try:
