@@ -95,6 +95,8 @@ def require(found, method=None):
     over = {label: ratios for label, ratios in found.items() if not max(ratios) < THRESHOLD}
     test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[2].removesuffix(" (call)")
     named = method or test.partition("[")[2].partition("-")[0].rstrip("]")
+    if "test_ratios_sharded" in os.environ.get("PYTEST_CURRENT_TEST", "") or test.endswith("-8]"):
+        named += ", 8 devices"
     largest = max((max(ratios), str(label)) for label, ratios in found.items())
     record("NUM-1", f"{test.partition('[')[0]}, {named}", [float(largest[0]), largest[1], len(found), len(over)])
     assert not over, over

@@ -9,6 +9,7 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from jaxsub.formats import peft, safetensors
+from tests.figures_log import record
 from tests.programs import worlds
 
 QUICK = dict(draws=8, splits=4)
@@ -338,6 +339,9 @@ def test_the_whole_report_agrees_across_devices(tmp_path, devices):
     for a, b in zip(one.layers, many.layers, strict=True):
         np.testing.assert_allclose(a["singular_values"], b["singular_values"], rtol=1e-10)
         assert a["verdict"] == b["verdict"] and a["held_out"] == pytest.approx(b["held_out"], abs=1e-9)
+        s, t = (np.array(layer["singular_values"]) for layer in (a, b))
+        ratio = float(np.abs(s - t).max() / (s[0] * len(s) * 2.0**-23))
+        record("DET-2", f"analysis on {devices} devices and on one: largest difference of values, ratio", ratio)
 
 
 def test_values_that_no_run_could_use_are_refused_before_anything_is_read(tmp_path):
