@@ -253,7 +253,8 @@ def test_reader_of_the_output_may_leave(models, unbuffered):
     assert found.returncode == 141 and not found.stderr
 
 
-@pytest.mark.parametrize("name", ["analyze", "merge"])  # the second imports jax with its configuration
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["merge"])  # it imports jax with its configuration
 def test_compiled_kernels_are_kept_whatever_a_program_imports(name, tmp_path):
     script = (
         "import contextlib\nfrom jaxsub.cli import _run\n"
