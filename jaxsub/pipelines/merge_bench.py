@@ -71,6 +71,7 @@ METHODS = (
     "subspace_iso scaling=0..3 energy=.7|.9|.99",
     "subspace_ties scaling=0..4 energy=.7|.9|.99 density=.05..1",
     "subspace_dare scaling=0..4 energy=.7|.9|.99 density=.2..1",
+    "fisher floor=1e-10|1e-8|1e-6|1e-4|1e-2",
     "adamerging start=0..0.6 rate=.03 steps=100",
     "concrete scaling=0..1 rate=.1 steps=100",
     "concrete_layer:concrete inner=layer scaling=0..0.6 rate=.1 steps=100",

@@ -119,6 +119,8 @@ def notes(found):
         f"{count} differences were looked at, none corrected for that: about {round(count / 20)} would leave out 0 if "
         "no method differed."
     )
+    if any("mean" in one["methods"].get("fisher", {}) for one in collections):
+        said.append("fisher has Fisher information of each model on training rows beside, which the others do not see.")
     steps = {
         label: m["loss_steps"] for one in collections for label, m in one["methods"].items() if m.get("loss_steps")
     }

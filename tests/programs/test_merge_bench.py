@@ -29,6 +29,9 @@ def test_every_tuned_method_has_the_same_number_of_candidates(text, count):
     assert len(found) == (count if method.tuned else 1)
     assert found[0] == dataclasses.replace(method.module.Options(), **method.fixed)
     for name, own in method.tuned.items():
+        if isinstance(own, tuple):
+            assert len({getattr(one, name) for one in found[1:]}) == min(len(own), count - 1)
+            continue
         values = sorted(getattr(one, name) for one in found[1:])
         width = (own.high - own.low) / max(count - 1, 1)
         for number, value in enumerate(values):  # one in every part of the range
@@ -403,3 +406,31 @@ def test_bench_from_end_to_end(tmp_path):
         assert "subspace_mean" in identical
     first = found["collections"][0]["methods"]
     assert first["concrete"]["mean"] > first["task_arithmetic"]["mean"] + 0.05
+
+
+def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
+    import jax
+
+    case = zoo_case("same_start_split_task", tmp_path).case()
+    found = merge_bench.cases.merge_bench_fisher.of(case, 3)
+    n, weights = 1, case.member(1)
+    x = case.evaluation.train[n].used()[0][:256]
+    h = x @ weights["hidden/kernel"] + weights["hidden/bias"]
+    act = h - np.clip(h, -0.5, 0.5)
+    logits = act @ weights["output/kernel"] + weights["output/bias"]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    y = np.asarray(jax.random.categorical(jax.random.fold_in(jax.random.key(3), n), logits))
+    slope = np.eye(10)[y] - p  # of the log likelihood by the logits
+    inner = (slope @ weights["output/kernel"].T) * (np.abs(h) > 0.5)
+    wanted = {"output/bias": slope, "hidden/bias": inner}
+    wanted |= {"output/kernel": act[:, :, None] * slope[:, None], "hidden/kernel": x[:, :, None] * inner[:, None]}
+    for name, gradients in wanted.items():
+        np.testing.assert_allclose(found[name][n], np.square(gradients).mean(axis=0), rtol=2e-3, atol=1e-9)
+    module = space.parse("fisher").module
+    merged = case.merge("fisher", module, module.Options(floor=1e-8), 3)
+    members = [case.member(m)["output/bias"] for m in range(3)]
+    shares = found["output/bias"] + 1e-8
+    np.testing.assert_allclose(merged["output/bias"], (shares * members).sum(0) / shares.sum(0), rtol=1e-4, atol=1e-6)
+    with pytest.raises(errors.ConfigError, match="not collected"):
+        case.merge("regmean", space.parse("regmean").module, None, 0)
