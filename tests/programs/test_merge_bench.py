@@ -84,10 +84,27 @@ def test_interval_of_a_difference_equals_a_bootstrap_in_loops():
         zoos = rng.integers(4, size=4)
         draws.append(np.mean([np.mean([(first - second)[z, rng.integers(3)] for _ in range(3)]) for z in zoos]))
     assert found["difference"] == pytest.approx(np.mean(first - second), abs=1e-12)
-    spread = np.std(draws)
-    assert (found["low"], found["high"]) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.15 * spread)
-    alone = train_table.interval(first)
+    middle, widened = np.mean(first - second), (4 / 3) ** 0.5 * 3.18245 / 1.95996  # t with 3 degrees of freedom
+    wanted = middle + widened * (np.quantile(draws, [0.025, 0.975]) - middle)
+    assert (found["low"], found["high"]) == pytest.approx(wanted, abs=0.3 * np.std(draws))
+    alone = tables.interval(first)
     assert found["high"] - found["low"] != pytest.approx(alone[2] - alone[1], rel=0.1)  # of differences, not of scores
+
+
+@pytest.mark.parametrize("zoos", [3, 5])
+def test_equal_methods_seldom_seem_to_differ(zoos, monkeypatch):
+    monkeypatch.setattr(train_table, "DRAWS", 400)
+    rng, count = np.random.default_rng(zoos), 300
+    for share in (0.0, 0.5, 1.0):  # of the difference's variance that all tasks of a zoo have together
+        wrong = {"widened": 0, "plain": 0}
+        for _ in range(count):
+            common, own = rng.normal(size=(zoos, 1)), rng.normal(size=(zoos, 8))
+            x = share**0.5 * common + (1 - share) ** 0.5 * own
+            for name, interval in (("widened", tables.interval), ("plain", train_table.interval)):
+                _, low, high = interval(x)
+                wrong[name] += not low <= 0 <= high
+        assert wrong["widened"] <= 0.05 * count + 3 * (0.05 * 0.95 * count) ** 0.5
+    assert wrong["plain"] > 0.1 * count  # of what is the same in all tasks of a zoo
 
 
 def test_words_for_differences():
