@@ -12,6 +12,7 @@ from jaxsub import errors, lineup
 from jaxsub.pipelines import train_table
 
 WIDTH = 100  # columns
+COLOURS = "Blue: better than the mean. Orange: worse. Both by the interval of the difference, not by those drawn."
 BETTER, WORSE, UNCLEAR, SAME = "better", "worse", "unclear", "identical"
 
 
@@ -58,7 +59,7 @@ def _baselines(base):
         "individual models": [b["individual"]["test"] for b in base],
         f"ensemble of {len(models[0])}": None if None in votes else votes,
         "best single model": [m[n] for m, n in zip(models, best, strict=True)],
-        "single model": [m.mean(axis=0) for m in models],
+        "single model, mean": [m.mean(axis=0) for m in models],
         "base": None if None in [b["base"] for b in base] else [b["base"] for b in base],
     }
 
@@ -261,8 +262,12 @@ def page(found):
 
     parts = [markup.tag("h1", "Merge methods, tuned with the same number of evaluations")]
     for one in found["collections"]:
-        parts += [markup.tag("h2", heading(one)), _chart(one), markup.tag("div", _tasks(one), class_="wide")]
-    parts += [markup.tag("h2", "How to read this"), *[markup.tag("p", note) for note in found["notes"]]]
+        parts += [markup.tag("h2", heading(one)), _chart(one), markup.tag("div", _tasks(one), class_="figures scroll")]
+    parts += [
+        markup.tag("h2", "How to read this"),
+        markup.tag("p", COLOURS),
+        *[markup.tag("p", note) for note in found["notes"]],
+    ]
     parts.append(markup.tag("pre", table(found)))
     return html.page(markup.tag("main", parts), "merge bench")
 
@@ -276,7 +281,7 @@ def _chart(one):
         style = {BETTER: "observed", WORSE: "within"}.get(verdict, "faint" if label != "mean" else "null")
         rows.append((label, row["mean"], row["low"], row["high"], style))
     rows.sort(key=lambda row: -row[1])
-    high = max(1.0, *[row[3] or row[1] for row in rows])
+    high = 1.05 * max(1.0, *[row[1] for row in rows])  # bars end there
     rules = [svg.Rule("x", dict(_done(one))["mean"]["mean"], "mean")] if "mean" in dict(_done(one)) else []
     x = svg.linear("share of the individual models' score, with 95 % interval", 0, high, count=5)
     frame = svg.Frame(width=760, left=170, right=24, top=26, bottom=40)
@@ -290,7 +295,7 @@ def _tasks(one):
     tasks = one["tasks"]
     same = all(names == tasks[0] for names in tasks)
     heads = [name.split(" ", 1)[-1] if same else f"task {n + 1}" for n, name in enumerate(tasks[0])]
-    rows = [tag("tr", [tag("th", head) for head in ["", *heads, "mean"]])]
+    rows = [tag("thead", tag("tr", [tag("th", head) for head in ["", *heads, "mean"]]))]
     ordered = sorted([*one["baselines"].items(), *_done(one)], key=lambda item: -item[1]["mean"])
     for label, row in ordered:
         cells = [*np.mean(row["normalised"], axis=0), row["mean"]]

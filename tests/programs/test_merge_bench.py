@@ -177,7 +177,7 @@ def test_options_are_chosen_by_tuning_data_and_scored_once_on_test_data(planted)
     assert parts.count("tuning") == 4 * 4 + 4 * (1 + 1 + 11 + 11 + 1)
     assert parts.count("test") == 4 * 4 + 4 + 4 * 5
     assert one["kept"] == ["head"]
-    assert one["baselines"]["single model"]["mean"] == pytest.approx(1 / 4)
+    assert one["baselines"]["single model, mean"]["mean"] == pytest.approx(1 / 4)
     assert one["baselines"]["base"]["mean"] == 0 and one["baselines"]["individual models"]["mean"] == 1
 
 
