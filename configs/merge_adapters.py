@@ -4,7 +4,8 @@
     jaxsub merge --config=configs/merge_adapters.py:mean --workdir=runs/adapters_mean
     jaxsub merge --config=configs/merge_adapters.py:knots_ties --workdir=runs/adapters_knots
 
-RESULT
+Of the mean of 100 adapters rank 16 loses 4 % (norm) of the update of the hidden layer, of their KnOTS-TIES merge 41 %:
+trimming fills the spectrum. The output layer has 10 rows, and loses nothing.
 """
 
 from jaxsub import config

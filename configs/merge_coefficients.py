@@ -5,7 +5,9 @@
     jaxsub merge --config=configs/merge_coefficients.py:mean --workdir=runs/coefficients_mean
     jaxsub merge --config=configs/merge_coefficients.py:ties --workdir=runs/coefficients_ties
 
-RESULT
+The mean of coefficients at rank 16 is the plain mean to 1.2e-7 of a weight, and the program says so (E33); held-out
+digits of all ten classes: .55, as the plain mean. TIES on the same coefficients: .23. The 200 networks know .49 on
+average.
 """
 
 from jaxsub import config

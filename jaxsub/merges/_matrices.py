@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import precision
+from jaxsub import hostmemory, precision
 from jaxsub.linalg import products
 
 
@@ -32,7 +32,10 @@ def svd(w):
 def leading(w, most):
     """The first `most` of `svd` as (u (p, k), s (k,), v (q, k))."""
     u, s, vt = svd(w)
-    return u[:, :most], s[:most], vt[:most].T
+    found = u[:, :most], s[:most], vt[:most].T
+    del u, vt
+    hostmemory.trim()
+    return found
 
 
 def held(shape, itemsize, more=0):
@@ -56,4 +59,5 @@ def orthonormal(parts):
     parts.clear()
     u, _, vt = svd(x)
     del x
+    hostmemory.trim()
     return products.matmul(u, vt)

@@ -20,6 +20,7 @@ import tempfile
 import time
 
 import numpy as np
+import threadpoolctl
 
 from jaxsub import config as configuration, errors
 from jaxsub.formats import _files
@@ -153,6 +154,7 @@ def run(config, workdir=None, *, stream=None):
         opened = sources.User.open(config) if config.collection else None
         identity = _identity(config, own, opened)
         stack.enter_context(workdirs.hold(place, identity, restart=config.restart, break_lock=config.break_lock))
+        stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))  # its threads spin against XLA's; see `merge`
         started = time.perf_counter()
         found = {"schema": SCHEMA, "config": configuration.to_dict(own), "collections": []}
         if opened is not None:

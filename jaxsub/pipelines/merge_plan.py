@@ -10,6 +10,8 @@ from jaxsub.formats import _files
 from jaxsub.pipelines import memory, plan
 from jaxsub.rows import files, lora
 
+RUNTIME_BYTES = memory.RUNTIME_BYTES + 80 * 2**20  # kernels of each shape, scratch of the threads that read and write
+BLOCKS = 3  # of all models that a kernel holds beside those that are read, unless its method says more
 MATRICES = 3  # layers that are read beside what a method holds
 LOSS = 4  # models in memory beside the N of a loss: the merged one, its gradient, moments
 
@@ -50,7 +52,9 @@ def _layer(layer, sources, module, template, has_loss):
         device, kept = host // 2, factors * 4
     else:
         has_base = sources.base is not None
-        host, reads = _dense(size, count, has_base, item, most)
+        host, reads = _dense(size, count, has_base, item, most, getattr(module, "BLOCKS", BLOCKS))
+        if sources.statistics:
+            host *= 2
         if len(group.shape) == 2 and hasattr(module, "held"):
             host, reads = module.held(group.shape, count, item) + MATRICES * size * item, most
         device, kept = host, (count + LOSS) * size * 4
@@ -65,19 +69,19 @@ def _layer(layer, sources, module, template, has_loss):
     return LayerPlan(group.name, group.shape, len(group.members), bytes_read, host, device, written, reads, kept)
 
 
-def _dense(size, count, has_base, item, most):
-    """(bytes, reads) of a method that goes block by block and needs the layer `most` times."""
+def _dense(size, count, has_base, item, most, beside):
+    """(bytes, reads) of a method that goes block by block, needs the layer `most` times and holds `beside` blocks."""
     width = rows.block_width(size, count, item)
     block, blocks = (count + has_base) * width * item, -(-size // width)
     is_kept = blocks * block <= files.KEPT_BYTES
-    buffers = blocks if is_kept and most > 1 else min(blocks, 2)
-    beside = 2 * count + 6  # masks and draws of the models, and columns of results
-    return block * buffers + beside * width * item, 1 if is_kept else most
+    buffers = blocks if is_kept else min(blocks, 2)
+    columns = beside * count + 6  # masks and draws of the models, and results
+    return block * buffers + columns * width * item, 1 if is_kept else most
 
 
 def peak(plans):
     """Largest host memory of the merge, bytes, beyond the program's own."""
-    return memory.RUNTIME_BYTES + max(p.host_bytes for p in plans) + sum(p.kept_bytes for p in plans)
+    return RUNTIME_BYTES + max(p.host_bytes for p in plans) + sum(p.kept_bytes for p in plans)
 
 
 def require_memory(plans, config):
