@@ -4,6 +4,7 @@ The loss is the user's own function of the merged weights. If it looks at inputs
 as the entropy of predictions does, the result is transductive: it is fitted to them.
 """
 
+import collections.abc
 import functools
 import inspect
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxsub import errors
 
 
-def minimise(build, parameters, loss, *, steps, rate, key):
+def minimise(build, parameters, loss, *, steps, rate, key, programs=None, name=None):
     """Parameters after `steps` steps of Adam on loss(build(parameters, key)), and the losses on the way.
 
     Args:
@@ -23,6 +24,9 @@ def minimise(build, parameters, loss, *, steps, rate, key):
         steps: number of steps.
         rate: of Adam.
         key: typed PRNG key.
+        programs: dict in which the compiled descent is kept, or None.
+        name: hashable, what it hangs on beside the loss, `steps`, `rate` and the parameters' shapes: a descent of the
+            same name is the same function of parameters and key, and is not compiled again.
 
     Returns:
         (parameters, (steps,) losses before each step).
@@ -30,42 +34,58 @@ def minimise(build, parameters, loss, *, steps, rate, key):
     Raises:
         ConfigError: the loss is no scalar, or cannot be traced.
     """
-    import optax
-
-    adam = optax.adam(rate)
-    whole = functools.partial(_loss, build, loss)
-    try:
-        shape = jax.eval_shape(whole, parameters, key)
-    except Exception as error:  # the user's own code: anything may come
-        said = f"{type(error).__name__}: {errors.quote(error, 300)}"
-        raise errors.ConfigError(f"loss: cannot be traced by JAX: {said}") from error
-    if shape.shape != ():
-        raise errors.ConfigError(f"loss: returned shape {shape.shape}; one number is needed")
-
-    def step(state, number):
-        parameters, moments = state
-        value, gradient = jax.value_and_grad(whole)(parameters, jax.random.fold_in(key, number))
-        change, moments = adam.update(gradient, moments, parameters)
-        return (optax.apply_updates(parameters, change), moments), value
-
-    def run(parameters):
-        return jax.lax.scan(step, (parameters, adam.init(parameters)), jnp.arange(steps))
-
-    (found, _), values = _compiled(run, parameters)
+    programs = {} if programs is None else programs
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(parameters))
+    own = loss if isinstance(loss, collections.abc.Hashable) else id(loss)  # held by its program: the id stays its own
+    known = (name, own, steps, rate, shapes)
+    if known not in programs:
+        descent = _descent(functools.partial(_loss, build, loss), steps, rate)
+        programs[known] = _Compiled(descent, parameters, key)
+    (found, _), values = programs[known](parameters, key)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((found, values))):
         raise errors.ConfigError("loss: it, or its gradient, was not finite on the way; a smaller rate may help")
     return found, values
 
 
-def _compiled(function, argument):
-    """function(argument), jitted with the arrays that it closes over as arguments.
+def _descent(loss, steps, rate):
+    """((parameters, moments), (steps,) losses) as a function of parameters and key."""
+    import optax
+
+    adam = optax.adam(rate)
+
+    def run(parameters, key):
+        try:
+            shape = jax.eval_shape(loss, parameters, key)
+        except Exception as error:  # the user's own code: anything may come
+            said = f"{type(error).__name__}: {errors.quote(error, 300)}"
+            raise errors.ConfigError(f"loss: cannot be traced by JAX: {said}") from error
+        if shape.shape != ():
+            raise errors.ConfigError(f"loss: returned shape {shape.shape}; one number is needed")
+
+        def step(state, number):
+            parameters, moments = state
+            value, gradient = jax.value_and_grad(loss)(parameters, jax.random.fold_in(key, number))
+            change, moments = adam.update(gradient, moments, parameters)
+            return (optax.apply_updates(parameters, change), moments), value
+
+        return jax.lax.scan(step, (parameters, adam.init(parameters)), jnp.arange(steps))
+
+    return run
+
+
+class _Compiled:
+    """A function, jitted with the arrays that it closes over as arguments.
 
     As constants they would be part of the program: other models of the same shapes would be compiled for again.
     """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(argument)
-    run = jax.jit(lambda constants, leaves: jax.core.eval_jaxpr(closed.jaxpr, constants, *leaves))
-    found = run(closed.consts, jax.tree.leaves(argument))
-    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+    def __init__(self, function, *example):
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*example)
+        self.constants, self.structure = closed.consts, jax.tree.structure(shape)
+        self.run = jax.jit(lambda constants, leaves: jax.core.eval_jaxpr(closed.jaxpr, constants, *leaves))
+
+    def __call__(self, *arguments):
+        return jax.tree.unflatten(self.structure, self.run(self.constants, jax.tree.leaves(arguments)))
 
 
 def _loss(build, loss, parameters, key):

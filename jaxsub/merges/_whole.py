@@ -20,12 +20,14 @@ class Whole:
         rebuild: name -> function from a merged update to the layer as the user's loss takes it, traceable; for rows
             that are coefficients of a bundle.
         others: name -> array of the template's tensors that are not merged.
+        programs: compiled descents on a loss; see `_descent.minimise`.
     """
 
     layers: dict[str, Rows]
     stacks: dict
     rebuild: dict
     others: dict
+    programs: dict = dataclasses.field(default_factory=dict)
 
     @property
     def num_models(self):

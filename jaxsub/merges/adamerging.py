@@ -51,7 +51,8 @@ def merge_models(whole, loss, options, key):
         )
 
     start = jnp.full(shape, options.start, jnp.float32)
-    found, losses = _descent.minimise(build, start, loss, steps=options.steps, rate=options.rate, key=key)
+    alike = {"programs": whole.programs, "name": (__name__, dataclasses.replace(options, start=0.0))}
+    found, losses = _descent.minimise(build, start, loss, steps=options.steps, rate=options.rate, key=key, **alike)
     c = np.asarray(coefficients(found), np.float64)
     results = {name: whole.layers[name].combination(row) for name, row in zip(whole.layers, c, strict=True)}
     return results, {"coefficients": dict(zip(whole.layers, c.tolist(), strict=True)), "losses": losses.tolist()}

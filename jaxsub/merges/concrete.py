@@ -86,7 +86,8 @@ def merge_models(whole, loss, options, key):
         "logits": {name: jnp.zeros(rows.shape, jnp.float32) for name, rows in whole.layers.items()},
         "coefficients": jnp.full((count if options.inner == "layer" else 1, whole.num_models), options.scaling),
     }
-    found, losses = _descent.minimise(build, start, loss, steps=options.steps, rate=options.rate, key=key)
+    alike = {"programs": whole.programs, "name": (__name__, dataclasses.replace(options, scaling=0.0))}
+    found, losses = _descent.minimise(build, start, loss, steps=options.steps, rate=options.rate, key=key, **alike)
     last = merged(found["logits"], coefficients(found), None)
     results = {name: whole.result(name, np.asarray(value)) for name, value in last.items()}
     kept = {n: float(jnp.mean(jax.nn.sigmoid(v / options.temperature))) for n, v in found["logits"].items()}

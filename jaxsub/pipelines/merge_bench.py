@@ -20,6 +20,7 @@ import tempfile
 import time
 
 import numpy as np
+import threadpoolctl
 
 from jaxsub import config as configuration, errors
 from jaxsub.formats import _files
@@ -66,11 +67,12 @@ METHODS = (
     "iso_c scaling=0..3",
     "iso_cts scaling=0..3 common=.2..1",
     "wudi scaling=0..1.5 solver=exact",
-    "subspace_sum scaling=0..1 energy=.5..1",
-    "subspace_rescaled scaling=0..2 energy=.5..1",
-    "subspace_iso scaling=0..3 energy=.5..1",
-    "subspace_ties scaling=0..4 energy=.5..1 density=.05..1",
-    "subspace_dare scaling=0..4 energy=.5..1 density=.2..1",
+    "subspace_sum scaling=0..1 energy=.7|.9|.99",
+    "subspace_rescaled scaling=0..2 energy=.7|.9|.99",
+    "subspace_iso scaling=0..3 energy=.7|.9|.99",
+    "subspace_ties scaling=0..4 energy=.7|.9|.99 density=.05..1",
+    "subspace_dare scaling=0..4 energy=.7|.9|.99 density=.2..1",
+    "fisher floor=1e-10|1e-8|1e-6|1e-4|1e-2",
     "adamerging start=0..0.6 rate=.03 steps=100",
     "concrete scaling=0..1 rate=.1 steps=100",
     "concrete_layer:concrete inner=layer scaling=0..0.6 rate=.1 steps=100",
@@ -85,7 +87,7 @@ class Config:
     seeds: int = 5  # zoos of each world
     seed: int = 0  # of the first zoo, of candidates and of methods that draw
     methods: tuple[str, ...] = METHODS  # "[label:]method option=value option=low..high option=a|b|c"
-    evaluations: int = 8  # candidates of each method that are scored on tuning rows
+    evaluations: int = 6  # candidates of each method that are scored on tuning rows
     tuning: float = 0.4  # share of the held-out rows by which candidates are chosen; the others are for the test
     loss_rows: int = 16  # training rows of every task in a step of methods with a loss
     against: tuple[str, ...] = ("mean", "task_arithmetic")  # labels that all methods are compared with
@@ -152,6 +154,7 @@ def run(config, workdir=None, *, stream=None):
         opened = sources.User.open(config) if config.collection else None
         identity = _identity(config, own, opened)
         stack.enter_context(workdirs.hold(place, identity, restart=config.restart, break_lock=config.break_lock))
+        stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))  # its threads spin against XLA's; see `merge`
         started = time.perf_counter()
         found = {"schema": SCHEMA, "config": configuration.to_dict(own), "collections": []}
         if opened is not None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsub import descriptors, errors, formats, plugins, rows
 from jaxsub.merges import _whole
-from jaxsub.pipelines import layers as layer_loop, merge_layers, merge_rows, merge_whole
+from jaxsub.pipelines import layers as layer_loop, merge_bench_fisher, merge_layers, merge_rows, merge_whole
 from jaxsub.worlds import _evaluation, _training
 
 TUNING, TEST = "tuning", "test"
@@ -53,8 +53,8 @@ class Case:
         Raises:
             ConfigError, InputError: the method cannot merge these models.
         """
-        if hasattr(module, "TAKES_STATISTICS") and not self.sources.statistics:
-            raise errors.ConfigError(f"method {name} needs statistics of your evaluator: --config.statistics=FOLDER")
+        if hasattr(module, "TAKES_STATISTICS"):
+            self.require_statistics(name, seed)
         if getattr(module, "MANY", False):
             raise errors.ConfigError(f"method {name} gives several models, not one")
         if hasattr(module, "merge_models"):
@@ -75,6 +75,16 @@ class Case:
         c = np.asarray(coefficients, np.float64)
         with jax.enable_x64(True):
             return {layer: _array(own.combination(c), own.shape) for layer, own in self.rows.items()}
+
+    def require_statistics(self, name, seed):
+        """Sees to it that rows have the statistics that method `name` takes.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        del seed
+        if not self.sources.statistics:
+            raise errors.ConfigError(f"method {name} needs statistics of your evaluator: --config.statistics=FOLDER")
 
     @property
     def has_base(self):
@@ -149,6 +159,19 @@ class Zoo(Case):
         merged = {layer: _product(array) for layer, array in weights.items()}
         each = [self.evaluation.parameters(merged | own, self.base) for own in self.own]
         return {name: stack([one[name] for one in each]) for name in each[0]}
+
+    def member(self, n):
+        """{layer: array} of the merged layers of a model, low-rank updates as products."""
+        found = self.combined(np.arange(len(self.ids)) == n)
+        return {layer: np.asarray(_product(array), np.float32) for layer, array in found.items()}
+
+    def require_statistics(self, name, seed):
+        """See `Case`: Fisher information, of training rows."""
+        if name != "fisher":
+            raise errors.ConfigError(f"method {name}: its statistics of a zoo's models are not collected")
+        if any(own.statistics is None for own in self.rows.values()):
+            for layer, found in merge_bench_fisher.of(self, seed).items():
+                self.rows[layer].statistics = rows.ArrayRows(found, layer, self.ids)
 
     def outputs(self, weights, part):
         """(T, n, o) outputs of merged layers on the rows of a part."""

@@ -160,3 +160,29 @@ def test_losses_that_are_none(loss, said):
     _, _, models = problem()
     with pytest.raises(errors.ConfigError, match=said):
         fit("adamerging", models, loss, steps=2)
+
+
+@pytest.mark.slow
+def test_descents_are_compiled_once_for_all_starts_and_never_taken_for_another():
+    x, base, models = problem()
+    target = {n: base[n] + np.tensordot((0.8, 0.1), x[n], 1) for n in x}
+    traced = []
+
+    def loss(weights):
+        traced.append(1)
+        return sum(jnp.sum(jnp.square(weights[n] - target[n])) for n in target)
+
+    def other(weights):
+        return 0.3 * loss(weights)
+
+    runs = [("concrete", {"scaling": 0.3}), ("concrete", {"scaling": 0.6}), ("concrete", {"temperature": 0.9})]
+    runs += [("adamerging", {"start": 0.1}), ("adamerging", {"start": 0.5}), ("adamerging", {"clamp": False})]
+    new = []
+    for own, (name, options) in [*((loss, run) for run in runs), (other, runs[0])]:
+        before = len(traced)
+        _, figures = fit(name, models, own, steps=3, **options)
+        new.append(len(traced) > before)
+        _, _, alone = problem()
+        _, wanted = fit(name, alone, own, steps=3, **options)
+        np.testing.assert_allclose(figures["losses"], wanted["losses"], rtol=1e-6)
+    assert new == [True, False, True, True, False, True, True]

@@ -29,6 +29,9 @@ def test_every_tuned_method_has_the_same_number_of_candidates(text, count):
     assert len(found) == (count if method.tuned else 1)
     assert found[0] == dataclasses.replace(method.module.Options(), **method.fixed)
     for name, own in method.tuned.items():
+        if isinstance(own, tuple):
+            assert len({getattr(one, name) for one in found[1:]}) == min(len(own), count - 1)
+            continue
         values = sorted(getattr(one, name) for one in found[1:])
         width = (own.high - own.low) / max(count - 1, 1)
         for number, value in enumerate(values):  # one in every part of the range
@@ -81,10 +84,27 @@ def test_interval_of_a_difference_equals_a_bootstrap_in_loops():
         zoos = rng.integers(4, size=4)
         draws.append(np.mean([np.mean([(first - second)[z, rng.integers(3)] for _ in range(3)]) for z in zoos]))
     assert found["difference"] == pytest.approx(np.mean(first - second), abs=1e-12)
-    spread = np.std(draws)
-    assert (found["low"], found["high"]) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.15 * spread)
-    alone = train_table.interval(first)
+    middle, widened = np.mean(first - second), (4 / 3) ** 0.5 * 3.18245 / 1.95996  # t with 3 degrees of freedom
+    wanted = middle + widened * (np.quantile(draws, [0.025, 0.975]) - middle)
+    assert (found["low"], found["high"]) == pytest.approx(wanted, abs=0.3 * np.std(draws))
+    alone = tables.interval(first)
     assert found["high"] - found["low"] != pytest.approx(alone[2] - alone[1], rel=0.1)  # of differences, not of scores
+
+
+@pytest.mark.parametrize("zoos", [3, 5])
+def test_equal_methods_seldom_seem_to_differ(zoos, monkeypatch):
+    monkeypatch.setattr(train_table, "DRAWS", 400)
+    rng, count = np.random.default_rng(zoos), 300
+    for share in (0.0, 0.5, 1.0):  # of the difference's variance that all tasks of a zoo have together
+        wrong = {"widened": 0, "plain": 0}
+        for _ in range(count):
+            common, own = rng.normal(size=(zoos, 1)), rng.normal(size=(zoos, 8))
+            x = share**0.5 * common + (1 - share) ** 0.5 * own
+            for name, interval in (("widened", tables.interval), ("plain", train_table.interval)):
+                _, low, high = interval(x)
+                wrong[name] += not low <= 0 <= high
+        assert wrong["widened"] <= 0.05 * count + 3 * (0.05 * 0.95 * count) ** 0.5
+    assert wrong["plain"] > 0.1 * count  # of what is the same in all tasks of a zoo
 
 
 def test_words_for_differences():
@@ -157,7 +177,7 @@ def test_options_are_chosen_by_tuning_data_and_scored_once_on_test_data(planted)
     assert parts.count("tuning") == 4 * 4 + 4 * (1 + 1 + 11 + 11 + 1)
     assert parts.count("test") == 4 * 4 + 4 + 4 * 5
     assert one["kept"] == ["head"]
-    assert one["baselines"]["single model"]["mean"] == pytest.approx(1 / 4)
+    assert one["baselines"]["single model, mean"]["mean"] == pytest.approx(1 / 4)
     assert one["baselines"]["base"]["mean"] == 0 and one["baselines"]["individual models"]["mean"] == 1
 
 
@@ -403,3 +423,31 @@ def test_bench_from_end_to_end(tmp_path):
         assert "subspace_mean" in identical
     first = found["collections"][0]["methods"]
     assert first["concrete"]["mean"] > first["task_arithmetic"]["mean"] + 0.05
+
+
+def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
+    import jax
+
+    case = zoo_case("same_start_split_task", tmp_path).case()
+    found = merge_bench.cases.merge_bench_fisher.of(case, 3)
+    n, weights = 1, case.member(1)
+    x = case.evaluation.train[n].used()[0][:256]
+    h = x @ weights["hidden/kernel"] + weights["hidden/bias"]
+    act = h - np.clip(h, -0.5, 0.5)
+    logits = act @ weights["output/kernel"] + weights["output/bias"]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    y = np.asarray(jax.random.categorical(jax.random.fold_in(jax.random.key(3), n), logits))
+    slope = np.eye(10)[y] - p  # of the log likelihood by the logits
+    inner = (slope @ weights["output/kernel"].T) * (np.abs(h) > 0.5)
+    wanted = {"output/bias": slope, "hidden/bias": inner}
+    wanted |= {"output/kernel": act[:, :, None] * slope[:, None], "hidden/kernel": x[:, :, None] * inner[:, None]}
+    for name, gradients in wanted.items():
+        np.testing.assert_allclose(found[name][n], np.square(gradients).mean(axis=0), rtol=2e-3, atol=1e-9)
+    module = space.parse("fisher").module
+    merged = case.merge("fisher", module, module.Options(floor=1e-8), 3)
+    members = [case.member(m)["output/bias"] for m in range(3)]
+    shares = found["output/bias"] + 1e-8
+    np.testing.assert_allclose(merged["output/bias"], (shares * members).sum(0) / shares.sum(0), rtol=1e-4, atol=1e-6)
+    with pytest.raises(errors.ConfigError, match="not collected"):
+        case.merge("regmean", space.parse("regmean").module, None, 0)
