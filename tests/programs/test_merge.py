@@ -184,6 +184,7 @@ def tie(n, model):
     model["head.weight"] = model["embed.weight"].copy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mean", "dare_linear"])
 def test_tied_weights_stay_tied(tmp_path, method):
     collection(tmp_path, change=tie)
@@ -624,6 +625,7 @@ def test_a_loss_by_name(tmp_path, monkeypatch):
             run(tmp_path, bad[0], loss=bad[1], out=str(tmp_path / "bad"), base=more["base"])
 
 
+@pytest.mark.slow
 def test_masks_on_coefficients(fitted, tmp_path, monkeypatch):
     bundle = jaxsub.load(fitted.bundle)
     own = bundle.layer("a.weight", (12, 8))

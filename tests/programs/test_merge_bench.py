@@ -320,6 +320,7 @@ def zoo_case(world, folder):
     return merge_bench.sources.World(merge_bench.sources.parse(f"{world} {SMALL[world]}"), own, str(folder), 4, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world", [pytest.param(w, marks=pytest.mark.slow) if w != "same_start_split_task" else w for w in SMALL]
 )
@@ -356,6 +357,7 @@ def test_tuning_and_test_rows_are_apart_and_the_same_for_all_tasks(tmp_path):
     assert first["scores"] != second["scores"]
 
 
+@pytest.mark.slow
 def test_merges_of_a_zoo_are_those_of_the_program(tmp_path):
     one = zoo_case("same_start_split_task", tmp_path)
     case = one.case()
@@ -389,6 +391,7 @@ def test_ensemble_is_the_average_of_predictions(tmp_path):
     assert np.mean(found["ensemble"]) > np.mean(np.array(found["models"]["test"]))
 
 
+@pytest.mark.slow
 def test_loss_of_a_zoo_is_the_cross_entropy_of_training_rows(tmp_path):
     import jax
 
