@@ -22,3 +22,9 @@ def merge(rows, inner):
     turned = found.rows_of(u)
     turned.weights = rows.weights
     return found.product(u, inner(turned).array(turned.shape))
+
+
+def held(shape, count, itemsize):
+    """Bytes that are held at most: the eigenproblem of the left side, and all rotated rows."""
+    o, i = shape
+    return max(8 * 6 * o * o, (2 * count + 4) * o * i * itemsize + 8 * o * o)

@@ -56,3 +56,9 @@ def _leading(gram, rank, energy):
 @jax.jit
 def _core(w, left, right):
     return products.matmul(products.matmul(left.T, w.astype(left.dtype)), right)
+
+
+def held(shape, count, itemsize):
+    """Bytes that are held at most: the larger eigenproblem, bases, and coefficients."""
+    o, i = shape
+    return 8 * (6 * max(o, i) ** 2 + (count + 2) * o * i)

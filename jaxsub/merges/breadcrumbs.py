@@ -15,6 +15,7 @@ from jaxsub.merges import _signs
 
 REFERENCE = "Davari and Belilovsky 2024, Model Breadcrumbs (arXiv 2312.06795), section 3.2"
 NEEDS_UPDATES = True
+READS, IS_ENTRYWISE = 4, True
 
 
 @dataclasses.dataclass(frozen=True)

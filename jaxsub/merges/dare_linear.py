@@ -16,6 +16,8 @@ from jaxsub.merges import _drop
 
 REFERENCE = "Yu et al. 2024, language models are super Mario (arXiv 2311.03099), equation 1"
 NEEDS_UPDATES = True
+IS_ENTRYWISE = True
+BLOCKS = 10  # random bits, numbers and masks of all models
 
 
 @dataclasses.dataclass(frozen=True)

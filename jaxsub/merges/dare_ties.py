@@ -14,6 +14,8 @@ from jaxsub.merges import _drop, _signs
 
 REFERENCE = "Yu et al. 2024 (arXiv 2311.03099) with Yadav et al. 2023 (arXiv 2306.01708); `dare_ties` of mergekit"
 NEEDS_UPDATES = True
+IS_ENTRYWISE = True
+BLOCKS = 10  # random bits, numbers and masks of all models
 
 
 @dataclasses.dataclass(frozen=True)

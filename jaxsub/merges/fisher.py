@@ -20,6 +20,7 @@ from jaxsub.merges import _columns, _weights
 
 REFERENCE = "Matena and Raffel 2022, merging models with Fisher-weighted averaging (arXiv 2111.09832), equation 5"
 NEEDS_UPDATES = False
+IS_ENTRYWISE = True
 TAKES_STATISTICS = "of the layer's shape"
 
 

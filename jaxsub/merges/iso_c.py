@@ -28,6 +28,12 @@ class Options:
     scaling: float = 1.0  # alpha
 
 
+def held(shape, count, itemsize):
+    """Bytes of a layer that are held at most, beside what is read."""
+    del count
+    return _matrices.held(shape, itemsize)
+
+
 def merge(rows, options, key):
     """The isotropic sum of the updates; deterministic, `key` is not used."""
     del key

@@ -23,6 +23,7 @@ from jaxsub.rows import matrices
 
 REFERENCE = "Marczak et al. 2025, no task left behind (arXiv 2502.04959), Iso-CTS, algorithm 1"
 NEEDS_UPDATES = True
+READS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Options:
 
     common: float = 0.8  # share of the directions that are of the sum
     scaling: float = 1.0  # alpha
+
+
+def held(shape, count, itemsize):
+    """Bytes of a layer that are held at most, beside what is read."""
+    del count
+    return _matrices.held(shape, itemsize, 4)
 
 
 def merge(rows, options, key):
@@ -43,15 +50,14 @@ def merge(rows, options, key):
     size, count = min(found.shape), rows.num_models
     each = round((size - int(size * options.common)) / count)
     shared = max(size - each * count, 0)
-    u, s, vt = _matrices.svd(sum(found))
-    left, values, right = [u[:, :shared]], [s[:shared]], [vt[:shared]]
+    parts = [_matrices.leading(sum(found), shared)]
     for w in found:
-        common = left[0].astype(w.dtype)
-        own = _matrices.svd(w - products.matmul(common, products.matmul(common.T, w)))
-        for parts, part in zip((left, values, right), (own[0][:, :each], own[1][:each], own[2][:each]), strict=True):
-            parts.append(part)
-    u, s, vt = jnp.concatenate(left, axis=1), jnp.concatenate(values), jnp.concatenate(right)
+        common = parts[0][0].astype(w.dtype)
+        parts.append(_matrices.leading(w - products.matmul(common, products.matmul(common.T, w)), each))
+    left, values, right = (list(part) for part in zip(*parts, strict=True))
+    del parts
+    s = jnp.concatenate(values)
     if not s.size:
         return found.result(jnp.zeros(found.shape))
-    u, vt = _matrices.orthonormal(u), _matrices.orthonormal(vt.T).T
-    return found.result(options.scaling * jnp.mean(s) * products.matmul(u, vt))
+    u, v = _matrices.orthonormal(left), _matrices.orthonormal(right)
+    return found.result(options.scaling * jnp.mean(s) * products.matmul(u, v.T))

@@ -12,6 +12,7 @@ from jaxsub.merges import _signs
 
 REFERENCE = "Yadav et al. 2023 (arXiv 2306.01708), section 3; Han et al. 2015, magnitude pruning"
 NEEDS_UPDATES = True
+READS, IS_ENTRYWISE = 4, True
 
 
 @dataclasses.dataclass(frozen=True)

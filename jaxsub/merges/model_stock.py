@@ -16,6 +16,7 @@ from jaxsub import rows as core
 
 REFERENCE = "Jang et al. 2024, Model Stock (arXiv 2403.19522), equation 7"
 NEEDS_UPDATES = True
+READS = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,8 @@ from jaxsub.merges import _columns, _select, _signs
 
 REFERENCE = "Du et al. 2024, parameter competition balancing (arXiv 2410.02396), section 4 and the released script"
 NEEDS_UPDATES = True
+READS, IS_ENTRYWISE = 7, True
+BLOCKS = 12  # magnitudes and their products, normalised, of all models
 OUTLIERS = 1e-4  # share of the entries at each end that magnitudes are cut at
 
 

@@ -18,6 +18,7 @@ from jaxsub.merges import _weights
 
 REFERENCE = "Shoemake 1985; `slerp` of mergekit, whose threshold is taken over"
 NEEDS_UPDATES = False
+READS = 2
 COLLINEAR = 0.9995  # |cos| from which the arc is a line
 
 

@@ -19,6 +19,7 @@ from jaxsub.merges import _weights
 
 REFERENCE = "Karcher 1977; Afsari, Tron and Vidal 2013, convergence; `karcher` of mergekit"
 NEEDS_UPDATES = False
+READS = 2
 TOLERANCE = 1e-12  # of a step on the unit sphere
 
 

@@ -17,6 +17,7 @@ from jaxsub.merges import _signs
 
 REFERENCE = "Yadav et al. 2023, TIES-Merging (arXiv 2306.01708), algorithm 1"
 NEEDS_UPDATES = True
+READS, IS_ENTRYWISE = 4, True
 
 
 @dataclasses.dataclass(frozen=True)

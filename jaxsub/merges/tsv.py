@@ -30,20 +30,21 @@ class Options:
     scaling: float = 1.0  # alpha
 
 
+def held(shape, count, itemsize):
+    """Bytes of a layer that are held at most, beside what is read."""
+    del count
+    return _matrices.held(shape, itemsize, 3)
+
+
 def merge(rows, options, key):
     """The merge of the orthonormal task vectors; deterministic, `key` is not used."""
     del key
     if not rows.is_matrix:
         return _matrices.fallback(rows, options.scaling)
     found, each = matrices.of(rows), min(rows.shape) // rows.num_models
-    left, values, right = [], [], []
-    for w in found:
-        u, s, vt = _matrices.svd(w)
-        left.append(u[:, :each])
-        values.append(s[:each])
-        right.append(vt[:each])
-    u, s, vt = jnp.concatenate(left, axis=1), jnp.concatenate(values), jnp.concatenate(right)
+    left, values, right = (list(part) for part in zip(*(_matrices.leading(w, each) for w in found), strict=True))
+    s = jnp.concatenate(values)
     if not s.size:
         return found.result(jnp.zeros(found.shape))
-    u, vt = _matrices.orthonormal(u), _matrices.orthonormal(vt.T).T
-    return found.result(options.scaling * products.matmul(u * s, vt))
+    u, v = _matrices.orthonormal(left), _matrices.orthonormal(right)
+    return found.result(options.scaling * products.matmul(u * s, v.T))

@@ -39,6 +39,13 @@ class Options:
     scaling: float = 1.0  # of the merged update
 
 
+def held(shape, count, itemsize):
+    """Bytes of a layer that are held at most, beside what is read."""
+    del count
+    o, i = shape
+    return 12 * o * i * itemsize + 6 * i * i * max(itemsize, 8)
+
+
 def merge(rows, options, key):
     """The least disturbing update; deterministic, `key` is not used."""
     del key

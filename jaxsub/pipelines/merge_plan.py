@@ -8,12 +8,17 @@ import textwrap
 from jaxsub import descriptors, errors, placement, precision, rows
 from jaxsub.formats import _files
 from jaxsub.pipelines import memory, plan
-from jaxsub.rows import files
+from jaxsub.rows import files, lora
+
+RUNTIME_BYTES = memory.RUNTIME_BYTES + 80 * 2**20  # kernels of each shape, scratch of the threads that read and write
+BLOCKS = 3  # of all models that a kernel holds beside those that are read, unless its method says more
+MATRICES = 3  # layers that are read beside what a method holds
+LOSS = 4  # models in memory beside the N of a loss: the merged one, its gradient, moments
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What merging one layer takes; bytes. `device_bytes` are on CPU a part of `host_bytes`."""
+    """What merging one layer takes; bytes. `device_bytes` are on CPU a part of `host_bytes`; `kept_bytes` stay."""
 
     name: str
     shape: tuple[int, ...]
@@ -23,51 +28,60 @@ class LayerPlan:
     device_bytes: int
     written: int
     reads: int
+    kept_bytes: int = 0
 
 
-def of(found, sources, module):
+def of(found, sources, module, *, has_loss=False):
     """LayerPlans of a `merge_layers.Lineup` for a method's module."""
     template = sources.opened.models[found.template]
-    return [_layer(layer, sources, module, template) for layer in found.layers]
+    return [_layer(layer, sources, module, template, has_loss) for layer in found.layers]
 
 
-def _layer(layer, sources, module, template):
+def _layer(layer, sources, module, template, has_loss):
     group, count = layer.group, len(sources.opened.refs)
-    has_base = sources.base is not None and not layer.is_lora
     size, bytes_read = math.prod(group.shape), group.num_bytes
     item = 8 if precision.widest(group.dtypes) == "float64" else 4
-    held = getattr(module, "held", None)
-    is_matrix = len(group.shape) == 2 and held is not None
+    most = getattr(module, "READS", 1)
+    kept = 0
     if layer.is_lora:
         o, i = group.shape[0], size // group.shape[0]
-        rank = max(e.rank for e in group.entries)
-        factors = count * rank * (o + i)
-        host = item * 3 * factors + 8 * 4 * factors  # as read and scaled; bases and cores in float64
-        whole = getattr(module, "IS_ENTRYWISE", False)
-        host += (item * 3 * size + rows.BLOCK_BYTES * 2) if whole else 0
-        device, reads, written = host // 2, 1, factors * 8
+        factors = count * max(e.rank for e in group.entries) * (o + i)
+        host, reads, written = (3 * item + 32) * factors, 1, factors * 8  # as read and scaled; bases, cores in float64
+        if getattr(module, "IS_ENTRYWISE", False):
+            host += rows.BLOCK_BYTES * 2 + size * (3 * item + (7 * 8 if min(o, i) <= lora.EXACT else 2 * item))
+        device, kept = host // 2, factors * 4
     else:
-        width = rows.block_width(size, count, item)
-        block = (count + has_base) * width * item
-        blocks = -(-size // width)
-        is_kept = blocks * block <= files.KEPT_BYTES
-        reads = 1 if is_kept else getattr(module, "READS", 1)
-        host = block * (blocks if is_kept and getattr(module, "READS", 1) > 1 else min(blocks, 2)) + 6 * width * item
-        if is_matrix:
-            host = held(count) * size * item
-            reads = getattr(module, "READS", 1)
-        device = host
+        has_base = sources.base is not None
+        host, reads = _dense(size, count, has_base, item, most, getattr(module, "BLOCKS", BLOCKS))
+        if sources.statistics:
+            host *= 2
+        if len(group.shape) == 2 and hasattr(module, "held"):
+            host, reads = module.held(group.shape, count, item) + MATRICES * size * item, most
+        device, kept = host, (count + LOSS) * size * 4
         written = size * descriptors.numpy_dtype(template.tensors[layer.name].dtype).itemsize
         if has_base:
             bytes_read += sources.base.tensors[layer.name].num_bytes
+        if getattr(module, "MANY", False):
+            host, reads = host + 2 * size * item, 2
     if sources.bundle is not None:
         host = max(host, 3 * count * size * item)
-    return LayerPlan(group.name, group.shape, len(group.members), bytes_read, host, device, written, reads)
+    kept = kept if has_loss else 0
+    return LayerPlan(group.name, group.shape, len(group.members), bytes_read, host, device, written, reads, kept)
+
+
+def _dense(size, count, has_base, item, most, beside):
+    """(bytes, reads) of a method that goes block by block, needs the layer `most` times and holds `beside` blocks."""
+    width = rows.block_width(size, count, item)
+    block, blocks = (count + has_base) * width * item, -(-size // width)
+    is_kept = blocks * block <= files.KEPT_BYTES
+    buffers = blocks if is_kept else min(blocks, 2)
+    columns = beside * count + 6  # masks and draws of the models, and results
+    return block * buffers + columns * width * item, 1 if is_kept else most
 
 
 def peak(plans):
     """Largest host memory of the merge, bytes, beyond the program's own."""
-    return memory.RUNTIME_BYTES + max(p.host_bytes for p in plans)
+    return RUNTIME_BYTES + max(p.host_bytes for p in plans) + sum(p.kept_bytes for p in plans)
 
 
 def require_memory(plans, config):

@@ -17,7 +17,6 @@ import os
 import zlib
 
 import numpy as np
-import threadpoolctl
 
 from jaxsub import descriptors, errors, formats, reading, rows
 from jaxsub.formats import _files, _rewrite, peft, safetensors
@@ -100,7 +99,6 @@ class Framed:
         self.place, self.template, self.journal, self.frames = place, template, journal, frames
         self.layers = {layer.name: layer for layer in layers}
         self.pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, reading.READERS))
-        self.blas = threadpoolctl.ThreadpoolController()
 
     def kept(self, layer):
         """The record of a layer that is there already, whole; else None."""
@@ -144,10 +142,8 @@ class Framed:
         def one(start):
             write(start, result.piece(start, min(result.width, size - start)))
 
-        # BLAS threads of its own would spin against these.
-        with self.blas.limit(limits=1, user_api="blas"):
-            for done in [self.pool.submit(one, start) for start in range(0, size, result.width)]:
-                done.result()
+        for done in [self.pool.submit(one, start) for start in range(0, size, result.width)]:
+            done.result()
 
     def _same(self, layer):
         """Names that get the layer's numbers too."""

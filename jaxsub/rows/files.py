@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsub import descriptors, errors, hostmemory, precision, reading, rows as core
 
-KEPT_BYTES = 512 * 2**20  # of a layer of all models that is kept in memory once it is read: methods read it again
+KEPT_BYTES = 64 * 2**20  # of a layer of all models that stays in memory once it is read, for methods that read it again
 
 
 class FileRows(core.Rows):
@@ -44,7 +44,11 @@ class FileRows(core.Rows):
     @property
     def is_kept(self):
         """Whether the layer stays in memory once it has been read."""
-        return self.num_blocks * self.width * (self.num_models + 1) * self.dtype.itemsize <= KEPT_BYTES
+        return self.num_blocks * self._depth * self.width * self.dtype.itemsize <= KEPT_BYTES
+
+    @property
+    def _depth(self):
+        return self.num_models + (self.base is not None)
 
     def blocks(self):
         """See `Rows`.
@@ -70,8 +74,7 @@ class FileRows(core.Rows):
         def fill(index):
             at = index % len(buffers)
             if buffers[at] is None:
-                shape = self.num_models + (self.base is not None), self.width
-                buffers[at] = hostmemory.zeros(shape, self.dtype)
+                buffers[at] = hostmemory.zeros((self._depth, self.width), self.dtype)
             return self._fill(buffers[at], index, pool)
 
         try:

@@ -45,7 +45,11 @@ class Matrices:
     def rows_of(self, u):
         """Rows u.T W_n (k, i) in the layer's own columns, in memory, for a basis u (p, k) of the left side."""
         with jax.enable_x64(True):
-            x = np.stack([np.asarray(self.wide(products.matmul(u.T.astype(w.dtype), w))) for w in self])
+            x = None
+            for n, w in enumerate(self):
+                row = np.asarray(self.wide(products.matmul(u.T.astype(w.dtype), w)))
+                x = np.empty((self.num_models, *row.shape), row.dtype) if x is None else x
+                x[n] = row
         return core.ArrayRows(x, self.rows.name, self.rows.model_ids, is_update=True)
 
     def wide(self, x):

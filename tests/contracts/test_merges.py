@@ -10,6 +10,7 @@ import pytest
 from jaxsub import plugins, rows
 from tests.merges import stacks
 
+SLOW = pytest.mark.slow
 NAMES = [n for n in plugins.available("merges") if hasattr(plugins.load("merges", n), "merge")]
 TWO = ("slerp",)  # take two models
 DRAWS = ("dare_linear", "dare_ties", "knots_dare", "subspace_dare")
@@ -56,7 +57,14 @@ def test_a_method_says_what_it_is(name):
     assert len(module.__doc__) > 200
 
 
-@pytest.mark.parametrize("shape", [(12, 9), (60,), (4, 3, 3, 3)], ids=["matrix", "vector", "kernel"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((12, 9), id="matrix"),
+        pytest.param((60,), id="vector", marks=SLOW),
+        pytest.param((4, 3, 3, 3), id="kernel", marks=SLOW),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_models_does_not_matter(name, shape):
     x = stacks.dense(shape, count(name))
@@ -82,7 +90,7 @@ def test_the_order_of_low_rank_updates_does_not_matter(name):
     assert stacks.relative(found[0], found[1].astype(float)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["matrix", "vector", "low-rank"])
+@pytest.mark.parametrize("kind", ["matrix", pytest.param("vector", marks=SLOW), pytest.param("low-rank", marks=SLOW)])
 @pytest.mark.parametrize("name", AVERAGES)
 def test_a_merge_of_copies_is_the_model(name, kind):
     number = count(name)
@@ -96,15 +104,14 @@ def test_a_merge_of_copies_is_the_model(name, kind):
     assert stacks.relative(merge(name, own, **AVERAGES[name]), wanted) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["mean", "weighted", "ties", "dare_ties", "spherical"])
-def test_copies_come_back_to_the_bit_from_a_mean(name):
-    x = np.repeat(stacks.dense((12, 9), 1), 3, axis=0)
-    found = merge(name, stacks.of_arrays(x), **AVERAGES[name])
-    if name in ("mean", "weighted"):
-        assert np.array_equal(found, x[0])
-    assert stacks.relative(found, x[0].astype(float)) < 3e-7
+@pytest.mark.parametrize("name", ["mean", "weighted", "ties"])
+def test_copies_come_back_to_the_last_digit_from_a_mean(name):
+    x = np.repeat(stacks.dense((12, 9), 1), 4, axis=0)
+    np.testing.assert_array_max_ulp(merge(name, stacks.of_arrays(x[:3]), **AVERAGES[name]), x[0], 2)
+    assert np.array_equal(merge(name, stacks.of_arrays(x), **AVERAGES[name]), x[0])
 
 
+@SLOW
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in TWO and n != "model_stock"])
 def test_one_model(name):
     x = stacks.dense(count=1)
@@ -122,6 +129,7 @@ def test_the_base_is_put_back(name):
     assert stacks.relative(found, alone.astype(float) + base) < 1e-6
 
 
+@SLOW
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_do_not_show(name, monkeypatch):
     x = stacks.dense((40, 30), count(name))
@@ -134,6 +142,7 @@ def test_blocks_do_not_show(name, monkeypatch):
     assert stacks.relative(merge(name, stacks.of_arrays(x)), whole.astype(float)) < 1e-6
 
 
+@SLOW
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_of_low_rank_updates_do_not_show(name, monkeypatch):
     parts = stacks.factors(ranks=(2, 3) if name in TWO else (2, 2, 2, 2))
@@ -142,6 +151,7 @@ def test_blocks_of_low_rank_updates_do_not_show(name, monkeypatch):
     assert stacks.relative(merge(name, stacks.of_factors(*parts)), whole.astype(float)) < 1e-6
 
 
+@SLOW
 @pytest.mark.parametrize("kind", ["dense", "low-rank"])
 @pytest.mark.parametrize("name", NAMES)
 def test_updates_of_zero(name, kind):
@@ -152,6 +162,7 @@ def test_updates_of_zero(name, kind):
     assert np.abs(merge(name, own)).max(initial=0.0) == 0.0
 
 
+@SLOW
 @pytest.mark.parametrize("name", NAMES)
 def test_float64_stays_float64(name):
     x = stacks.dense(count=count(name), dtype=np.float64)
