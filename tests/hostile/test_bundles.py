@@ -174,6 +174,15 @@ def test_two_members_of_one_place_do_not_overwrite_each_other(saved, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("field", [{"target_modules": 3}, {"target_modules": [3]}, {"task_type": ["x"]}])
+def test_configurations_of_members_that_are_none_are_not_written(saved, tmp_path, field):
+    made = jaxsub.load(forged(saved["updates"], tmp_path / "b", lambda m: m["members"]["alike"].update(field)))
+    with pytest.raises(errors.InputError, match="no text and names"):
+        made.export(str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_arrays_that_are_not_finite_are_not_projected(saved, number):
     made = jaxsub.load(saved["rows"])
