@@ -21,8 +21,8 @@ import re
 import jax
 import numpy as np
 
-from jaxsub import errors, hostmemory, lineup, subspace
-from jaxsub.bundle import cores, corrections, members, storage
+from jaxsub import errors, lineup, subspace
+from jaxsub.bundle import checks, cores, corrections, members, storage
 from jaxsub.formats import _files, _json, safetensors
 
 SCHEMA = "jaxsub.bundle/1"
@@ -137,10 +137,11 @@ def load(path):
 def _bundle(path, manifest):
     from jaxsub.bundle import Bundle, Layer
 
-    _require_ids(manifest["models"], manifest["models"])
+    checks.require_ids(manifest["models"], manifest["models"])
+    checks.require_fields(manifest)
     if not {COEFFICIENTS, *(record["file"] for record in manifest["layers"])} <= manifest["files"].keys():
         raise ValueError("files of layers that are not listed")
-    _require_room(manifest, path)
+    checks.require_room(manifest, path)
     coefficients, layers = _tensors(path, COEFFICIENTS), []
     corrected = _tensors(path, CORRECTIONS) if CORRECTIONS in manifest["files"] else {}
     for number, record in enumerate(manifest["layers"]):
@@ -149,14 +150,14 @@ def _bundle(path, manifest):
         halves = tuple(
             _decoded(coefficients, f"{number:05d}{e}", -1) for e in cores.HALVES if f"{number:05d}{e}" in coefficients
         )
-        _require_ids(ids, manifest["models"])
+        checks.require_ids(ids, manifest["models"])
         if halves:  # joined, they could be much larger
             left, right = halves
-            _require_ranks((*left.shape[:2], right.shape[2]), record)
+            checks.require_ranks((*left.shape[:2], right.shape[2]), record)
         values = cores.joined(halves) if halves else _decoded(coefficients, f"{number:05d}", -1)
-        _require_ranks(values.shape, record)
+        checks.require_ranks(values.shape, record)
         space = _subspace(record, _tensors(path, record["file"]), values.dtype)
-        _require_finite(space, values, record["name"])
+        checks.require_numbers(space, values, record["name"])
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
         layers.append(
@@ -243,46 +244,6 @@ def _record(layer, bundle):
         "spectra": {str(a): {"total_energy": _known(s.total_energy), "floor": s.floor} for a, s in spectra.items()},
         "figures": layer.figures,
     }
-
-
-def _require_ids(ids, known):
-    if not all(isinstance(i, str) for i in ids) or len({*ids}) < len(ids) or not {*ids} <= {*known}:
-        raise ValueError("models that are no distinct names of members")
-
-
-def _require_ranks(shape, record):
-    """Refuses coefficients of another shape than (n, k...) with the ranks of the record."""
-    wanted = [record["rank"]]
-    if record["kind"] != "linear":
-        sizes = lineup.flat_shape(record["shape"]) if record["parametrisation"] == lineup.LORA else record["shape"]
-        wanted = [record["rank"].get(str(axis), size) for axis, size in enumerate(sizes)]
-    if list(shape[1:]) != wanted:
-        raise ValueError(f"coefficients of shape {shape}, ranks {wanted}")
-
-
-def _require_room(manifest, path):
-    """Refuses what is larger in memory than on the disk, and than memory: unit factors, and cores kept as halves."""
-    wanted, free = 0, hostmemory.available()
-    for record in manifest["layers"]:
-        ranks = [] if record["kind"] == "linear" else [*record["rank"].values()]
-        if not all(type(k) is int and k >= 0 for k in ranks):
-            raise ValueError(f"ranks {ranks}")
-        members = len(manifest["models"] if record["models"] is None else record["models"])
-        wanted += 4 * (sum(k * k for k in ranks) + members * math.prod(ranks) * bool(ranks))
-        if free and wanted > free:
-            raise errors.ResourceError(
-                f"{errors.quote(path)}: the layers up to {errors.quote(record['name'])} need {wanted >> 20} MiB, "
-                f"{free >> 20} are free"
-            )
-
-
-def _require_finite(space, values, name):
-    arrays = [values, np.asarray(space.mean)]
-    arrays += [space.basis] if isinstance(space, subspace.LinearSubspace) else [*space.factors.values()]
-    spectra = [space.spectrum] if isinstance(space, subspace.LinearSubspace) else [*space.spectra.values()]
-    for array in (*arrays, *(s.values for s in spectra)):
-        if not np.isfinite(np.asarray(array)).all():
-            raise ValueError(f"layer {errors.quote(name)} holds NaN or Inf")
 
 
 def _decoded(tensors, name, component):
