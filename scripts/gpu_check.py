@@ -11,7 +11,7 @@ alike    analyses and fits of a small collection on the accelerator and on the C
 mesh     tests of kernels, meshes and what is sent, on as many devices as there are; those that want more are skipped
 bench    `jaxsub bench`: every kernel beside the model of its cost; --peers adds the libraries that are installed
 stream   a synthetic collection, half of its layers with a shared subspace: verdicts as made, GB/s, where the time went,
-         memory planned and taken
+         memory taken; the plan stands in the log
 
 FOLDER holds check.json (a record a step), bench.json and the log of each step. Exits with 1 if a step failed. The
 collection is written to --folder, /dev/shm by default, and removed.

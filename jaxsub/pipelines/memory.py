@@ -4,17 +4,17 @@
     device = blocks + the results of one + what a kernel adds; on CPU a part of the former
 
 Follows the code of `reading.Blocks`, `layers`, `linalg` and `figures`; a change of what they hold belongs here too.
-Right to -10 and +25 % for one CPU device, which a test measures; an upper bound where devices have memory of their own.
+Right to -10 (where figures of several layers decide, -20) and +25 % for one CPU device, which a test measures; an upper
+bound where devices have memory of their own.
 """
 
 import dataclasses
 import itertools
 import math
-import os
 
 from jaxsub import descriptors, placement, reading
 from jaxsub.linalg import gram, modes, secular
-from jaxsub.pipelines import kinship, lora
+from jaxsub.pipelines import figures, kinship, lora
 from jaxsub.statistics import KEPT_ENTRIES, QR_ENTRIES
 
 RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
@@ -26,7 +26,7 @@ DRAW = 10  # matrices (N, N) of a thread that draws and judges a null
 ARENAS, MOST = 6, 200 * 2**20  # matrices that malloc keeps of all draws, and bytes of them: large ones it gives back
 HEADER_BYTES, ID_BYTES = 1800, 12  # of a statistics file: names of its arrays, and of a model
 REPORT_BYTES, REPORT_LAYER = 50_000, 20_000  # of the report without models: the page itself, and each layer's card
-SECULAR = 36  # work arrays of secular.BLOCK_ELEMENTS
+SECULAR = 22  # work arrays of secular.BLOCK_ELEMENTS
 
 
 def of(plan, group, mesh, options, base=None):
@@ -47,7 +47,8 @@ def peak(plans):
     """Host bytes of an analysis of several layers, beyond the program's own."""
     if not plans:
         return 0
-    together = sorted((p.figure_bytes for p in plans), reverse=True)[: os.cpu_count() or 1]
+    together = figures.threads(max(p.num_models for p in plans))
+    together = sorted((p.figure_bytes for p in plans), reverse=True)[:together]
     passes = [p.pass_bytes + _ahead(p, following) for p, following in itertools.pairwise([*plans, None])]
     return RUNTIME_BYTES + sum(p.kept_bytes for p in plans) + max(sum(together), *passes)
 
@@ -213,5 +214,5 @@ def _lora_parts(plan, group, mesh, options):
 def _figures(num_models):
     """Bytes of a layer's spectra, null draws and held-out curves, made by all cores."""
     square = 8 * num_models**2
-    work = SECULAR * min(8 * secular.BLOCK_ELEMENTS, 16 * square) + DRAW * (os.cpu_count() or 1) * square
+    work = SECULAR * min(8 * secular.BLOCK_ELEMENTS, 8 * square) + DRAW * figures.threads(num_models) * square
     return work + min(ARENAS * square, MOST)

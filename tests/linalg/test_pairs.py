@@ -59,6 +59,14 @@ def test_work_is_shared_evenly_and_nearly_half_of_all_pairs():
         assert 512**2 / 2 < done <= 1.1 * 512**2 / 2
 
 
+@pytest.mark.parametrize("num_models", [50, 100, 512])
+@pytest.mark.parametrize("devices", [2, 4, 8, 64])
+def test_blocks_that_processes_exchange_are_under_the_square_of_models(num_models, devices):
+    """Of one matrix of pairs, whatever the width of the updates; devices of one process send nothing at all."""
+    deal = pairs.Deal.create(num_models, 16, devices, 1)
+    assert devices * deal.table().shape[1] * deal.size**2 <= num_models**2
+
+
 @pytest.mark.parametrize(
     "num_models, devices, together, share",
     [(512, 2, 1, 1.0), (512, 4, 1, 0.75), (512, 8, 1, 0.5), (512, 64, 8, 0.5), (512, 8, 8, 1.0), (10, 4, 1, 0.8)],
