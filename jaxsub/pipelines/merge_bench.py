@@ -19,6 +19,7 @@ import os
 import tempfile
 import time
 
+import jax
 import numpy as np
 import threadpoolctl
 
@@ -162,6 +163,7 @@ def run(config, workdir=None, *, stream=None):
         for world in worlds:
             zoos = [sources.World(world, own, place, own.seed + n, stream) for n in range(own.seeds)]
             found["collections"].append(_collection(zoos, own, methods, place, stream))
+            jax.clear_caches()  # compiled for the shapes of this world
         found["notes"] = merge_bench_table.notes(found)
         found["seconds"] = round(time.perf_counter() - started, 1)
         _write.write_json(os.path.join(place, RECORD), found)
@@ -284,8 +286,6 @@ def baselines(case):
 
 
 def _ensemble(case):
-    import jax
-
     votes = 0.0
     for c in np.eye(len(case.ids)):
         votes = votes + np.asarray(jax.nn.softmax(case.outputs(case.combined(c), cases.TEST)), np.float64)

@@ -18,28 +18,27 @@ ROWS = 256  # of each model's training data
 
 def of(case, seed):
     """{layer: (N, *shape) float32} of a `merge_bench_case.Zoo`; of low-rank updates those of the whole weight."""
-    found = {}
+    evaluation, found = case.evaluation, {}
+    static = {"model": evaluation.model, "parameters": evaluation.parameters}
     for n in range(len(case.ids)):
-        data, key = case.evaluation.train[n], jax.random.fold_in(jax.random.key(seed), n)
-        x = jnp.asarray(data.used()[0][:ROWS])
-        weights = {name: jnp.asarray(array) for name, array in case.member(n).items()}
-        outputs = functools.partial(_outputs, case, n)
-        y = jax.random.categorical(key, outputs(weights, x))
-        squares = jax.jit(functools.partial(_squares, outputs))(weights, x, y)
-        for name, array in squares.items():
+        key = jax.random.fold_in(jax.random.key(seed), n)
+        x = evaluation.train[n].used()[0][:ROWS]
+        for name, array in _squares(case.member(n), case.own[n], case.base, x, key, **static).items():
             found.setdefault(name, []).append(np.asarray(array, np.float32))
     return {name: np.stack(each) for name, each in found.items()}
 
 
-def _outputs(case, n, weights, x):
-    params = case.evaluation.parameters(weights | case.own[n], case.base)
-    params = {name: jnp.asarray(array, jnp.float32) for name, array in params.items()}
-    return case.evaluation.model.apply({"params": _evaluation.nested(params)}, x)
+@functools.partial(jax.jit, static_argnames=("model", "parameters"))
+def _squares(weights, own, base, x, key, /, *, model, parameters):
+    """{layer: (*shape)} mean squared gradients by `weights`, on inputs x (n, ...)."""
 
+    def outputs(weights, x):
+        params = {name: array.astype(jnp.float32) for name, array in parameters(weights | own, base).items()}
+        return model.apply({"params": _evaluation.nested(params)}, x)
 
-def _squares(outputs, weights, x, y):
     def likelihood(weights, row, target):
         return jax.nn.log_softmax(outputs(weights, row[None])[0])[target]
 
+    y = jax.random.categorical(key, outputs(weights, x))
     gradients = jax.vmap(jax.grad(likelihood), (None, 0, 0))(weights, x, y)
     return jax.tree.map(lambda g: jnp.mean(jnp.square(g), axis=0), gradients)
