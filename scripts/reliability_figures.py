@@ -109,7 +109,8 @@ def page(found, notes, measured):
         "",
         f"What tests counted and measured on {measured}, written by `scripts/reliability_figures.py`. A figure is",
         "recorded after its test has held, so what is here has passed; NUM-1 records classes over its threshold too.",
-        f"Commands run in the repository; the corpus lies in `JAXSUB_SHARED`. {versions()}.",
+        "Commands run in the repository; the corpus lies in `JAXSUB_SHARED`. Versions:",
+        f"{versions()}.",
         "",
     ]
     for test, (promise, files) in TESTS.items():
