@@ -128,6 +128,7 @@ def open_collection(
     max_quarantined=None,
     strict=False,
     check=True,
+    odd=True,
     smallest=lineup.SMALLEST_GROUP,
 ):
     """A collection of models, from headers only.
@@ -142,6 +143,7 @@ def open_collection(
         max_quarantined: models that may be set aside; None for the larger of 1 and 5 %.
         strict: no model may be set aside.
         check: raise what is in `refusal`; without, a collection that cannot be analysed can be looked at.
+        odd: set models aside that lack, or hold in another form, a layer that nearly all others agree on.
         smallest: models that make a collection, and a layer group; 1 for models that are only to be projected.
 
     Returns:
@@ -166,13 +168,13 @@ def open_collection(
     if every and not any(chosen_layers):
         raise errors.ConfigError(lineup.nothing_chosen(layers, exclude_layers, every))
     usual = max(1, num_candidates // 20)
-    odd = lineup.odd_models(chosen_layers, usual)
-    for position, (layer, what) in odd.items():
+    found_odd = lineup.odd_models(chosen_layers, usual) if odd else {}
+    for position, (layer, what) in found_odd.items():
         candidate, model = opened[position]
         advice = _STRANGER_HINT if layer is None else _ODD_HINT
         error = errors.InputError(model.path, what, key=layer, hint=advice)
         aside.append(_record(candidate.id, model.path, layer, str(error), "N2"))
-    keep = [position for position in range(len(opened)) if position not in odd]
+    keep = [position for position in range(len(opened)) if position not in found_odd]
     pairs = [opened[p] for p in keep]
     refs = tuple(descriptors.ModelRef(id=c.id, path=m.path, format=m.format, labels=m.metadata) for c, m in pairs)
     models = tuple(m for _, m in pairs)

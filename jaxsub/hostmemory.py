@@ -10,6 +10,7 @@ import numpy as np
 
 ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
 WORTHWHILE = 8 * 2**20
+M_MMAP_THRESHOLD = -3  # of malloc.h
 _trimmed = 0  # bytes resident after the last `trim`
 
 
@@ -19,6 +20,16 @@ def zeros(shape, dtype):
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def free_at_once():
+    """From now on arrays from WORTHWHILE / 8 on go back to the system when they are freed, whichever thread made them.
+
+    Else glibc gives only larger ones pages of their own, up to 32 MiB, as soon as one has been freed, and keeps what
+    threads that have ended freed. For programs whose threads make large arrays and end; new pages cost time.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, WORTHWHILE // 8)
 
 
 def resident():

@@ -8,6 +8,7 @@ A block holds the same columns of every model. Two buffers: one is read by threa
 import concurrent.futures
 import dataclasses
 import math
+import threading
 
 import jax
 import numpy as np
@@ -73,8 +74,8 @@ class Blocks:
         """
         self.group, self.plan, self.mesh, self.then = group, plan, mesh, then
         self.window = placement.columns_here(plan.width, mesh)
-        self.sources = [_Source(m, t, past_cache) for m, t in zip(models, group.entries, strict=True)]
-        self.base = _Source(base, _base_tensor(base, group)) if base is not None else None
+        self.sources = [Source(m, t, past_cache) for m, t in zip(models, group.entries, strict=True)]
+        self.base = Source(base, _base_tensor(base, group)) if base is not None else None
         self.pool = concurrent.futures.ThreadPoolExecutor(READERS)
         self.ahead = concurrent.futures.ThreadPoolExecutor(1)
         self.buffers = [None] * min(plan.num_blocks, 2)
@@ -124,13 +125,14 @@ class Blocks:
         return _fill(buffer, index, self.window, self.sources, self.base, self.plan, self.group, self.pool)
 
 
-def agree(largest, square, failure, mesh):
+def agree(largest, square, failure, mesh, *, is_shared=False):
     """(largest, sum of squares) over the mesh's processes; raises on all where one has a failure, the same if it can.
 
     Args:
         largest, square: floats of this process.
         failure: NonFiniteError or InputError of this process, or None.
         mesh: of this process alone, or of all.
+        is_shared: whether processes read models whole, some of them the same, instead of columns of their own.
     """
     if not mesh.is_multi_process:
         if failure is not None:
@@ -146,7 +148,8 @@ def agree(largest, square, failure, mesh):
         same = found[found[:, 3] == first]
         own = distributed.gather_objects([failure.file, failure.key] if bad and failure.member == first else None)
         path, key = next(one for one in own if one)
-        raise NonFiniteError(first, path, key, int(same[:, 4].sum()), int(same[:, 5].min()))
+        count = same[:, 4].max() if is_shared else same[:, 4].sum()
+        raise NonFiniteError(first, path, key, int(count), int(same[:, 5].min()))
     return float(found[:, 0].max()), float(found[:, 1].sum())
 
 
@@ -175,7 +178,7 @@ def read_stack(group, models):
     x = np.empty((len(models), math.prod(shape)), descriptors.numpy_dtype(precision.widest(group.dtypes)))
 
     def one(member):
-        _Source(models[member], group.entries[member]).read(0, x.shape[1], x[member])
+        Source(models[member], group.entries[member]).read(0, x.shape[1], x[member])
         require_finite(x[member], member, models[member], group.entries[member])
 
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
@@ -227,11 +230,17 @@ def read_factors(group, models):
     return a, b, np.array([e.scale for e in pairs])
 
 
+def read_factor(model, tensor, member, *, transposed):
+    """(r, width) of A (r, *width) or, if `transposed`, of B (width, r, *ones), float32 or as stored if wider."""
+    part = require_finite(formats.read(model, tensor), member, model, tensor)
+    return part.reshape(tensor.shape[0], -1).T if transposed else part.reshape(tensor.shape[0], -1)
+
+
 def read_columns(model, tensor, member, first, end, *, leading):
     """(r, columns) of A (r, width), of B (width, r) if `leading`: columns first to end, fewer where it ends before."""
     rank = tensor.shape[1] if leading else tensor.shape[0]
     first, end = (min(at, tensor.size // rank) for at in (first, end))
-    source = _Source(model, tensor)
+    source = Source(model, tensor)
     part = np.empty((end - first, rank) if leading else (rank, end - first), source.dtype)
     if leading or end - first == tensor.size // rank:
         source.read(first * rank, part.size, part.reshape(-1))
@@ -242,11 +251,12 @@ def read_columns(model, tensor, member, first, end, *, leading):
     return part.T if leading else part
 
 
-class _Source:
+class Source:
     """Rows of one model's tensor; tensors without an extent are loaded once and kept while the layer lasts."""
 
     def __init__(self, model, tensor, past_cache=False):
         self.model, self.tensor, self.loaded, self.past_cache = model, tensor, None, past_cache
+        self.lock = threading.Lock()
         self.dtype = descriptors.numpy_dtype(tensor.dtype)
 
     def read(self, start, count, out):
@@ -258,8 +268,9 @@ class _Source:
             formats.read_into(self.tensor.extent, start * self.dtype.itemsize, raw.view(np.uint8), self.past_cache)
             out[:] = raw
         else:
-            if self.loaded is None:
-                self.loaded = np.ascontiguousarray(formats.read(self.model, self.tensor)).reshape(-1)
+            with self.lock:
+                if self.loaded is None:
+                    self.loaded = np.ascontiguousarray(formats.read(self.model, self.tensor)).reshape(-1)
             out[:] = self.loaded[start : start + count]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, precision
-from jaxsub.linalg import factored, products, unfold
+from jaxsub.linalg import dealt, factored, products, rebuild, unfold
 
 CENTRINGS = ("models", "columns", "none")
 
@@ -94,12 +94,13 @@ class LinearSubspace:
             ConfigError: if `x` has another shape.
         """
         with jax.enable_x64(True):
-            return _project_rows(_rows(_roomy(x, self.basis.dtype), self.shape), self.mean, self.basis)
+            return rebuild.project_rows(_rows(_roomy(x, self.basis.dtype), self.shape), self.mean, self.basis)
 
     def reconstruct(self, c):
         """Models (n, *shape) = mean + c @ basis from coefficients (n, k)."""
         with jax.enable_x64(True):
-            rows = _rebuild_rows(_roomy(c, self.basis.dtype), self.mean, self.basis)
+            is_shared = dealt.mesh_of(self.basis, 1) is not None
+            rows = rebuild.rebuild_rows(_roomy(c, self.basis.dtype), self.mean, self.basis, is_shared=is_shared)
             return rows.reshape(rows.shape[0], *self.shape)
 
 
@@ -131,7 +132,7 @@ class TuckerSubspace:
             ConfigError: if `x` has another shape.
         """
         with jax.enable_x64(True):
-            x = _rows(_roomy(x, self.dtype), self.shape).reshape(-1, *self.shape)
+            x = _models(_roomy(x, self.dtype), self.shape)
             dtype = jnp.promote_types(x.dtype, self.mean.dtype)
             x = x.astype(dtype) - self.mean.astype(dtype)
             for axis, factor in self.factors.items():
@@ -207,6 +208,9 @@ def error_figures(left, energies, total):
 
 def from_mean(space, x):
     """(n,) squared distances of models (n, *shape) to the mean, float64; one model at a time."""
+    if _mesh(x) is not None:
+        rank = (space.rank,) if isinstance(space, LinearSubspace) else _core_shape(space)
+        return missed(space, x, np.zeros((len(x), *rank)))[1]
     mean = np.asarray(space.mean, np.float64)
     mean = mean.reshape(space.shape) if mean.size == math.prod(space.shape) else mean  # or one that broadcasts
     return np.array([np.square(np.asarray(row, np.float64) - mean).sum() for row in x])
@@ -218,8 +222,12 @@ def missed(space, x, values):
     Args:
         space: LinearSubspace or TuckerSubspace; its directions need not be orthonormal, as rounded ones are not.
         x: (n, *shape) models, or (a, b, scales) of low-rank updates, whose products are not formed.
-        values: (n, k...) coefficients to rebuild from, as they are stored.
+        values: (n, k...) coefficients to rebuild from, as they are stored; fewer than `x` where other models follow.
+
+    On several devices they send each other nothing but these numbers.
     """
+    if not isinstance(x, tuple) and _mesh(x) is not None:
+        return _missed_there(space, x, values)
     energies, left = np.zeros(len(values)), np.zeros(len(values))
     with jax.enable_x64(True):
         if isinstance(x, tuple):
@@ -232,6 +240,32 @@ def missed(space, x, values):
                 row = np.asarray(x[n], np.float64)
                 energies[n] = np.square(row).sum()
                 left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]))[0]).sum()
+    return energies, left
+
+
+def _mesh(x):
+    """The mesh that models, or their features, are shared by; or None."""
+    found = dealt.mesh_of(x)
+    return dealt.mesh_of(x, 1) if found is None else found
+
+
+def _core_shape(space):
+    """Shape of the coefficients of one model in a TuckerSubspace."""
+    return tuple(space.rank.get(axis, size) for axis, size in enumerate(space.shape))
+
+
+def _missed_there(space, x, values):
+    """`missed` of models that several devices share, each working on what it has."""
+    with jax.enable_x64(True):
+        if isinstance(space, LinearSubspace):
+            found = rebuild.missed_rows(
+                x, jnp.asarray(values, space.basis.dtype), space.mean, space.basis, mesh=_mesh(x)
+            )
+        else:
+            more = [(0, len(x) - len(values)), *[(0, 0)] * (values.ndim - 1)]
+            c = np.pad(np.asarray(values, space.dtype), more)
+            found = rebuild.missed_models(x, c, space.mean.astype(space.dtype), space.factors, mesh=_mesh(x))
+        energies, left = (np.array(one)[: len(values)] for one in found)
     return energies, left
 
 
@@ -315,12 +349,20 @@ class Coefficients:
     corrections: dict = dataclasses.field(default_factory=dict)
 
 
-def _rows(x, shape):
+def _models(x, shape):
+    """`x` as (n, *shape).
+
+    Raises:
+        ConfigError: if it is neither that nor (n, D).
+    """
     x = jnp.asarray(x)
-    size = math.prod(shape)
-    if x.shape[1:] not in (tuple(shape), (size,)):
+    if x.shape[1:] not in (tuple(shape), (math.prod(shape),)):
         raise errors.ConfigError(f"models of shape {x.shape[1:]}, the subspace is of {tuple(shape)}")
-    return x.reshape(x.shape[0], size)
+    return x if x.shape[1:] == tuple(shape) else x.reshape(x.shape[0], *shape)
+
+
+def _rows(x, shape):
+    return _models(x, shape).reshape(-1, math.prod(shape))
 
 
 def _roomy(x, dtype):
@@ -333,16 +375,3 @@ def _roomy(x, dtype):
     x = np.asarray(x)
     has_room = precision.has_room(precision.power_of(precision.largest(x)), dtype)
     return jnp.asarray(x.astype(dtype if has_room else np.float64))
-
-
-@jax.jit
-def _project_rows(x, mean, basis):
-    dtype = jnp.promote_types(x.dtype, mean.dtype)
-    return products.matmul(x.astype(dtype) - mean.astype(dtype), basis.T.astype(dtype))
-
-
-@jax.jit
-def _rebuild_rows(c, mean, basis):
-    dtype = jnp.promote_types(c.dtype, mean.dtype)
-    rows = products.row_major(products.matmul(c.astype(dtype), basis.astype(dtype)))
-    return rows + mean.astype(dtype)

@@ -15,6 +15,7 @@ LEVELS = [
     ["distributed"],
     ["linalg", "formats", "finding", "lineup"],
     ["spectrum", "statistics", "collection", "views", "placement", "reading", "stacks", "subspace", "estimators"],
+    ["rows"],
     [
         "heldout",
         "lineage",
@@ -27,6 +28,7 @@ LEVELS = [
         "workloads",
         "bundle",
         "optimizers",
+        "merges",
     ],
     ["parametrisations"],
     ["training", "worlds"],
@@ -139,9 +141,8 @@ def test_nothing_prints_or_configures_at_import(path):
 def test_plugins_do_not_import_each_other():
     for path in modules():
         own = part_of(path)
-        if own in ("views", "nulls", "tasks", "worlds", "parametrisations", "optimizers") and not path.stem.startswith(
-            "_"
-        ):
+        of = ("views", "nulls", "tasks", "worlds", "parametrisations", "optimizers", "merges")
+        if own in of and not path.stem.startswith("_"):
             for name, line, _ in imports(path):
                 inside = name.split(".")[2:]
                 is_plugin = name.startswith(f"jaxsub.{own}.") and not inside[0].startswith("_")
@@ -180,7 +181,7 @@ def test_import_takes_less_than_a_second():
 
 
 def test_files_are_short_enough_to_read():
-    plugins = ("views", "nulls", "tasks", "parametrisations", "optimizers")
+    plugins = ("views", "nulls", "tasks", "parametrisations", "optimizers", "merges")
     for path in modules():
         most = 150 if part_of(path) in plugins and not path.stem.startswith("_") else 400
         lines = len(path.read_text().splitlines())

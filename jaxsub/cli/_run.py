@@ -28,6 +28,7 @@ class _Terminated(KeyboardInterrupt):
 
 def program(name, argv):
     """Runs `jaxsub.cli.<name>` with its flags and exits."""
+    keep_compiled_kernels()  # some programs import jax with their module
     module = importlib.import_module(f"jaxsub.cli.{name}")
     debug = "--debug" in argv
 
@@ -46,7 +47,6 @@ def program(name, argv):
         logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("jaxsub: %(message)s"))
         if "num_processes" not in {f.name for f in dataclasses.fields(module.config_class())}:
             launcher.require_alone(f"jaxsub {name}")
-        keep_compiled_kernels()
         module.main(parsed)
         sys.stdout.flush()  # here, where a reader who has gone is met below; absl's app ends by SystemExit
 

@@ -67,8 +67,9 @@ def _fitted(stack, options, name):
         else:
             centring = "none" if name in ("col_svd", "lora_tucker") else "columns" if _is_by_column(name) else "models"
             axes = _axes(stack, options, name)
-            y, mean = _fit.centre(stack.x, centring=centring, axis=axes[0] if centring == "columns" else None)
+            y, mean = stack.centred(centring, axes[0] if centring == "columns" else None)
             y, mean, tall = np.asarray(y, np.float64), np.asarray(mean), y.dtype
+            y = y if stack.present is None else y[stack.present]
             if axes == ("models",):
                 return _linear(stack, options, y.reshape(len(y), -1), mean.reshape(-1), tall, name)
             rows = {axis: np.moveaxis(y, axis + 1, -1).reshape(-1, stack.shape[axis]) for axis in axes}

@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxsub.decompositions import _fit
 
+BY_ROWS = True  # components of the models: their features may be shared by devices
 REFERENCE = "Sirovich 1987, method of snapshots (E17)"
 
 

@@ -71,10 +71,10 @@ def _leading_gram(rng, leading, shape):
     """Gram matrix (N, N) of sum_a leading_ia u_ia v_ia^T with Haar frames u, v on the two sides."""
     num_models, size = leading.shape
     left, right = (_draw.unit_frames(rng, num_models, size, dimension) for dimension in shape)
-    strength = leading.reshape(-1, 1)
+    strength = leading.T.reshape(-1, 1)
     product = (left * strength) @ left.T
     product *= right @ (right * strength).T
-    return product.reshape(num_models, size, num_models, size).sum((1, 3))
+    return product.reshape(size, num_models, size, num_models).sum((0, 2))
 
 
 def _with_rest(rng, gram, rest, dimension):

@@ -154,11 +154,11 @@ class _Layer:
         """Energies of the centred rows at unit norm: unequal norms alone would lift values over the edge."""
         return spectrum.energies(lineage.cosines(self.gram))[: max(self.num_models - 1, 0)]
 
-    def _curve(self, gram, leverage=None):
+    def _curve(self, gram, leverage=None, way=heldout.leave_one_out):
         ks = [k for k in self.ks if k <= len(gram) - 2]
         if not ks or not float(np.trace(gram)) > 0:
             return {}
-        values = heldout.leave_one_out(gram, ks, leverage=leverage)
+        values = way(gram, ks, leverage=leverage)
         return {str(k): float(v) for k, v in zip(ks, values, strict=True)}
 
     def _within(self):
@@ -253,7 +253,7 @@ class _Layer:
 
         def one(gram):
             residual, alpha = heldout.within_groups(spectrum.centred(gram), groups)
-            return self._curve(residual, alpha)
+            return self._curve(residual, alpha, heldout.leave_one_out_of_draw)
 
         draws = module.sample(self._observed(norms), module.Options(draws=self.options.draws), rng)
         curves = self._until_settled(one, draws, lambda curve: curve)
@@ -264,7 +264,7 @@ class _Layer:
         def one(uncentred):
             gram = spectrum.centred(uncentred)
             eigen = heldout.decompose(gram)
-            held = heldout.leave_one_out(gram, self.ks, eigen=eigen)
+            held = heldout.leave_one_out_of_draw(gram, self.ks, eigen=eigen)
             mean = self.num_models * uncentred.mean() / np.trace(uncentred)
             curve = {str(k): float(v) for k, v in zip(self.ks, held, strict=True)}
             return curve, mean, eigen[0][: self.num_models - 1]

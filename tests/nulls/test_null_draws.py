@@ -178,6 +178,7 @@ def test_shuffle_keeps_mean_energy_and_total():
         assert np.trace(drawn) == pytest.approx(np.trace(gram), rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 48, 96])
 def test_strength_agrees_with_haar_frames(frames):
     """Rank-4 updates with one, two or all four singular values drawn explicitly."""
@@ -278,7 +279,7 @@ def test_unit_gram_agrees_with_explicit_vectors(num, dimension):
 
 
 def test_unit_frames_are_orthonormal_within_and_independent_between():
-    rows = _draw.unit_frames(np.random.default_rng(12), 200, 3, 7).reshape(200, 3, -1)
+    rows = _draw.unit_frames(np.random.default_rng(12), 200, 3, 7).reshape(3, 200, -1).swapaxes(0, 1)
     np.testing.assert_allclose(rows @ rows.transpose(0, 2, 1), np.tile(np.eye(3), (200, 1, 1)), atol=1e-12)
     between = np.einsum("nad,mbd->nmab", rows, rows)[np.triu_indices(200, 1)]
     assert np.mean(between**2) == pytest.approx(1 / 7, rel=0.03)

@@ -79,7 +79,9 @@ def test_the_report_is_that_of_one_process(count, kind, request, tmp_path):
     require_alike(one["collection"], several["collection"])
     assert several["provenance"]["processes"] == count and one["provenance"]["processes"] == 1
     read = one["provenance"]["bytes_read"]
-    assert several["provenance"]["bytes_read"] == pytest.approx(read / count, abs=64 * count)
+    # Of dense layers columns of its own; of low-rank updates the models of its pairs: of 10 on 4 processes 9.
+    share = 1 / count if kind == "folder" else {2: 1.0, 4: 0.9}[count]
+    assert several["provenance"]["bytes_read"] == pytest.approx(read * share, rel=0.02, abs=64 * count)
 
 
 @pytest.mark.slow
@@ -126,6 +128,19 @@ def test_a_file_that_one_process_cannot_read_ends_all(folder, broken):
     assert [e.code for e in ended] == [4, 4] and time.monotonic() - began < 60
     assert "cannot be read here" in ended[broken].stderr
     assert f"process {broken} of 2: " in ended[1 - broken].stderr and "cannot be read here" in ended[1 - broken].stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, mebibytes", [("analyze", 100), ("fit", 90)])
+def test_processes_of_one_machine_share_its_memory(folder, tmp_path, program, mebibytes):
+    """So much is enough for one process, and not for two."""
+    memory = f'lambda field: {mebibytes} << 20 if field == "MemAvailable" else 1 << 40'
+    scarce = f"import jaxsub.pipelines.plan as p; p._memory = {memory}"
+    for count, code in ((1, 0), (2, 6)):
+        given = f"--collection={folder}", f"--workdir={tmp_path / str(count)}", *(QUICK if program == "analyze" else ())
+        ended = processes.run(count, program, *given, before=dict.fromkeys(range(count), scarce))
+        assert [e.code for e in ended] == [code] * count, ended[-1].stderr
+        assert count == 1 or all(f"{mebibytes / 2} MiB are allowed or free" in e.stderr for e in ended)
 
 
 @pytest.mark.slow

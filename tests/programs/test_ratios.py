@@ -75,6 +75,7 @@ def slow(cases, quick):
     return [case if case == quick else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, scale, count, shape", slow(CASES, QUICK))
 def test_an_analysis(collection, dtype, scale, count, shape):
     """Values over the floor to the ulp of the stored weights, and none over it that the models lack."""
@@ -114,6 +115,7 @@ def rebuilt_ratios(made, opened, given, dtype):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m != "gram" else m for m in ROWS])
 @pytest.mark.parametrize("dtype, scale, count, shape", slow(CASES, QUICK))
 def test_principal_components(collection, method, dtype, scale, count, shape):

@@ -176,6 +176,7 @@ def test_updates_whose_squares_are_no_numbers_are_refused(tmp_path):
     assert caught.value.rule == "N5" and caught.value.key == "q"
 
 
+@pytest.mark.slow
 def test_coefficients_stay_narrow_where_there_is_room(tmp_path):
     made = jaxsub.fit(save(tmp_path / "c", stack("float32", 1.0)[0]), rank=2)
     space = made.layers[0].subspace
