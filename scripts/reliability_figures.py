@@ -4,7 +4,7 @@
     python scripts/reliability_figures.py figures.jsonl [...] [--note="NUM-1: every third case"]
 
 To be run where the tests ran: versions and processors are taken from here. A figure of several runs is their sum where
-stops and operations are counted, the number of different cases where cases are listed, else the largest.
+stops are counted, the number of different cases where cases are listed, else the largest.
 """
 
 import argparse
@@ -75,11 +75,12 @@ def merged(figure, values):
     if any(figure.startswith(word) for word in ("verdicts", "refusals", "configurations refused", "relations")):
         return str(len({*map(str, values)}))
     if all(isinstance(v, int | float) for v in values):
-        is_count = figure.endswith((": stops", "fits whose solver fails"))
-        value = sum(values) if is_count else max(values)
+        value = sum(values) if figure.endswith(": stops") else max(values)
         return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
     last = values[-1]
-    return ", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in last) if isinstance(last, list) else str(last)
+    if isinstance(last, str):
+        return ", ".join(sorted({*values}))
+    return ", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in last)
 
 
 def grid(figures):
@@ -109,7 +110,8 @@ def page(found, notes, measured):
         "",
         f"What tests counted and measured on {measured}, written by `scripts/reliability_figures.py`. A figure is",
         "recorded after its test has held, so what is here has passed; NUM-1 records classes over its threshold too.",
-        f"Commands run in the repository; the corpus lies in `JAXSUB_SHARED`. {versions()}.",
+        "Commands run in the repository; the corpus lies in `JAXSUB_SHARED`. Versions:",
+        f"{versions()}.",
         "",
     ]
     for test, (promise, files) in TESTS.items():

@@ -12,7 +12,6 @@ import jaxsub
 from jaxsub import errors
 from jaxsub.bundle import files
 from jaxsub.formats import peft, safetensors
-from jaxsub.pipelines import project
 from tests.bundle.test_bundle import forged
 from tests.figures_log import record
 from tests.programs import worlds
@@ -214,25 +213,6 @@ def test_what_is_no_file_is_refused_at_once(saved, tmp_path, file, what):
     assert os.path.basename(file) in str(caught.value)
     if file != files.MANIFEST:
         assert file in dict(files.verify(place))
-
-
-@pytest.mark.slow
-def test_names_that_are_no_utf8_go_through_a_bundle(tmp_path):
-    folder = os.fsencode(tmp_path / "m")
-    os.mkdir(folder)
-    x = worlds.planted(6, (6, 5))
-    for n in range(6):
-        data = tmp_path / "one.safetensors"
-        safetensors.write(data, {"w": x[n]})
-        os.rename(data, os.path.join(folder, b"m\xff\xfe%d.safetensors" % n))
-    jaxsub.fit(os.fsdecode(folder), tmp_path / "b", rank=2)
-    made = jaxsub.load(tmp_path / "b")
-    found = project.run(
-        project.Config(str(tmp_path / "b"), (os.fsdecode(folder),), write_models=str(tmp_path / "w")),
-        workdir=str(tmp_path / "p"),
-    )
-    assert len(made.model_ids) == len(found["models"]) == 6
-    assert len(os.listdir(os.fsencode(tmp_path / "w"))) == 6
 
 
 def test_the_list_is_long():
