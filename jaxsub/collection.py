@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from jaxsub import descriptors, errors, finding, formats, lineup
 
 MOST_LISTED = 20  # models in one error message
+MOST_METADATA = 2**30  # characters beside the tensors of all models, which stay in memory
 _MATCHES = ("exact", "order")
 
 
@@ -127,6 +128,7 @@ def open_collection(
     max_quarantined=None,
     strict=False,
     check=True,
+    odd=True,
     smallest=lineup.SMALLEST_GROUP,
 ):
     """A collection of models, from headers only.
@@ -141,6 +143,7 @@ def open_collection(
         max_quarantined: models that may be set aside; None for the larger of 1 and 5 %.
         strict: no model may be set aside.
         check: raise what is in `refusal`; without, a collection that cannot be analysed can be looked at.
+        odd: set models aside that lack, or hold in another form, a layer that nearly all others agree on.
         smallest: models that make a collection, and a layer group; 1 for models that are only to be projected.
 
     Returns:
@@ -165,13 +168,13 @@ def open_collection(
     if every and not any(chosen_layers):
         raise errors.ConfigError(lineup.nothing_chosen(layers, exclude_layers, every))
     usual = max(1, num_candidates // 20)
-    odd = lineup.odd_models(chosen_layers, usual)
-    for position, (layer, what) in odd.items():
+    found_odd = lineup.odd_models(chosen_layers, usual) if odd else {}
+    for position, (layer, what) in found_odd.items():
         candidate, model = opened[position]
         advice = _STRANGER_HINT if layer is None else _ODD_HINT
         error = errors.InputError(model.path, what, key=layer, hint=advice)
         aside.append(_record(candidate.id, model.path, layer, str(error), "N2"))
-    keep = [position for position in range(len(opened)) if position not in odd]
+    keep = [position for position in range(len(opened)) if position not in found_odd]
     pairs = [opened[p] for p in keep]
     refs = tuple(descriptors.ModelRef(id=c.id, path=m.path, format=m.format, labels=m.metadata) for c, m in pairs)
     models = tuple(m for _, m in pairs)
@@ -217,9 +220,14 @@ def stored_tensors(entry):
 def _open_all(found, allow_roots):
     """[(Candidate, Model)] and the records of what was refused."""
     opened, aside = [], [_record(c.id, e.file, e.key, str(e), e.rule) for c, e in found.refused]
+    noted = 0
     for candidate in found.candidates:
         try:
             model = formats.open_model(candidate.path, root=candidate.root, allow_roots=allow_roots)
+            noted += sum(len(key) + len(value) for key, value in model.metadata.items())
+            if noted > MOST_METADATA:
+                reason = f"is where the models' metadata pass {MOST_METADATA >> 20} MiB"
+                raise errors.InputError(model.path, reason, hint="leave them out of the files", rule="H19")
         except errors.InputError as error:
             aside.append(_record(candidate.id, error.file, error.key, str(error), error.rule))
         else:

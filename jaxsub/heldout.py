@@ -9,9 +9,8 @@ Not for in-sample shares of energy: these are in `spectrum`. NumPy and SciPy flo
 """
 
 import numpy as np
-import scipy.linalg
 
-from jaxsub import spectrum
+from jaxsub import solvers, spectrum
 from jaxsub.linalg import secular
 
 # Eigenvalues under this times (number of models) times the largest are rounding of a float64 Gram matrix.
@@ -36,7 +35,7 @@ def decompose(gram):
         values: (N,) float64; negative rounding is set to zero.
         vectors: (N, N) float64, columns in the order of `values`.
     """
-    values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))  # unlike SciPy's, it releases the interpreter lock
+    values, vectors = solvers.eigh(gram)
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
@@ -268,10 +267,9 @@ def _leading_of(grams, rank):
     size = grams.shape[-1]
     centred = np.stack([spectrum.centred(one) for one in grams])
     if size <= WHOLE:
-        values, vectors = (x[..., size - rank :] for x in np.linalg.eigh(centred))
+        values, vectors = (x[..., size - rank :] for x in solvers.eigh(centred))
     else:
-        chosen = [size - rank, size - 1]
-        found = [scipy.linalg.eigh(one, subset_by_index=chosen, check_finite=False) for one in centred]
+        found = [solvers.leading(one, rank) for one in centred]
         values, vectors = (np.stack(x) for x in zip(*found, strict=True))
     # Relative to the entries before centring: equal models far from the origin must come out with rank zero.
     largest = np.maximum(np.diagonal(grams, axis1=1, axis2=2).max(axis=1), np.maximum(values[:, -1], 0.0))

@@ -10,6 +10,7 @@ import numpy as np
 
 ALIGNMENT = 64  # bytes; device_put of host memory aligned so is free of copies on CPU
 WORTHWHILE = 8 * 2**20
+M_MMAP_THRESHOLD = -3  # of malloc.h
 _trimmed = 0  # bytes resident after the last `trim`
 
 
@@ -21,12 +22,37 @@ def zeros(shape, dtype):
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
+def free_at_once():
+    """From now on arrays from WORTHWHILE / 8 on go back to the system when they are freed, whichever thread made them.
+
+    Else glibc gives only larger ones pages of their own, up to 32 MiB, as soon as one has been freed, and keeps what
+    threads that have ended freed. For programs whose threads make large arrays and end; new pages cost time.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, WORTHWHILE // 8)
+
+
 def resident():
     """Bytes of memory that the process holds now; 0 where the system does not say."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE
     except OSError:
+        return 0
+
+
+def available():
+    """Memory that can be had without swapping, bytes; 0 where the system does not say."""
+    return meminfo("MemAvailable")
+
+
+def meminfo(field):
+    """A field of /proc/meminfo, bytes; 0 where there is none."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields[field].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
         return 0
 
 

@@ -8,6 +8,7 @@ A block holds the same columns of every model. Two buffers: one is read by threa
 import concurrent.futures
 import dataclasses
 import math
+import threading
 
 import jax
 import numpy as np
@@ -73,8 +74,8 @@ class Blocks:
         """
         self.group, self.plan, self.mesh, self.then = group, plan, mesh, then
         self.window = placement.columns_here(plan.width, mesh)
-        self.sources = [_Source(m, t, past_cache) for m, t in zip(models, group.entries, strict=True)]
-        self.base = _Source(base, _base_tensor(base, group)) if base is not None else None
+        self.sources = [Source(m, t, past_cache) for m, t in zip(models, group.entries, strict=True)]
+        self.base = Source(base, _base_tensor(base, group)) if base is not None else None
         self.pool = concurrent.futures.ThreadPoolExecutor(READERS)
         self.ahead = concurrent.futures.ThreadPoolExecutor(1)
         self.buffers = [None] * min(plan.num_blocks, 2)
@@ -171,18 +172,33 @@ def read_stack(group, models):
 
     Raises:
         NonFiniteError: naming the first model with a NaN or an Inf.
+        InputError: numbers so large that float64 has no room for sums of them.
     """
     shape = group.shape or (1,)
     x = np.empty((len(models), math.prod(shape)), descriptors.numpy_dtype(precision.widest(group.dtypes)))
 
     def one(member):
-        _Source(models[member], group.entries[member]).read(0, x.shape[1], x[member])
+        Source(models[member], group.entries[member]).read(0, x.shape[1], x[member])
         require_finite(x[member], member, models[member], group.entries[member])
 
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         for done in [pool.submit(one, m) for m in range(len(models))]:
             done.result()
+    if x.dtype == np.float64:
+        require_room(x, models, group.name)
     return x.reshape(len(models), *shape)
+
+
+def require_room(x, models, layer):
+    """Refuses float64 weights x (N, ...) near the end of its range: norms and sums of them are no numbers."""
+    if precision.power_of(precision.largest(x)) > precision.ROOM["float64"]:
+        sizes = [precision.largest(row) for row in x]
+        raise _no_room(models[int(np.argmax(sizes))].path, f"holds entries up to {max(sizes):.3g}", layer)
+
+
+def _no_room(path, found, layer):
+    hint = "scale the model down, or leave the layer out with --exclude_layers"
+    return errors.InputError(path, f"{found}, which leave float64 no room for sums", key=layer, hint=hint, rule="N5")
 
 
 def read_factors(group, models):
@@ -198,6 +214,7 @@ def read_factors(group, models):
 
     Raises:
         NonFiniteError: naming the first model with a NaN or an Inf.
+        InputError: updates so large that squares of them are no numbers.
     """
     pairs = group.entries
     wide = "float64" if precision.widest(t.dtype for e in pairs for t in (e.a, e.b)) == "float64" else "float32"
@@ -205,6 +222,8 @@ def read_factors(group, models):
     a, b = np.zeros((len(pairs), rank, size_in), wide), np.zeros((len(pairs), size_out, rank), wide)
     for n, (model, pair) in enumerate(zip(models, pairs, strict=True)):
         right, left = (require_finite(formats.read(model, t), n, model, t) for t in (pair.a, pair.b))
+        if precision.power_of(*map(precision.largest, (right, left)), pair.scale) > precision.ROOM_FOR_SQUARES:
+            raise _no_room(model.path, f"holds updates of a scale of {pair.scale:.3g}", group.name)
         if pair.transposed:
             right, left = left.T, right.T
         a[n, : pair.rank], b[n, :, : pair.rank] = (x.reshape(x.shape[0], -1) for x in (right, left))
@@ -217,11 +236,27 @@ def read_factor(model, tensor, member, *, transposed):
     return part.reshape(tensor.shape[0], -1).T if transposed else part.reshape(tensor.shape[0], -1)
 
 
-class _Source:
+def read_columns(model, tensor, member, first, end, *, leading):
+    """(r, columns) of A (r, width), of B (width, r) if `leading`: columns first to end, fewer where it ends before."""
+    rank = tensor.shape[1] if leading else tensor.shape[0]
+    first, end = (min(at, tensor.size // rank) for at in (first, end))
+    source = Source(model, tensor)
+    part = np.empty((end - first, rank) if leading else (rank, end - first), source.dtype)
+    if leading or end - first == tensor.size // rank:
+        source.read(first * rank, part.size, part.reshape(-1))
+    else:
+        for row, out in enumerate(part):
+            source.read(row * (tensor.size // rank) + first, out.size, out)
+    part = require_finite(part, member, model, tensor)
+    return part.T if leading else part
+
+
+class Source:
     """Rows of one model's tensor; tensors without an extent are loaded once and kept while the layer lasts."""
 
     def __init__(self, model, tensor, past_cache=False):
         self.model, self.tensor, self.loaded, self.past_cache = model, tensor, None, past_cache
+        self.lock = threading.Lock()
         self.dtype = descriptors.numpy_dtype(tensor.dtype)
 
     def read(self, start, count, out):
@@ -233,8 +268,9 @@ class _Source:
             formats.read_into(self.tensor.extent, start * self.dtype.itemsize, raw.view(np.uint8), self.past_cache)
             out[:] = raw
         else:
-            if self.loaded is None:
-                self.loaded = np.ascontiguousarray(formats.read(self.model, self.tensor)).reshape(-1)
+            with self.lock:
+                if self.loaded is None:
+                    self.loaded = np.ascontiguousarray(formats.read(self.model, self.tensor)).reshape(-1)
             out[:] = self.loaded[start : start + count]
 
 

@@ -11,10 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = [
     ["errors"],
-    ["precision", "plugins", "config", "descriptors", "hubcache", "launcher", "hostmemory"],
+    ["precision", "plugins", "config", "descriptors", "hubcache", "launcher", "hostmemory", "solvers"],
     ["distributed"],
     ["linalg", "formats", "finding", "lineup"],
     ["spectrum", "statistics", "collection", "views", "placement", "reading", "stacks", "subspace", "estimators"],
+    ["rows"],
     [
         "heldout",
         "lineage",
@@ -27,6 +28,7 @@ LEVELS = [
         "workloads",
         "bundle",
         "optimizers",
+        "merges",
     ],
     ["parametrisations"],
     ["training", "worlds"],
@@ -35,10 +37,15 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Modules that stand on others of their level.
-NAMED_SIBLINGS = {("finding", "formats"), ("statistics", "spectrum"), ("reading", "placement")}
+NAMED_SIBLINGS = {
+    ("finding", "formats"),
+    ("statistics", "spectrum"),
+    ("reading", "placement"),
+    ("bundle", "decompositions"),
+}
 NO_JAX = (
     "errors", "launcher", "plugins", "config", "descriptors", "formats", "finding", "hubcache", "lineup", "collection",
-    "report", "spectrum", "heldout", "lineage", "verdict", "nulls", "cli",
+    "report", "spectrum", "solvers", "heldout", "lineage", "verdict", "nulls", "cli",
 )  # fmt: skip
 TRAINING_LIBRARIES = ("flax", "optax", "orbax")
 MAY_TRAIN = ("models", "tasks", "training", "worlds", "optimizers")
@@ -134,9 +141,8 @@ def test_nothing_prints_or_configures_at_import(path):
 def test_plugins_do_not_import_each_other():
     for path in modules():
         own = part_of(path)
-        if own in ("views", "nulls", "tasks", "worlds", "parametrisations", "optimizers") and not path.stem.startswith(
-            "_"
-        ):
+        of = ("views", "nulls", "tasks", "worlds", "parametrisations", "optimizers", "merges")
+        if own in of and not path.stem.startswith("_"):
             for name, line, _ in imports(path):
                 inside = name.split(".")[2:]
                 is_plugin = name.startswith(f"jaxsub.{own}.") and not inside[0].startswith("_")
@@ -175,7 +181,7 @@ def test_import_takes_less_than_a_second():
 
 
 def test_files_are_short_enough_to_read():
-    plugins = ("views", "nulls", "tasks", "parametrisations", "optimizers")
+    plugins = ("views", "nulls", "tasks", "parametrisations", "optimizers", "merges")
     for path in modules():
         most = 150 if part_of(path) in plugins and not path.stem.startswith("_") else 400
         lines = len(path.read_text().splitlines())

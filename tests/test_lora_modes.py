@@ -35,6 +35,7 @@ def unfoldings(case):
     return [np.moveaxis(rows, 1 + axis, -1).reshape(-1, size) for axis, size in enumerate(case[2])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, *(pytest.param(d, marks=pytest.mark.slow) for d in (3, 8))])
 @pytest.mark.parametrize("case", SIDES)
 @pytest.mark.parametrize("is_exact", [True, pytest.param(False, marks=pytest.mark.slow)])

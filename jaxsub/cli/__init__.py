@@ -10,6 +10,7 @@ PROGRAMS = {
     "update": "models added to a bundle, or removed from it",
     "project": "any models as coefficients of a bundle, what that loses, and their reconstructions",
     "train": "new tasks by coefficients of a bundle alone, beside random subspaces, LoRA and full training",
+    "merge": "one model out of many, by the method of your choice, in their own format",
     "verify": "checks every byte of a bundle",
     "zoo": "makes a collection of small models of known truth",
     "bench": "throughput and accuracy of the kernels on this machine, beside their peers",

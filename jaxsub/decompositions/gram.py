@@ -1,4 +1,4 @@
-"""Exact principal components of the models (rows) through their Gram matrix. For fewer models than weights."""
+"""Exact principal components of the models (rows), through their Gram matrix; of float64 models through their SVD."""
 
 import dataclasses
 

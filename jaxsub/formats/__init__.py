@@ -115,6 +115,24 @@ def rewrite(model, path, layers):
     _writer(model).rewrite(model, path, layers)
 
 
+def frames(model, folder):
+    """A model's files in a folder, to be filled tensor by tensor; None where its format is written whole (`rewrite`).
+
+    Args:
+        model: descriptors.Model.
+        folder: exists and becomes the model's folder; files that a run before this has begun there are gone on with.
+
+    Returns:
+        `_frame.Frames`: `write`, `copy`, `finish`; names are those of the stored tensors.
+
+    Raises:
+        InputError: dtypes that safetensors files do not have.
+        ResourceError: no room for all of it.
+    """
+    module = plugins.load("formats", model.format)
+    return module.frames(model, folder) if hasattr(module, "frames") else None
+
+
 def _writer(model):
     module = plugins.load("formats", model.format)
     if not hasattr(module, "rewrite"):

@@ -4,6 +4,8 @@ Nothing else in the folder is opened by the reader. Models are written again fil
 safetensors: no pickle is ever written.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -62,6 +64,44 @@ def _refuse(path, reason, name):
 
 def rewrite(model, path, layers):
     """Writes a folder again, its shards, index and sidecars as they are; see `formats.rewrite`."""
+    found = _parts(model)
+    with _files.new_folder(path) as folder:
+        for content in found.contents:
+            _write(content, os.path.join(folder, found.name_of(content)), layers, model, found.ending)
+        _complete(model, found, folder)
+
+
+def frames(model, folder):
+    """`_frame.Frames` of a folder's weight files, torch files as safetensors; see `formats.frames`."""
+    from jaxsub.formats import _frame
+
+    found, files, twins = _parts(model), [], {}
+    if any(safetensors.is_packed(content.tensors) for content in found.contents):
+        return None
+    for content in found.contents:
+        _rewrite.require_unchanged(model, [content.file])
+        pieces = functools.partial(_model.blocks, load=content.load)
+        files.append((found.name_of(content), content.tensors, {**content.metadata, **_METADATA}, pieces))
+        skipped = content.skipped.items()
+        twins |= {n: why.removeprefix(_torch.TWIN) for n, why in skipped if why.startswith(_torch.TWIN)}
+    return _frame.Frames(folder, files, twins, functools.partial(_complete, model, found))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a model's folder is made of: Contents of its weight files, their new names, the index if there is one."""
+
+    stem: str
+    ending: str
+    contents: list
+    names: dict
+    index: dict | None
+
+    def name_of(self, content):
+        return self.names[os.path.basename(content.file.path)]
+
+
+def _parts(model):
     stem, ending = _choose(model.path, _files.list_folder(model.path))
     file, index = os.path.join(model.path, stem + ending), None
     where = {"root": model.path, "allow_roots": _rewrite.ANYWHERE}
@@ -75,19 +115,20 @@ def rewrite(model, path, layers):
         reason = "lists shards that would be called alike as safetensors"
         raise errors.InputError(file + ".index.json", reason, hint="rename them", rule="H11")
     safetensors.require_known([t for content in contents for t in content.tensors], model.path)
-    with _files.new_folder(path) as folder:
-        _rewrite.copy_sidecars(model.path, folder, without=())
-        for content in contents:
-            name = names[os.path.basename(content.file.path)]
-            _write(content, os.path.join(folder, name), layers, model, ending)
-        if index is not None:
-            total = sum(t.num_bytes for content in contents for t in content.tensors)
-            metadata = index.get("metadata")
-            index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
-            index["weight_map"] = {key: names[name] for key, name in index["weight_map"].items()}
-            text = json.dumps(index, indent=2, allow_nan=False)
-            name = _safetensors_name(stem + ending) + ".index.json"
-            _files.write_atomic(os.path.join(folder, name), [text.encode("utf-8") + b"\n"])
+    return _Parts(stem, ending, contents, names, index)
+
+
+def _complete(model, found, folder):
+    """Writes what belongs beside the weight files: the files beside the original's, and the index."""
+    _rewrite.copy_sidecars(model.path, folder, without=())
+    if found.index is not None:
+        total = sum(t.num_bytes for content in found.contents for t in content.tensors)
+        metadata = found.index.get("metadata")
+        metadata = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
+        where = {key: found.names[name] for key, name in found.index["weight_map"].items()}
+        text = json.dumps(found.index | {"metadata": metadata, "weight_map": where}, indent=2, allow_nan=False)
+        name = _safetensors_name(found.stem + found.ending) + ".index.json"
+        _files.write_atomic(os.path.join(folder, name), [text.encode("utf-8") + b"\n"])
 
 
 def _safetensors_name(name):

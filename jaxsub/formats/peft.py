@@ -164,10 +164,17 @@ def _shape_like(shape, array):
     return array.shape if len(shape) == 2 else (*array.shape[:1], -1, *shape[2:])
 
 
-def rewrite_portable(model, path, layers):
+def rewrite_portable(model, path, layers, pairs=None):
     """Writes an adapter again in the portable layout, with other values in some layers as `formats.rewrite` takes them.
 
     Updates that are not in `layers` are kept, as are sidecars; full values (saved modules, biases) go beside them.
+
+    Args:
+        model: of a PEFT folder.
+        path: the new folder.
+        layers: layer -> values.
+        pairs: layer -> LoraPair of the updates to write, the model's own by default; what others have beyond these is
+            in `layers`.
 
     Returns:
         dict, as `write_portable`.
@@ -187,7 +194,7 @@ def rewrite_portable(model, path, layers):
             dtype = descriptors.numpy_dtype(tensor.dtype)
             other[tensor.name] = _rewrite.cast(np.reshape(value, tensor.shape), dtype, model, layer)
     updates = {}
-    for layer, pair in model.adapters.items():
+    for layer, pair in (model.adapters if pairs is None else pairs).items():
         if len(pair.shape) != 2:  # rebuilt ones are flat
             raise _portable.convolution(layer)
         dtype = max((pair.a.dtype, pair.b.dtype), key=lambda name: descriptors.numpy_dtype(name).itemsize)

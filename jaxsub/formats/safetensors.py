@@ -99,11 +99,28 @@ def require_known(tensors, path):
             raise errors.InputError(path, f"{t.dtype} has no place in safetensors", key=t.name, rule="H6")
 
 
+def is_packed(tensors):
+    """Whether some of these Tensors have entries of under a byte, which no array holds."""
+    return any(t.dtype in _header.PACKED for t in tensors)
+
+
 def rewrite(model, path, layers):
     """Writes a file again at `path` with other values in some layers; see `formats.rewrite`."""
     content = _header.content(model.path, allow_roots=_rewrite.ANYWHERE)
     _files.make_folder(os.path.dirname(os.path.abspath(path)))
     patch(content, path, layers, model)
+
+
+def frames(model, folder):
+    """`_frame.Frames` of a file model.safetensors in a folder; see `formats.frames`."""
+    from jaxsub.formats import _frame
+
+    content = _header.content(model.path, allow_roots=_rewrite.ANYWHERE)
+    _rewrite.require_unchanged(model, [content.file])
+    if is_packed(content.tensors):
+        return None
+    pieces = functools.partial(_model.blocks, load=content.load)
+    return _frame.Frames(folder, [("model" + ENDING, content.tensors, content.metadata, pieces)], {}, lambda _: None)
 
 
 def patch(content, path, layers, model, metadata=None):
@@ -145,21 +162,36 @@ def _plain(name, array):
 
 def _chunks(specs, metadata, load):
     """The file in pieces; `specs` is name -> (shape, dtype name), `load` the array of a name."""
+    header, places, _ = layout(specs, metadata)
+    yield header
+    for name, (_, num_bytes) in places.items():
+        if num_bytes:
+            yield memoryview(load(name).reshape(-1).view(np.uint8))
+
+
+def layout(specs, metadata):
+    """(header bytes, {name: (offset in the file, bytes)} in file order, bytes of the whole file) of tensors.
+
+    Args:
+        specs: name -> (shape, dtype name).
+        metadata: strings by name.
+
+    Raises:
+        TypeError: metadata that is not text, or a header longer than the format allows.
+    """
     if not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()):
         raise TypeError("metadata must map names to strings")
     header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     widths = {name: descriptors.numpy_dtype(dtype).itemsize for name, (_, dtype) in specs.items()}
     order = sorted(specs, key=lambda name: (-widths[name], name))  # widest first: each dtype stays aligned
-    position = 0
+    position, spans = 0, {}
     for name in order:
         shape, dtype = specs[name]
-        end = position + math.prod(shape) * widths[name]
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    yield _header_bytes(header)
-    for name in order:
-        if math.prod(specs[name][0]):
-            yield memoryview(load(name).reshape(-1).view(np.uint8))
+        spans[name] = position, math.prod(shape) * widths[name]
+        position += spans[name][1]
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [spans[name][0], position]}
+    text = _header_bytes(header)
+    return text, {name: (len(text) + start, size) for name, (start, size) in spans.items()}, len(text) + position
 
 
 def _header_bytes(header):

@@ -16,15 +16,17 @@ from jaxsub.linalg.gram import FEATURES
 
 @jax.jit
 def project_rows(x, mean, basis):
-    """(n, k) coefficients (x - mean) @ basis.T, in the basis' dtype."""
-    return products.matmul(x - mean, basis.T)
+    """(n, k) coefficients (x - mean) @ basis.T, in the wider dtype of x and the mean."""
+    dtype = jnp.promote_types(x.dtype, mean.dtype)
+    return products.matmul(x.astype(dtype) - mean.astype(dtype), basis.T.astype(dtype))
 
 
 @functools.partial(jax.jit, static_argnames="is_shared")
 def rebuild_rows(c, mean, basis, *, is_shared=False):
     """(n, D) rows mean + c @ basis; `is_shared`: by devices, each with features of its own."""
-    rows = products.matmul(c, basis)
-    return (rows if is_shared else products.row_major(rows)) + mean  # XLA gathers what is pinned
+    dtype = jnp.promote_types(c.dtype, mean.dtype)
+    rows = products.matmul(c.astype(dtype), basis.astype(dtype))
+    return (rows if is_shared else products.row_major(rows)) + mean.astype(dtype)  # XLA gathers what is pinned
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -19,6 +19,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxsub import solvers
 from jaxsub.nulls import _draw
 
 REFERENCE = "Haar frames by Gram-Schmidt of Gaussians: Stewart 1980; Gram matrices by Muirhead 1982, section 3.2"
@@ -78,7 +79,7 @@ def _leading_gram(rng, leading, shape):
 
 def _with_rest(rng, gram, rest, dimension):
     """`gram` of models in R^dimension, each plus a random vector of length `rest` orthogonal to the model itself."""
-    values, vectors = np.linalg.eigh(gram)
+    values, vectors = solvers.eigh(gram)
     width = min(len(gram), dimension)
     models = (vectors * np.sqrt(np.maximum(values, 0.0)))[:, -width:]  # rows: coordinates within the models' span
     inside = rng.standard_normal(models.shape)

@@ -16,11 +16,13 @@ from jaxsub import (
     plugins,
     precision,
     reading,
+    solvers,
     spectrum,
     stacks,
     subspace,
 )
 from jaxsub.bundle import cores, corrections, storage
+from jaxsub.decompositions import _again
 from jaxsub.formats import peft
 from jaxsub.linalg import gram
 from jaxsub.pipelines import fit_plan, fit_streamed, layers, plan, sharing
@@ -33,7 +35,19 @@ def module(group, config):
 
 
 def fit(group, opened, config, rank):
-    """The fitted bundle.Layer of a group; `rank` a number, one for each axis, or 0 to go by energy."""
+    """The fitted bundle.Layer of a group; `rank` a number, one for each axis, or 0 to go by energy.
+
+    Raises:
+        SolverError: numbers that are not finite came out of finite ones, also the second time; names the layer.
+    """
+    with solvers.of_layer(group.name):
+        found = _fitted(group, opened, config, rank)
+        if not solvers.is_finite((found.values, *found.halves, np.asarray(found.subspace.mean))):
+            raise errors.SolverError("coefficients that are not finite")
+    return found
+
+
+def _fitted(group, opened, config, rank):
     models = [opened.models[m] for m in group.members]
     ids = tuple(opened.refs[m].id for m in group.members)
     if group.parametrisation == lineup.LORA:
@@ -42,20 +56,21 @@ def fit(group, opened, config, rank):
         return fit_streamed.fit(group, models, ids, config, rank)
     x = reading.read_stack(group, models)
     exponent = _exponent(x)
-    if exponent:  # squares would leave the range of the dtype
-        x = np.ldexp(x, -exponent)
+    require_room(exponent, group, models, config)
+    x = precision.scaled(x, -exponent) if exponent else x  # squares would leave the range of the dtype
     plugin = module(group, config)
     mesh = fit_plan.mesh_of(group, plugin)
     with jax.enable_x64(True):
         there = sharing.placed(x, mesh, by_rows=fit_plan.by_rows(group, plugin))
         stack = stacks.DenseStack.create(there, group.name, ids, host=x)
         key = layers.layer_key(group.name, config.seed)
-        space = subspace.stored(plugin.fit(stack, _options(plugin, config, stack, rank), key), _wide(group.dtypes))
+        space = _again.fit(plugin, stack, _options(plugin, config, stack, rank), key)
+        space = subspace.stored(space, _wide(group.dtypes))
         space, values, _, unrounded = _stored(space, stack.x, len(x), config)
         found = _entries(group, x, space, values, exponent, config)
         figures = {**_figures(stack, x, values, space, found, exponent, config, mesh), **unrounded}
     if exponent:
-        space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
+        space, values = subspace.scaled(space, exponent), precision.scaled(values, exponent)
     dtypes = stored_dtypes(group)
     return bundle.Layer(group.name, space, ids, values, dtypes, figures, storage=_storage(config), corrections=found)
 
@@ -110,10 +125,14 @@ def _lora_layer(group, models, ids, config, rank):
     if isinstance(rank, tuple):
         rank, inner = rank[:2], rank[2]
     dtypes = stored_dtypes(group)
-    stack = stacks.LoraStack(*reading.read_factors(group, models), group.name, ids)
+    given = reading.read_factors(group, models)
+    *factors, exponent = precision.unit_factors(*given)
+    require_room(exponent, group, models, config, precision.ROOM_FOR_SQUARES)
+    stack = stacks.LoraStack(*factors, group.name, ids)
     with jax.enable_x64(True):
         there = sharing.updates(stack, fit_plan.mesh_of(group, plugin))
-        space = plugin.fit(there, _options(plugin, config, stack, rank), layers.layer_key(group.name, config.seed))
+        key = layers.layer_key(group.name, config.seed)
+        space = _again.fit(plugin, there, _options(plugin, config, stack, rank), key)
         factors = stack.a, stack.b, stack.scales
         space = subspace.stored(space, _wide(dtypes))
         _require_memory(group, space, config)
@@ -122,12 +141,16 @@ def _lora_layer(group, models, ids, config, rank):
     found = None
     if config.max_error >= 0:
         relative = subspace.relative(left, energies)
-        found = corrections.factors(*factors, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
+        found = corrections.factors(*given, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
         left[[] if found is None else found.positions] = 0.0
-    inside = cores.energies(*factors).tolist()
+    inside = np.ldexp(cores.energies(*factors), 2 * exponent).tolist()
     held = _held_out_half(there, factors, space, config)
     fitted = subspace.error_figures(left, energies, energies.sum())
     figures = {**fitted, **held, "energies_of_ranks": inside, **unrounded}
+    if exponent:
+        space = subspace.scaled(space, exponent)
+        halves = halves and (precision.scaled(halves[0], exponent), halves[1])
+        values = cores.joined(halves) if halves else precision.scaled(values, exponent)
     return bundle.Layer(
         group.name,
         space,
@@ -168,9 +191,26 @@ def orientation(group):
 
 def _exponent(x):
     """Power of two that brings the largest entry near 1; 0 where squares are safe as they are."""
-    if x.dtype.itemsize < 4:
-        return 0  # computed in float32, whose range squares of narrower numbers do not leave often enough to matter
-    return precision.exponent_of(max(-float(x.min()), float(x.max()), 0.0))
+    return 0 if x.dtype == np.float16 else precision.exponent_of(precision.largest(x))  # float16 leaves no range
+
+
+def require_room(exponent, group, models, config, room=precision.ROOM["float64"]):
+    """Refuses a layer that is scaled by 2**exponent where not even float64 can hold what a bundle keeps of it.
+
+    Raises:
+        InputError: numbers so small that what is made of them is zero.
+        ConfigError: narrow storage, for numbers that only float64 has room for.
+    """
+    if exponent < -room:
+        raise errors.InputError(
+            models[0].path, f"holds numbers of at most 2**{exponent}, as the others do: products of them are zero",
+            key=group.name, hint="scale the models up, or leave the layer out with --exclude_layers", rule="N5",
+        )  # fmt: skip
+    if not precision.has_room(exponent, "float32") and any(_storage(config)):
+        raise errors.ConfigError(
+            f"layer {errors.quote(group.name)}: numbers near 2**{exponent} need float64, not "
+            f"{' and '.join(filter(None, _storage(config)))}; store them as computed, or exclude the layer"
+        )
 
 
 def _options(module, config, stack, rank):
@@ -224,7 +264,7 @@ def _held_out_half(stack, x, space, config):
         part = stack.take(np.sort(chosen))
         options = _options(plugin, config, part, ranks if len(ranks) > 1 else ranks[0])
         with jax.enable_x64(True):
-            own = plugin.fit(part, options, layers.layer_key(stack.name, config.seed))
+            own = _again.fit(plugin, part, options, layers.layer_key(stack.name, config.seed))
         energies, missed = subspace.missed(own, x, subspace.project(own, x)[:count])
         left += missed[others].sum()
         alone += (energies if lora else subspace.from_mean(own, x))[others].sum()
@@ -233,6 +273,6 @@ def _held_out_half(stack, x, space, config):
 
 def _left(x, n, space, values, found, exponent):
     """Squared error of the n-th model with its corrections."""
-    again = np.ldexp(np.asarray(space.reconstruct(values[n : n + 1])), exponent)
+    again = precision.scaled(np.asarray(space.reconstruct(values[n : n + 1])), exponent)
     again = found.take([n], again[0].size).applied(np.array(again))
     return np.square(np.asarray(x[n], np.float64) - np.ldexp(np.asarray(again[0], np.float64), -exponent)).sum()

@@ -37,8 +37,11 @@ def of(groups, modules, config):
 
 
 def mesh_of(group, module):
-    """The mesh that holds a group's stack."""
-    return sharing.mesh(len(group.members), group.shape, _stored_bytes(group), by_rows=by_rows(group, module))
+    """The mesh that holds a group's stack; rows of float64 are decomposed by LAPACK, on one device."""
+    is_by_rows = by_rows(group, module)
+    if is_by_rows and "float64" in group.dtypes:
+        return placement.make_mesh(1, is_local=True)
+    return sharing.mesh(len(group.members), group.shape, _stored_bytes(group), by_rows=is_by_rows)
 
 
 def by_rows(group, module):

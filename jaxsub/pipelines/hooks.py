@@ -17,7 +17,7 @@ def load(option, spec):
     module, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise errors.ConfigError(
-            f"{option}={errors.quote(spec)}: give module:function, such as --{option}=evaluate:accuracy"
+            f"{option}={errors.quote(spec)}: give module:function, such as --{option}=evaluate:{option}"
         )
     folder = os.getcwd()
     sys.path.insert(0, folder)

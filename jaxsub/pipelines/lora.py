@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxsub import descriptors, distributed, errors, hostmemory, placement, precision, reading
+from jaxsub import descriptors, distributed, errors, hostmemory, placement, precision, reading, solvers
 from jaxsub.linalg import gram as gram_kernels, pairs as pair_kernels, unfold
 from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
@@ -65,7 +65,7 @@ def statistics(group, models, mesh, options, meter, key):
     roots_a, roots_b = _roots(a_gram), _roots(b_gram)
     at = np.searchsorted(here, np.arange(own.start, own.stop))
     entry_sums = [x[at].sum(axis=2, dtype=np.float64) for x in (a, bt)]
-    cores = np.linalg.svd(roots_b @ roots_a, compute_uv=False)
+    cores = solvers.singular_values(roots_b @ roots_a)
     b_norms = np.sqrt(np.trace(b_gram, axis1=1, axis2=2))
     each = np.column_stack([b_norms, cores]) * np.abs(own_scales)[:, None]
     each = np.column_stack([own_scales * np.einsum("nr,nr->n", *entry_sums), each])
@@ -131,7 +131,7 @@ def _modes(x, roots, count, sizes, first, options, key, mesh):
             continue
         axis, num_rows = first + position, count * math.prod(sizes) // size
         if mode_is_exact(num_rows, size, options):
-            values = np.asarray(_row_energies(rows, count, sizes, position, mesh))[::-1][: min(num_rows, size)]
+            values = _energies(rows, count, sizes, position, mesh)[::-1][: min(num_rows, size)]
             found.append(ModeEnergies(axis, size, np.maximum(values, 0.0), total, 0, False))
             continue
         tests = _tests(rows, jax.random.fold_in(key, axis), count, sizes, position, mesh)
@@ -143,6 +143,20 @@ def mode_is_exact(num_rows, width, options):
     """Whether the energies of (num_rows, width) rows are taken from their Gram matrix, not from a sketch."""
     shorter = min(num_rows, width)
     return num_rows * width * shorter <= options.mode_work and shorter <= options.mode_width
+
+
+def _energies(rows, count, sizes, position, mesh):
+    """Eigenvalues as `_row_energies` gives them; from the rows themselves where it gives none that are finite."""
+    values = np.asarray(_row_energies(rows, count, sizes, position, mesh))
+    if solvers.is_finite(values):
+        return values
+    if mesh.is_multi_process:
+        raise errors.SolverError(f"energies of weight axis {position} that are not finite")
+    solvers.note(f"energies of weight axis {position} were not finite; found again by NumPy")
+    part = np.asarray(rows, np.float64)[:, : math.prod(sizes)]
+    before, size, after = unfold.view(sizes, position)
+    part = np.moveaxis(part.reshape(len(part), before, size, after), 2, 3).reshape(-1, size)
+    return np.square(solvers.singular_values(part))[::-1]
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -214,7 +228,7 @@ def _along(rows, sizes, position):
 
 
 def _roots(grams):
-    values, vectors = np.linalg.eigh(grams)
+    values, vectors = solvers.eigh(grams)
     return np.einsum("nij,nj,nkj->nik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
 
 

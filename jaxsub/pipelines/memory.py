@@ -15,7 +15,7 @@ import math
 from jaxsub import descriptors, placement, reading
 from jaxsub.linalg import gram, modes, secular
 from jaxsub.pipelines import figures, kinship, lora
-from jaxsub.statistics import QR_ENTRIES
+from jaxsub.statistics import KEPT_ENTRIES, QR_ENTRIES
 
 RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
 SMALL_BYTES = 2**16  # keys, sums of columns and the like on a device
@@ -102,7 +102,14 @@ def _dense(plan, group, mesh, base):
     after = max([8 * TESTS * shape[0] if 0 in plan.sketched_axes else 0, 2 * short, *(3 * m for m in exact)])
 
     kept = 8 * n**2 * (2 if plan.storage == "float64" else 1) + (8 * n * min(shape) if plan.strengths else 0)
+    kept += _entries(plan)
     return max(held + sums + max(steps), sums + after) + kernels, kept
+
+
+def _entries(plan):
+    """Bytes of a small layer's entries, which are kept if a few of them carry much."""
+    size = plan.num_models * math.prod(plan.shape)
+    return 2 * size if size <= KEPT_ENTRIES else 0
 
 
 def _dense_device(plan, mesh):
@@ -143,6 +150,7 @@ def _written(plan, group, options):
             rows = n * rank * math.prod(sizes)
             numbers += sum(s if lora.mode_is_exact(rows // s, s, options) else min(s, TESTS // 2) for s in sizes)
     else:
+        numbers += _entries(plan) // 8
         numbers += (n**2 if plan.storage == "float64" else 0) + (n * min(plan.shape) if plan.strengths else 0)
         numbers += sum(
             min(plan.shape[a], TESTS // 2) if a in plan.sketched_axes else plan.shape[a] for a in _axes(plan)

@@ -4,7 +4,7 @@ import os
 import resource
 import sys
 
-from jaxsub import errors
+from jaxsub import errors, hostmemory
 from jaxsub.formats import _files
 
 LISTED = 20  # layers of the plan before a run
@@ -197,27 +197,18 @@ def available_bytes():
     """
     from jaxsub import distributed
 
-    return _memory("MemAvailable") // distributed.processes_here()
+    return hostmemory.available() // distributed.processes_here()
 
 
 def total_bytes():
     """Memory of the machine, bytes; 0 where the system does not say."""
-    return _memory("MemTotal")
+    return hostmemory.meminfo("MemTotal")
 
 
 def outgrows_cache(num_bytes):
     """Whether the page cache would not hold so much for the next read either."""
     total = total_bytes()
     return bool(total) and num_bytes > total / 2
-
-
-def _memory(field):
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields[field].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
 
 
 def peak_resident():

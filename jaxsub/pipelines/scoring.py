@@ -20,16 +20,16 @@ from jaxsub.pipelines import hooks
 KINDS = ("original", "mean", "random", "rebuilt")
 
 
-def load(spec):
-    """The function that `module:function` names, looked for in the current folder first.
+def load(spec, option="score"):
+    """The function that `module:function` names, looked for in the current folder first; `option` is who names it.
 
     Raises:
         ConfigError: no such name, a module that cannot be imported, or nothing that can be called.
     """
-    found = hooks.load("score", spec)
+    found = hooks.load(option, spec)
     if not callable(found):
         module, _, name = spec.partition(":")
-        raise errors.ConfigError(f"score={spec}: {module} has no function {name}")
+        raise errors.ConfigError(f"{option}={spec}: {module} has no function {name}")
     return found
 
 

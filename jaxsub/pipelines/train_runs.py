@@ -102,6 +102,7 @@ class Training:
             self._key("batches", number, seed)
             for number in range(len(setup.variations)) for seed in self.seeds for _ in self.rates
         ])  # fmt: skip
+        keys = keys[0] if config.same_batches else keys
         rates = jnp.asarray(np.tile(np.float32(self.rates), len(pairs)))
         self._frozen, self._keys, self._rates, self._frozen_axes = frozen, keys, rates, frozen_axes
         self.runs, self.axes = self._given("fit")

@@ -84,7 +84,7 @@ def identity_of(entry, model):
 
 
 @contextlib.contextmanager
-def hold(path, identity, *, restart=False, break_lock=False):
+def hold(path, identity, *, restart=False, break_lock=False, flag="--workdir"):
     """Makes `path` if missing and holds it for this run; what killed runs left half-written in it is removed.
 
     The system's lock on a file in it ends with the process, however that ends. The file says who holds it: that stays
@@ -96,6 +96,7 @@ def hold(path, identity, *, restart=False, break_lock=False):
             naming the difference.
         restart: start over whatever is there; layers whose digests still match are used again.
         break_lock: hold it although a run on another host did not say that it ended.
+        flag: that names the folder, for messages.
 
     Raises:
         WorkdirError: another process holds it, or it belongs to a different run.
@@ -112,7 +113,7 @@ def hold(path, identity, *, restart=False, break_lock=False):
         record, program = os.path.join(path, RECORD), identity.get("program", "")
         known = _known(path, record, restart)
         if program in known and not restart:
-            _require_same(path, known[program], json.loads(json.dumps(identity)))
+            _require_same(path, known[program], json.loads(json.dumps(identity)), flag)
         for folder in OWN_FOLDERS:
             _files.sweep(os.path.join(path, folder))
         _write.write_sealed(record, known | {program: identity})
@@ -246,7 +247,7 @@ def _known(path, record, restart):
     raise errors.WorkdirError(f"{errors.quote(path)}: its {RECORD} is damaged; use another --workdir, or --restart")
 
 
-def _require_same(path, found, wanted):
+def _require_same(path, found, wanted, flag):
     """Raises WorkdirError where two identities differ; names models, and options with both their values."""
     models, said = _models(found.pop("models", {}), wanted.pop("models", {})), []
     for key in sorted({*found, *wanted}):
@@ -260,7 +261,7 @@ def _require_same(path, found, wanted):
         more = f", and {len(said) - MOST_SHOWN} more" if len(said) > MOST_SHOWN else ""
         raise errors.WorkdirError(
             f"{errors.quote(path)}: belongs to a different run ({'; '.join(said[:MOST_SHOWN])}{more}); use another "
-            "--workdir, or --restart (layers that still fit are used again)"
+            f"{flag}, or --restart (layers that still fit are used again)"
         )
 
 

@@ -79,8 +79,8 @@ def run(config, workdir, progress=None):
     return models
 
 
-def parse_options(cls, texts):
-    """The Options `cls` of a world from texts 'name=value'.
+def parse_options(cls, texts, whose="this world"):
+    """The Options `cls` of a world, or of what `whose` names, from texts 'name=value'.
 
     Raises:
         ConfigError: not of that form, unknown, given twice, or of the wrong type.
@@ -91,8 +91,8 @@ def parse_options(cls, texts):
         if not found:
             raise errors.ConfigError(f"options: name=value expected, {errors.quote(text, 60)!r} found")
         if name not in known:
-            near = errors.nearest(name, known) or f" (there are: {', '.join(known)})"
-            raise errors.ConfigError(f"unknown option {errors.quote(name, 60)!r} of this world{near}")
+            near = errors.nearest(name, known) or f" (there are: {', '.join(known) or 'none'})"
+            raise errors.ConfigError(f"unknown option {errors.quote(name, 60)!r} of {whose}{near}")
         if name in values:
             raise errors.ConfigError(f"options: {name!r} is given twice")
         values[name] = configuration.parse(known[name], value)

@@ -224,6 +224,28 @@ def intervals(title, x, y, rows, *, frame=Frame()):
     return tag("svg", parts, class_="chart", viewBox=f"0 0 {frame.width} {frame.height}", role="img")
 
 
+def ranking(title, x, rows, *, rules=(), frame=Frame(), pitch=19):
+    """An <svg> of dots with bars, one below the other: rows [(label, value, low, high, style)] on the axis `x`.
+
+    The chart is as high as its rows ask for; rules are those of `x`.
+    """
+    frame = dataclasses.replace(frame, height=frame.top + frame.bottom + pitch * len(rows))
+    left, right, bottom = frame.left, frame.width - frame.right, frame.height - frame.bottom
+    upright = "".join([f"M{_number(frame.x(x, v))} {frame.top}V{bottom}" for v, _ in x.ticks])
+    parts = [tag("title", title), tag("path", d=upright, class_="grid")]
+    parts += [text(frame.x(x, v), bottom + 14, label, anchor="middle") for v, label in x.ticks]
+    parts.append(text((left + right) / 2, frame.height - 5, x.label, "axis", "middle"))
+    parts += [_rule(rule, x, x, frame) for rule in rules]
+    for number, (label, value, low, high, style) in enumerate(rows):
+        place = frame.top + pitch * (number + 0.5)
+        parts.append(text(left - 8, place + 4, label, f"label {style}", "end"))
+        if low is not None and high is not None:
+            bar = f"M{_number(frame.x(x, low))} {_number(place)}H{_number(frame.x(x, high))}"
+            parts.append(tag("path", d=bar, class_=f"line {style} thick"))
+        parts.append(tag("circle", cx=_number(frame.x(x, value)), cy=_number(place), r="3.4", class_=f"dot {style}"))
+    return tag("svg", parts, class_="chart", viewBox=f"0 0 {frame.width} {frame.height}", role="img")
+
+
 def thin(points):
     """At most `_MAX_POINTS` of the points: the first thirty, then evenly spaced ones, and the last."""
     if len(points) <= _MAX_POINTS:

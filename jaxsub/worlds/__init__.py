@@ -1,7 +1,9 @@
 """Collections of known truth, made in seconds: one module a world.
 
 A world has `DESCRIPTION` (one sentence), `TRUTH` (what a correct analysis says with the default options), `Options`
-and `make(options, seed, folder)`, which writes `folder`/models and `folder`/labels.json. The fields of TRUTH:
+and `make(options, seed, folder)`, which writes `folder`/models and `folder`/labels.json. Where it has
+`evaluation(options, seed) -> _evaluation.Evaluation` too, its models and merges of them can be scored. The fields of
+TRUTH:
 
     verdict             of every layer in `layers`
     flags               flags those layers must carry

@@ -7,13 +7,18 @@ where chance is 0.5 %.
 """
 
 import dataclasses
+import os
 
 import numpy as np
 
 from jaxsub import errors
-from jaxsub.models import mlp
-from jaxsub.worlds import _files, _training
+from jaxsub.formats import safetensors
+from jaxsub.models import _trees, mlp
+from jaxsub.tasks import _data, digits
+from jaxsub.worlds import _evaluation, _files, _training
 
+BASE = "base.safetensors"  # the common start, beside the models
+STREAMS = ("start", "batches")
 KERNELS = ("hidden/kernel", "output/kernel")
 
 
@@ -69,15 +74,37 @@ def make(options, seed, folder, *, same_start, split_task):
         for i in range(options.num_models)
     ]
     _files.write_models(folder, layers, labels)
+    if same_start:
+        example, model = digits.load()[0].inputs[:1], network(options)
+        key, _ = _training.numbered(seed, *STREAMS)
+        first = _training.begun(key, example, options.num_models, same_start=True, model=model)
+        arrays = {name: np.asarray(array)[0] for name, array in _trees.flat(first).items()}
+        safetensors.write(os.path.join(folder, BASE), arrays)
+
+
+def network(options):
+    """The flax module of a world."""
+    return mlp.MLP(hidden=options.hidden, activation=options.activation)
+
+
+def evaluation(options, seed):
+    """The Evaluation of a world of one start, in which each network sees its own half of the classes."""
+    halves = random_halves(options.num_models, seed)
+    train, held_out = (
+        tuple(_data.of_classes(split.inputs, split.targets, np.flatnonzero(own)) for own in halves)
+        for split in digits.load()
+    )
+    names = tuple("digits " + "".join(str(c) for c in np.flatnonzero(own)) for own in halves)
+    return _evaluation.Evaluation(network(options), digits, names, train, held_out, BASE)
 
 
 def trained(options, seed, *, same_start, split_task):
     """Parameters (N, ...) by layer and name, classes (N, 10) bool, held-out accuracy (N,) of one world."""
-    model = mlp.MLP(hidden=options.hidden, activation=options.activation)
+    model = network(options)
     classes = random_halves(options.num_models, seed) if split_task else np.ones((options.num_models, 10), bool)
     names = np.tile(np.arange(10, dtype=np.int32), (options.num_models, 1))
     params, reached = _training.collection(
-        options, seed, ("start", "batches"), classes, names, {}, same_start=same_start, model=model
+        options, seed, STREAMS, classes, names, {}, same_start=same_start, model=model
     )
     return params, classes, reached
 

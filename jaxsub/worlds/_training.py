@@ -105,6 +105,13 @@ def numbered(seed, *names):
     return [jax.random.fold_in(root, zlib.crc32(name.encode())) for name in names]
 
 
+def begun(key, example, num_models, *, same_start, model):
+    """Where N networks start, a tree of (N, ...): all from the same weights, or each from its own."""
+    keys = jax.random.split(key, num_models)
+    params = start(keys[:1] if same_start else keys, example, model=model)
+    return jax.tree.map(lambda p: p.repeat(num_models, axis=0), params) if same_start else params
+
+
 def collection(options, seed, streams, classes, names, frozen, *, same_start, model):
     """N networks on digits, trained together from one start or their own, each on its classes and names.
 
@@ -123,10 +130,7 @@ def collection(options, seed, streams, classes, names, frozen, *, same_start, mo
     """
     data, held_out = (of_classes(split, classes, names[:, split.targets]) for split in digits.load())
     start_key, batch_key = numbered(seed, *streams)
-    start_keys = jax.random.split(start_key, options.num_models)
-    params = start(start_keys[:1] if same_start else start_keys, data.inputs[:1], model=model)
-    if same_start:
-        params = jax.tree.map(lambda p: p.repeat(options.num_models, axis=0), params)
+    params = begun(start_key, data.inputs[:1], options.num_models, same_start=same_start, model=model)
     params = train(
         params,
         frozen,

@@ -20,3 +20,9 @@ class Options(_variants.Options):
 def make(options, seed, folder):
     """Writes the world to `folder`; see `_variants.make`."""
     _variants.make(options, seed, folder, model=cnn.CNN())
+
+
+def evaluation(options, seed):
+    """How its models are scored; see `_evaluation`."""
+    del seed
+    return _variants.evaluation(options, cnn.CNN())

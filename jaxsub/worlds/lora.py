@@ -13,7 +13,8 @@ import numpy as np
 from jaxsub.formats import safetensors
 from jaxsub.models import mlp
 from jaxsub.tasks import digits
-from jaxsub.worlds import _digits, _files, _synthetic, _training
+from jaxsub.tasks._data import whole
+from jaxsub.worlds import _digits, _evaluation, _files, _synthetic, _training
 
 LAYERS = ("hidden", "output")
 BASE = "base.safetensors"
@@ -76,3 +77,21 @@ def permutations(num_models, seed):
     """(N, 10) int32: the output unit that stands for each class."""
     rng = np.random.default_rng([seed, 2])
     return rng.permuted(np.tile(np.arange(digits.NUM_CLASSES, dtype=np.int32), (num_models, 1)), axis=1)
+
+
+def evaluation(options, seed):
+    """How its adapters are scored: tasks differ in the names of classes, so each keeps its own output adapter."""
+    names = permutations(options.num_models, seed)
+    train, held_out = (tuple(whole(split.inputs, own[split.targets]) for own in names) for split in digits.load())
+    called = tuple("names " + "".join(map(str, own)) for own in names)
+    return _evaluation.Evaluation(mlp.MLP(), digits, called, train, held_out, BASE, "^output$", parameters)
+
+
+def parameters(weights, base):
+    """Parameters of the plain network from {layer: update (o, i)} and the tensors of the base."""
+    found = {}
+    for layer in LAYERS:
+        kernel = base[f"{layer}.weight"]
+        found[f"{layer}/kernel"] = (kernel + weights[layer] if layer in weights else kernel).T
+        found[f"{layer}/bias"] = base[f"{layer}.bias"]
+    return found

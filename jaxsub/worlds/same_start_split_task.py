@@ -5,6 +5,7 @@ from jaxsub.worlds import _digits
 DESCRIPTION = "Networks on digits, one start, each on its own random half of the classes."
 TRUTH = {"verdict": "shared", "flags": ["one_lineage"], "layers": list(_digits.KERNELS)}
 Options = _digits.Options
+evaluation = _digits.evaluation
 
 
 def make(options, seed, folder):

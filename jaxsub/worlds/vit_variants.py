@@ -12,3 +12,9 @@ Options = _variants.Options
 def make(options, seed, folder):
     """Writes the world to `folder`; see `_variants.make`."""
     _variants.make(options, seed, folder, model=vit.ViT())
+
+
+def evaluation(options, seed):
+    """How its models are scored; see `_evaluation`."""
+    del seed
+    return _variants.evaluation(options, vit.ViT())

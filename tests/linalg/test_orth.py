@@ -146,6 +146,7 @@ def test_the_common_path_adds_up_two_small_matrices():
     assert "all-gather" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_nearly_parallel_vectors_stay_finite(rank, dtype):

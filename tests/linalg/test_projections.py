@@ -39,6 +39,7 @@ def test_columns_have_unit_norm_and_are_nearly_orthogonal(kind, seed):
     assert np.linalg.matrix_rank(p) == dimension
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", projections.KINDS)
 @pytest.mark.parametrize(("dimension", "solves"), [(9, False), (10, True), (12, True)])
 def test_ten_constraints_need_ten_numbers(kind, dimension, solves):

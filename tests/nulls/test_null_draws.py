@@ -178,6 +178,7 @@ def test_shuffle_keeps_mean_energy_and_total():
         assert np.trace(drawn) == pytest.approx(np.trace(gram), rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 48, 96])
 def test_strength_agrees_with_haar_frames(frames):
     """Rank-4 updates with one, two or all four singular values drawn explicitly."""

@@ -9,6 +9,7 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from jaxsub.formats import peft, safetensors
+from tests.figures_log import record
 from tests.programs import worlds
 
 QUICK = dict(draws=8, splits=4)
@@ -198,6 +199,7 @@ def test_a_sketch_of_a_wide_axis_sees_every_direction(tmp_path, monkeypatch):
     assert mode["rank_at"]["0.99"] <= 20 and mode["energy_at"]["32"] == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale, dtype",
     [
@@ -230,6 +232,7 @@ def test_rounding_of_eight_bit_weights_sets_the_floor(tmp_path):
         assert least <= relative < 0.3 and (least or relative < 1e-6)
 
 
+@pytest.mark.slow
 def test_base_is_subtracted_in_the_wider_dtype_and_keeps_its_rounding(tmp_path):
     from jaxsub import descriptors
 
@@ -331,6 +334,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         pass  # a finished run holds nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [*(pytest.param(d, marks=pytest.mark.slow) for d in (2, 4)), 8])
 def test_the_whole_report_agrees_across_devices(tmp_path, devices):
     folder = worlds.write(tmp_path / "c", {"w": worlds.planted(18), "v": worlds.noise(18, (5, 7, 3))})
@@ -338,6 +342,9 @@ def test_the_whole_report_agrees_across_devices(tmp_path, devices):
     for a, b in zip(one.layers, many.layers, strict=True):
         np.testing.assert_allclose(a["singular_values"], b["singular_values"], rtol=1e-10)
         assert a["verdict"] == b["verdict"] and a["held_out"] == pytest.approx(b["held_out"], abs=1e-9)
+        s, t = (np.array(layer["singular_values"]) for layer in (a, b))
+        ratio = float(np.abs(s - t).max() / (s[0] * len(s) * 2.0**-23))
+        record("DET-2", f"analysis on {devices} devices and on one: largest difference of values, ratio", ratio)
 
 
 @pytest.mark.slow
@@ -409,6 +416,7 @@ def test_the_report_bears_the_name_of_the_folder(tmp_path):
     assert "<title>wake &amp; &lt;words&gt; · jaxsub report</title>" in report.html()
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_one_entry_are_no_copies(tmp_path):
     """The samples that tell models apart are from the middle of a layer; the one entry is not."""
     x = worlds.noise(10, (64, 64))

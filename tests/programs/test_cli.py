@@ -251,3 +251,17 @@ def test_reader_of_the_output_may_leave(models, unbuffered):
     )
     os.close(write)
     assert found.returncode == 141 and not found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["merge"])  # it imports jax with its configuration
+def test_compiled_kernels_are_kept_whatever_a_program_imports(name, tmp_path):
+    script = (
+        "import contextlib\nfrom jaxsub.cli import _run\n"
+        f"with contextlib.suppress(SystemExit): _run.program({name!r}, [{name!r}, '--help'])\n"
+        "import jax\nprint(jax.config.jax_compilation_cache_dir)"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.splitlines()[-1].startswith(str(tmp_path))

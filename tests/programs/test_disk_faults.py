@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -277,10 +278,12 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, quick,
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         patch.setattr(formats, "read", lambda *_: pytest.fail("a weight was read"))
-        with pytest.raises(errors.ResourceError, match=r"written \([0-9]+ bytes\), 1000 B are free there \(1000 b"):
+        free = r"written \([0-9]+ bytes\), 1000 B are free there \(1000 b"
+        with pytest.raises(errors.ResourceError, match=free) as said:
             made.run(tmp_path / "out")
     made.run(tmp_path / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000 if program is Fit else 130_000))
+    needed = int(re.search(r"written \((\d+) bytes", str(said.value)).group(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000 if program is Fit else needed - 1))
     made.run(tmp_path / "out")  # what is there needs no room
     with pytest.raises(errors.ResourceError, match="to be written"):
         made.run(tmp_path / "other")

@@ -9,6 +9,7 @@ import pytest
 
 import jaxsub
 from jaxsub.formats import peft, safetensors
+from tests.figures_log import record
 from tests.programs import processes
 
 QUICK = ("--config.draws=4", "--config.splits=4", "--config.nulls=gaussian,strength")
@@ -171,7 +172,9 @@ def test_the_death_of_one_ends_all(folder, tmp_path, killed):
     started[killed].kill()
     began = time.monotonic()
     codes = [p.wait(timeout=40) for p in started]
-    assert all(codes) and time.monotonic() - began < 20
+    seconds = time.monotonic() - began
+    assert all(codes) and seconds < 20
+    record("DIST", f"process {killed} of 2 killed, heartbeat 10 s: all gone after s", round(seconds, 1))
     for process in started:
         process.communicate()
     ended = processes.run(2, *arguments)
@@ -189,6 +192,7 @@ def test_one_that_hangs_shows_where_and_ends_all(folder):
     given = ("analyze", f"--collection={folder}", "--config.stall_timeout=8")
     ended = processes.run(2, *given, before={1: stuck}, seconds=90)
     assert all(e.code for e in ended) and time.monotonic() - began < 60
+    record("DIST", "one that hangs is shown and ends all", "yes")
     assert "Timeout (0:00:08)" in ended[1].stderr and "hanging_kernel" in ended[1].stderr
 
 

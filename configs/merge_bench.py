@@ -1,0 +1,20 @@
+"""Which merge method is best on models with real held-out data, each tuned with the same number of evaluations?
+
+    jaxsub merge --bench=configs/merge_bench.py --workdir=runs/merge_bench
+
+not run yet
+"""
+
+from jaxsub import config
+from jaxsub.pipelines import merge_bench
+
+
+def get_config(size="all"):
+    """Four worlds with five zoos each; "quick" is one small world, for a first look."""
+    options = config.default(merge_bench.Config)
+    if size == "quick":
+        options.worlds = ("same_start_split_task num_models=4 steps=100",)
+        options.seeds, options.evaluations = 2, 3
+        options.methods = ("mean", "task_arithmetic scaling=0..1", "ties scaling=0..4 density=.05..1")
+        options.pairs = ()
+    return options

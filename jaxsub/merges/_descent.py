@@ -1,0 +1,103 @@
+"""Parameters of a merge found by descent on a loss of the user's: Adam on whatever makes a model of the updates.
+
+The loss is the user's own function of the merged weights. If it looks at inputs of the test set, even without labels,
+as the entropy of predictions does, the result is transductive: it is fitted to them.
+"""
+
+import collections.abc
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+
+from jaxsub import errors
+
+
+def minimise(build, parameters, loss, *, steps, rate, key, programs=None, name=None):
+    """Parameters after `steps` steps of Adam on loss(build(parameters, key)), and the losses on the way.
+
+    Args:
+        build: function (parameters, key) -> {layer: array} of merged weights, traceable; the key is new in every step.
+        parameters: pytree of float32 arrays to start from.
+        loss: the user's function of the weights, or of weights and a key (for batches of its own), traceable.
+        steps: number of steps.
+        rate: of Adam.
+        key: typed PRNG key.
+        programs: dict in which the compiled descent is kept, or None.
+        name: hashable, what it hangs on beside the loss, `steps`, `rate` and the parameters' shapes: a descent of the
+            same name is the same function of parameters and key, and is not compiled again.
+
+    Returns:
+        (parameters, (steps,) losses before each step).
+
+    Raises:
+        ConfigError: the loss is no scalar, or cannot be traced.
+    """
+    programs = {} if programs is None else programs
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(parameters))
+    own = loss if isinstance(loss, collections.abc.Hashable) else id(loss)  # held by its program: the id stays its own
+    known = (name, own, steps, rate, shapes)
+    if known not in programs:
+        descent = _descent(functools.partial(_loss, build, loss), steps, rate)
+        programs[known] = _Compiled(descent, parameters, key)
+    (found, _), values = programs[known](parameters, key)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((found, values))):
+        raise errors.ConfigError("loss: it, or its gradient, was not finite on the way; a smaller rate may help")
+    return found, values
+
+
+def _descent(loss, steps, rate):
+    """((parameters, moments), (steps,) losses) as a function of parameters and key."""
+    import optax
+
+    adam = optax.adam(rate)
+
+    def run(parameters, key):
+        try:
+            shape = jax.eval_shape(loss, parameters, key)
+        except Exception as error:  # the user's own code: anything may come
+            said = f"{type(error).__name__}: {errors.quote(error, 300)}"
+            raise errors.ConfigError(f"loss: cannot be traced by JAX: {said}") from error
+        if shape.shape != ():
+            raise errors.ConfigError(f"loss: returned shape {shape.shape}; one number is needed")
+
+        def step(state, number):
+            parameters, moments = state
+            value, gradient = jax.value_and_grad(loss)(parameters, jax.random.fold_in(key, number))
+            change, moments = adam.update(gradient, moments, parameters)
+            return (optax.apply_updates(parameters, change), moments), value
+
+        return jax.lax.scan(step, (parameters, adam.init(parameters)), jnp.arange(steps))
+
+    return run
+
+
+class _Compiled:
+    """A function, jitted with the arrays that it closes over as arguments.
+
+    As constants they would be part of the program: other models of the same shapes would be compiled for again.
+    """
+
+    def __init__(self, function, *example):
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*example)
+        self.constants, self.structure = closed.consts, jax.tree.structure(shape)
+        self.run = jax.jit(lambda constants, leaves: jax.core.eval_jaxpr(closed.jaxpr, constants, *leaves))
+
+    def __call__(self, *arguments):
+        return jax.tree.unflatten(self.structure, self.run(self.constants, jax.tree.leaves(arguments)))
+
+
+def _loss(build, loss, parameters, key):
+    draw, batch = jax.random.split(key)
+    weights = build(parameters, draw)
+    return loss(weights, batch) if takes_key(loss) else loss(weights)
+
+
+def takes_key(loss):
+    """Whether a loss takes a PRNG key beside the weights."""
+    try:
+        kinds = [p for p in inspect.signature(loss).parameters.values() if p.default is p.empty]
+    except (TypeError, ValueError):
+        return False
+    return len([p for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) > 1
