@@ -241,7 +241,10 @@ def markdown(found):
         ]
         lines.append(f"| *{label}* | {' | '.join(cells)} |")
     labels = [label for label in collections[0]["methods"]]
-    labels.sort(key=lambda label: -np.mean([one["methods"][label].get("mean", 0) for one in collections]))
+    done = {
+        label: [one["methods"][label]["mean"] for one in collections if label in dict(_done(one))] for label in labels
+    }
+    labels.sort(key=lambda label: -np.mean(done[label] or [0]))
     lines += [f"| {label} | {' | '.join(_cell(one, label) for one in collections)} |" for label in labels]
     lines.append("")
     for one, name in zip(collections, names, strict=True):
