@@ -428,6 +428,7 @@ def test_bench_from_end_to_end(tmp_path):
     assert first["concrete"]["mean"] > first["task_arithmetic"]["mean"] + 0.05
 
 
+@pytest.mark.slow
 def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
     import jax
 
@@ -456,6 +457,7 @@ def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
         case.merge("regmean", space.parse("regmean").module, None, 0)
 
 
+@pytest.mark.slow
 def test_joint_training_goes_down_the_loss_from_the_mean(tmp_path):
     import jax
 
