@@ -79,7 +79,14 @@ METHODS = (
     "concrete_layer:concrete inner=layer scaling=0..0.6 rate=.1 steps=100",
     "joint_training rate=.001|.003|.03|.1|.3 steps=100",
 )
-PAIRS = ("concrete task_arithmetic", "concrete_layer adamerging", "concrete joint_training")
+PAIRS = (
+    "concrete task_arithmetic",
+    "concrete_layer adamerging",
+    "concrete joint_training",
+    "subspace_iso iso_c",
+    "subspace_ties ties",
+    "subspace_dare dare_ties",
+)
 
 
 @dataclasses.dataclass(frozen=True)
