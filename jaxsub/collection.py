@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from jaxsub import descriptors, errors, finding, formats, lineup
 
 MOST_LISTED = 20  # models in one error message
+MOST_METADATA = 2**30  # characters beside the tensors of all models, which stay in memory
 _MATCHES = ("exact", "order")
 
 
@@ -219,9 +220,14 @@ def stored_tensors(entry):
 def _open_all(found, allow_roots):
     """[(Candidate, Model)] and the records of what was refused."""
     opened, aside = [], [_record(c.id, e.file, e.key, str(e), e.rule) for c, e in found.refused]
+    noted = 0
     for candidate in found.candidates:
         try:
             model = formats.open_model(candidate.path, root=candidate.root, allow_roots=allow_roots)
+            noted += sum(len(key) + len(value) for key, value in model.metadata.items())
+            if noted > MOST_METADATA:
+                reason = f"is where the models' metadata pass {MOST_METADATA >> 20} MiB"
+                raise errors.InputError(model.path, reason, hint="leave them out of the files", rule="H19")
         except errors.InputError as error:
             aside.append(_record(candidate.id, error.file, error.key, str(error), error.rule))
         else:

@@ -63,6 +63,24 @@ class ResourceError(JaxsubError):
     exit_code = 6
 
 
+class SolverError(JaxsubError):
+    """No algorithm solves an eigenproblem of finite numbers: a defect, of the linear algebra or of jaxsub.
+
+    Attributes:
+        layer: name of the layer whose it is, once that is known.
+    """
+
+    layer = None
+
+    def of(self, layer):
+        """The same error, naming the layer."""
+        if self.layer is not None:
+            return self
+        found = SolverError(f"layer {quote(layer)}: {self}; nothing of it was written: leave it out, and report this")
+        found.layer = layer
+        return found
+
+
 class PeerError(JaxsubError):
     """Another process of the run failed; its message and exit code."""
 

@@ -14,6 +14,7 @@ import math
 import jax
 import numpy as np
 
+from jaxsub import precision
 from jaxsub.linalg import svd, tucker, unfold
 
 
@@ -112,14 +113,16 @@ class _PCA(_Estimator):
         """
         del y
         x = self._rows(X, least=2)
-        mean = x.mean(axis=0, dtype=np.float64)
-        centred = (x - mean).astype(x.dtype)
+        mean, centred, power = _centred(x)
         with jax.enable_x64(True):
             s, components, energy = self._decompose(centred)
         self.mean_ = mean.astype(x.dtype)
         self.components_ = components.astype(x.dtype)
-        self.singular_values_ = s
-        self.explained_variance_ = np.square(s) / (len(x) - 1)
+        self.singular_values_ = np.ldexp(s, power)
+        with np.errstate(over="ignore"):  # as much as the dtype can say of it
+            self.explained_variance_ = np.square(self.singular_values_) / (len(x) - 1)
+        if hasattr(self, "noise_floor_"):
+            self.noise_floor_ = float(np.ldexp(self.noise_floor_, power))
         self.explained_variance_ratio_ = np.square(s) / energy if energy > 0 else np.zeros(len(s))
         self.n_components_ = len(s)
         self.n_samples_, self.n_features_in_ = x.shape
@@ -136,6 +139,14 @@ class _PCA(_Estimator):
         """Rows (n, D) from coefficients, mean_ + X @ components_."""
         self._require_fitted()
         return self._rows(X) @ self.components_ + self.mean_
+
+
+def _centred(x):
+    """(mean in float64, rows minus it times 2**-power, power), squares of which no dtype has to fear."""
+    mean = x.mean(axis=0, dtype=np.float64)
+    centred = (x - mean).astype(x.dtype)
+    power = precision.exponent_of(precision.largest(centred))
+    return mean, np.ldexp(centred, -power) if power else centred, power
 
 
 class GramPCA(_PCA):
@@ -219,8 +230,8 @@ class Tucker(_Estimator):
         shape = tuple(self.shape) if self.shape is not None else (x.shape[1],)
         if math.prod(shape) != x.shape[1]:
             raise ValueError(f"shape={shape}: rows have {x.shape[1]} features")
-        mean = x.mean(axis=0, dtype=np.float64)
-        stack = (x - mean).astype(x.dtype).reshape(len(x), *shape)
+        mean, stack, _ = _centred(x)
+        stack = stack.reshape(len(x), *shape)
         rule = {"ranks": (None, *self.ranks)} if self.ranks else {"energy": self.energy}
         if not self.ranks:
             rule["axes"] = tuple(range(1, stack.ndim))

@@ -9,9 +9,8 @@ Not for in-sample shares of energy: these are in `spectrum`. NumPy and SciPy flo
 """
 
 import numpy as np
-import scipy.linalg
 
-from jaxsub import spectrum
+from jaxsub import solvers, spectrum
 from jaxsub.linalg import secular
 
 # Eigenvalues under this times (number of models) times the largest are rounding of a float64 Gram matrix.
@@ -20,7 +19,9 @@ FLOOR_PER_MODEL = 8 * np.finfo(np.float64).eps
 # them: only models that alone hold nearly all the energy, or nearly all in some leading direction, come to that.
 DIRECT_TOLERANCE = 1e-9
 MAX_DIRECT = 64
+SPLIT_ELEMENTS = 2**19  # float64 numbers of the Gram matrices of splits worked on together
 WHOLE = 128  # models up to which all eigenvectors come as fast as the few leading ones, with other threads running
+SMALLEST = 1e3  # times the floor: eigenvalues under this leave leave_one_out_of_draw to the exact way
 TWIN_ROOTS = 1e-8  # roots this close, relatively, on both sides of one pole share its projection by rounding
 
 
@@ -34,7 +35,7 @@ def decompose(gram):
         values: (N,) float64; negative rounding is set to zero.
         vectors: (N, N) float64, columns in the order of `values`.
     """
-    values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))  # unlike SciPy's, it releases the interpreter lock
+    values, vectors = solvers.eigh(gram)
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
@@ -84,6 +85,27 @@ def leave_one_out(gram, ks, *, leverage=None, eigen=None):
             others = np.delete(np.arange(num_models), i)
             baseline[i : i + 1], explained[i : i + 1] = _explain(gram / unit, others, [i], rank)
     return _curve(baseline.sum(), explained.sum(0), ks)
+
+
+def leave_one_out_of_draw(gram, ks, *, leverage=None, eigen=None):
+    """`leave_one_out` of a null's draw, to 1e-6 and in a quarter of the time; arguments and result as there.
+
+    Only where no eigenvalue that it looks at is near rounding; else it is `leave_one_out`.
+    """
+    gram = np.asarray(gram, np.float64)
+    num_models, ks = len(gram), [int(k) for k in ks]
+    rank = min(max(ks, default=0), num_models - 2)
+    if rank < 1:
+        return np.ones(len(ks))
+    values, vectors = eigen = decompose(gram) if eigen is None else eigen
+    floor = FLOOR_PER_MODEL * num_models * values[0]
+    if not values[rank] > SMALLEST * floor:
+        return leave_one_out(gram, ks, leverage=leverage, eigen=eigen)
+    alpha = np.full(num_models, num_models / (num_models - 1.0)) if leverage is None else np.asarray(leverage)
+    baseline = (alpha**2 * np.maximum(np.diagonal(gram), 0.0)).sum()
+    weights = np.where(values > floor, values, 0.0) * vectors**2
+    found = secular.explained(values, weights, alpha, [min(k, rank) for k in ks])
+    return np.clip(1.0 - found.sum(axis=0) / baseline, 0.0, 1.0)
 
 
 def of_one_model(gram, rank):
@@ -163,10 +185,12 @@ def split_half(gram, ks, num_features, *, num_splits=20, rng):
     gram = np.asarray(gram, np.float64)
     num_models = len(gram)
     ks = [int(k) for k in ks if 1 <= k <= num_models // 2 - 1]
-    overlaps = np.zeros((num_splits, len(ks)))
-    for split in range(num_splits if ks else 0):
-        order = rng.permutation(num_models)
-        overlaps[split] = _overlaps(gram, order[: num_models // 2], order[num_models // 2 :], ks)
+    if not ks:
+        return {}
+    orders, half = np.stack([rng.permutation(num_models) for _ in range(num_splits)]), num_models // 2
+    step = max(1, SPLIT_ELEMENTS // num_models**2)  # at once: short operations of many splits cost as those of one
+    parts = [orders[start : start + step] for start in range(0, num_splits, step)]
+    overlaps = np.concatenate([_overlaps(gram, part[:, :half], part[:, half:], ks) for part in parts])
     low, high = np.quantile(overlaps, [0.05, 0.95], axis=0)
     return {
         k: {
@@ -231,25 +255,39 @@ def _explain(gram, others, held, rank):
 
 def _leading(gram, rank):
     """At most `rank` leading eigenpairs of a Gram matrix after centring, those above its rounding only."""
-    size = len(gram)
     if rank < 1:
-        return np.zeros(0), np.zeros((size, 0))
-    centred = spectrum.centred(gram)
+        return np.zeros(0), np.zeros((len(gram), 0))
+    values, vectors, kept = _leading_of(gram[None], rank)
+    return values[0][kept[0]], vectors[0][:, kept[0]]
+
+
+def _leading_of(grams, rank):
+    """Leading eigenpairs of S Gram matrices (S, n, n) after centring: values (S, k), vectors (S, n, k), and whether
+    each is above rounding (S, k)."""
+    size = grams.shape[-1]
+    centred = np.stack([spectrum.centred(one) for one in grams])
     if size <= WHOLE:
-        values, vectors = (x[..., size - rank :] for x in np.linalg.eigh(centred))
+        values, vectors = (x[..., size - rank :] for x in solvers.eigh(centred))
     else:
-        chosen = [size - rank, size - 1]
-        values, vectors = scipy.linalg.eigh(centred, subset_by_index=chosen, check_finite=False)
+        found = [solvers.leading(one, rank) for one in centred]
+        values, vectors = (np.stack(x) for x in zip(*found, strict=True))
     # Relative to the entries before centring: equal models far from the origin must come out with rank zero.
-    kept = values[::-1] > FLOOR_PER_MODEL * size * max(np.diagonal(gram).max(), values[-1], 0.0)
-    return values[::-1][kept], vectors[:, ::-1][:, kept]
+    largest = np.maximum(np.diagonal(grams, axis1=1, axis2=2).max(axis=1), np.maximum(values[:, -1], 0.0))
+    values, vectors = values[:, ::-1], vectors[:, :, ::-1]
+    return values, vectors, values > FLOOR_PER_MODEL * size * largest[:, None]
 
 
 def _overlaps(gram, first, second, ks):
-    """(len(ks),) overlaps of the leading subspaces of two disjoint index sets."""
-    a, b = (_leading(gram[np.ix_(half, half)], max(ks)) for half in (first, second))
-    cross = gram[np.ix_(first, second)]
-    cross = cross - cross.mean(0)
-    cross = cross - cross.mean(1)[:, None]
-    cosines = (a[1] / np.sqrt(a[0])).T @ cross @ (b[1] / np.sqrt(b[0]))
-    return [(cosines[:k, :k] ** 2).sum() / k for k in ks]
+    """(S, len(ks)) overlaps of the leading subspaces of S pairs of disjoint index sets (S, n) and (S, m)."""
+    a, b = (_scaled_vectors(gram[half[:, :, None], half[:, None, :]], max(ks)) for half in (first, second))
+    cross = gram[first[:, :, None], second[:, None, :]]
+    cross = cross - cross.mean(axis=1, keepdims=True)
+    cross = cross - cross.mean(axis=2, keepdims=True)
+    squares = np.square(a.swapaxes(1, 2) @ cross @ b)
+    return np.stack([squares[:, :k, :k].sum(axis=(1, 2)) / k for k in ks], axis=1)
+
+
+def _scaled_vectors(grams, rank):
+    """(S, n, k) weights of the models in unit components, zero for those that are rounding."""
+    values, vectors, kept = _leading_of(grams, rank)
+    return vectors * np.where(kept, 1.0 / np.sqrt(np.where(kept, values, 1.0)), 0.0)[:, None, :]

@@ -41,6 +41,21 @@ def resident():
         return 0
 
 
+def available():
+    """Memory that can be had without swapping, bytes; 0 where the system does not say."""
+    return meminfo("MemAvailable")
+
+
+def meminfo(field):
+    """A field of /proc/meminfo, bytes; 0 where there is none."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields[field].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
 def trim():
     """Hands freed memory back to the system: glibc keeps up to several blocks of it, more in every thread.
 

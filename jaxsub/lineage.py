@@ -43,12 +43,19 @@ def combine(layers, num_models):
     return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
 
 
-def chance_threshold(num_features):
-    """Cosine that unrelated models of D features exceed once in a million pairs, 4.9 / sqrt(D)."""
-    return 4.9 / math.sqrt(max(num_features, 1))
+def chance_threshold(num_features, kurtosis=3.0):
+    """Cosine that unrelated models of D features exceed once in a million pairs.
+
+    4.9 / sqrt(D) for entries of light tails. Where few entries carry a model, two of them that meet are a cosine by
+    themselves: the largest can hold a share sqrt((K - 3) / D) of a model whose entries have kurtosis K.
+
+    Of 18,000 collections of noise of nine kinds, narrow ones, 7 have a lineage by it, all of rank-one matrices, and
+    3,620 by 4.9 / sqrt(D) alone (rank one, Student t, Cauchy, sparse).
+    """
+    return 4.9 / math.sqrt(max(num_features, 1)) + math.sqrt(max(kurtosis - 3.0, 0.0) / max(num_features, 1))
 
 
-def groups(cosine, num_features, threshold=THRESHOLD):
+def groups(cosine, num_features, threshold=THRESHOLD, kurtosis=3.0):
     """Lineages: groups of models that share a start or a parent.
 
     Average linkage down to `threshold` (or the chance level of so few features, if higher). A group is kept if its
@@ -60,6 +67,7 @@ def groups(cosine, num_features, threshold=THRESHOLD):
         cosine: (N, N) mean cosines, NaN read as 0.
         num_features: features the cosines were computed from.
         threshold: average cosine at which merging stops.
+        kurtosis: of the entries of the models with the heaviest tails.
 
     Returns:
         list of sorted index lists of two or more models, largest first.
@@ -75,7 +83,7 @@ def groups(cosine, num_features, threshold=THRESHOLD):
         return []
     similarity = np.nan_to_num(np.asarray(cosine, np.float64), nan=0.0)
     similarity = (similarity + similarity.T) / 2
-    cut = max(threshold, chance_threshold(num_features))
+    cut = max(threshold, chance_threshold(num_features, kurtosis))
     condensed = distance.squareform(np.maximum(1.0 - similarity, 0.0), checks=False)
     labels = hierarchy.fcluster(hierarchy.average(condensed), 1.0 - cut, criterion="distance")
     background = _background(similarity[labels[:, None] < labels[None, :]])

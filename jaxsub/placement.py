@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import descriptors, errors, precision
+from jaxsub import descriptors, distributed, errors, hostmemory, precision
 from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import MIXTURES
 
@@ -44,6 +44,7 @@ class LayerPlan:
     sketched_axes: tuple[int, ...]
     strengths: bool
     bytes_read: int
+    own_bytes: int  # that one process reads, the most of any
     pass_bytes: int = 0  # of the host, while the layer is read and summed
     num_processes: int = 1  # that share a block
     figure_bytes: int = 0  # of the host, while its figures are made
@@ -84,6 +85,7 @@ def plan_dense(group, num_devices, options, base=None):
     other = other and 0 not in exact
     sketched = tuple(a for a in axes if a not in exact and not (other and a == 0))
     short = len(shape) == 2 and min(shape) <= options.strength_width
+    total = sum(t.num_bytes for t in group.entries)
     strengths = short and (num_blocks == 1 or shape[1] <= shape[0])
     return LayerPlan(
         name=group.name,
@@ -98,7 +100,8 @@ def plan_dense(group, num_devices, options, base=None):
         other_side=other,
         sketched_axes=sketched,
         strengths=strengths,
-        bytes_read=sum(t.num_bytes for t in group.entries),
+        bytes_read=total,
+        own_bytes=-(-total // jax.process_count()),
         num_processes=jax.process_count(),
     )
 
@@ -119,12 +122,22 @@ def _bucket(columns, num_devices):
     return -(-columns // step) * step
 
 
-def columns_here(width, mesh):
-    """(first, end) of the columns of a sharded axis of `width` that this process's devices hold."""
-    own = [i for i, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()]
+def span(mesh):
+    """(first, end) of the devices of the mesh that are this process's."""
+    own = devices_here(mesh)
     if own != list(range(own[0], own[0] + len(own))):
         raise errors.ConfigError("the devices of a process do not follow each other in the mesh")
-    return own[0] * width // mesh.size, (own[-1] + 1) * width // mesh.size
+    return own[0], own[-1] + 1
+
+
+def devices_here(mesh):
+    """Numbers of the devices of the mesh that are this process's."""
+    return [i for i, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()]
+
+
+def columns_here(width, mesh):
+    """(first, end) of the columns of a sharded axis of `width` that this process's devices hold."""
+    return tuple(at * width // mesh.size for at in span(mesh))
 
 
 def put(local, shape, mesh):
@@ -133,3 +146,41 @@ def put(local, shape, mesh):
     if not mesh.is_multi_process:
         return jax.device_put(local, sharding)
     return jax.make_array_from_process_local_data(sharding, local, shape)
+
+
+def deal(x, models, dealt, mesh):
+    """An array (P * held, ...) on the mesh: of each device the models that it holds.
+
+    Args:
+        x: (n, ...) host array, the models of this process.
+        models: (n,) their numbers, ascending; with all that this process' devices hold, see `Deal.read_by`.
+        dealt: linalg.pairs.Deal.
+        mesh: mesh with an axis "features".
+    """
+    parts = []
+    for number in devices_here(mesh):
+        at, part = np.searchsorted(models, dealt.models(number)), x
+        if not np.array_equal(at, np.arange(len(x))):
+            part = np.take(x, at, axis=0, out=hostmemory.zeros((len(at), *x.shape[1:]), x.dtype))
+        parts.append(jax.device_put(part, mesh.devices.flat[number]))
+    shape = mesh.size * dealt.held, *x.shape[1:]
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, P(FEATURES)), parts)
+
+
+def put_dealt(local, shape, mesh):
+    """An array of `shape` on the mesh, its first axis sharded, from the rows of this process."""
+    sharding = NamedSharding(mesh, P(FEATURES))
+    if not mesh.is_multi_process:
+        return jax.device_put(local, sharding)
+    return jax.make_array_from_process_local_data(sharding, local, shape)
+
+
+def whole(x):
+    """An array with a sharded first axis as one host array, on every process; each holds as many rows as another."""
+    return distributed.gather(rows_here(x)).reshape(x.shape)
+
+
+def rows_here(x):
+    """The rows of an array with a sharded first axis that this process' devices hold, on the host."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])

@@ -20,6 +20,11 @@ FLOAT64_WORK = 2**34
 # Exponents of the largest entry between which float32 fourth powers neither overflow nor lose bits that count.
 SAFE_EXPONENT = 20
 
+# Exponents of the largest entry up to which a dtype has room for sums over a model's entries, and for its last bits:
+# coefficients are norms, and XLA takes numbers under 2**-126 (float32) or 2**-1022 (float64) for zero.
+ROOM = {"float32": 100, "float64": 960}
+ROOM_FOR_SQUARES = 480  # the same in float64 for what is squared as it is: updates of low rank
+
 _WIDTH = {"float8_e5m2": 2, "float8_e4m3fn": 3, "bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 
 
@@ -44,6 +49,47 @@ def exponent_of(largest):
     """Power of two that brings a number near 1; 0 where its square is safe as it is."""
     exponent = math.frexp(largest)[1] if largest else 0
     return 0 if abs(exponent) <= SAFE_EXPONENT else exponent
+
+
+def has_room(exponent, dtype):
+    """Whether numbers near 2**exponent can be coefficients and means in 'float32' or 'float64'."""
+    return abs(exponent) <= ROOM[str(dtype)]
+
+
+def largest(x):
+    """Largest absolute value of an array, as a float; 0 for an empty one."""
+    return max(float(x.max()), -float(x.min()), 0.0) if x.size else 0.0
+
+
+def power_of(*numbers):
+    """Exponent of the product of numbers, which itself may have no room in a float; 0 where one is zero."""
+    return sum(math.frexp(number)[1] for number in numbers) if all(numbers) else 0
+
+
+def scaled(x, exponent):
+    """x * 2**exponent on the host: exact, 16-bit numbers as float32; float64 where float32 has no room."""
+    x = x if x.dtype.itemsize >= 4 else x.astype(np.float32)
+    x = x if not exponent or has_room(exponent, x.dtype) else x.astype(np.float64)
+    return np.ldexp(x, exponent) if exponent else x
+
+
+def unit_factors(a, b, scales):
+    """Low-rank updates scales_n b_n a_n with every part near 1, and the exponent that this took off.
+
+    Args:
+        a, b: arrays of the host, float32 or float64.
+        scales: (n,) float64.
+
+    Returns:
+        (a, b, scales, exponent): the updates are 2**exponent times those of the first three. 0 where squares of the
+        parts and of their products are safe as they are.
+    """
+    parts, total = [], 0
+    for part in (a, b, np.asarray(scales, np.float64)):
+        power = exponent_of(largest(part))
+        parts.append(np.ldexp(part, -power) if power else part)
+        total += power
+    return (*parts, total)
 
 
 def rounding(storage):

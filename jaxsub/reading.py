@@ -125,13 +125,14 @@ class Blocks:
         return _fill(buffer, index, self.window, self.sources, self.base, self.plan, self.group, self.pool)
 
 
-def agree(largest, square, failure, mesh):
+def agree(largest, square, failure, mesh, *, is_shared=False):
     """(largest, sum of squares) over the mesh's processes; raises on all where one has a failure, the same if it can.
 
     Args:
         largest, square: floats of this process.
         failure: NonFiniteError or InputError of this process, or None.
         mesh: of this process alone, or of all.
+        is_shared: whether processes read models whole, some of them the same, instead of columns of their own.
     """
     if not mesh.is_multi_process:
         if failure is not None:
@@ -147,7 +148,8 @@ def agree(largest, square, failure, mesh):
         same = found[found[:, 3] == first]
         own = distributed.gather_objects([failure.file, failure.key] if bad and failure.member == first else None)
         path, key = next(one for one in own if one)
-        raise NonFiniteError(first, path, key, int(same[:, 4].sum()), int(same[:, 5].min()))
+        count = same[:, 4].max() if is_shared else same[:, 4].sum()
+        raise NonFiniteError(first, path, key, int(count), int(same[:, 5].min()))
     return float(found[:, 0].max()), float(found[:, 1].sum())
 
 
@@ -170,6 +172,7 @@ def read_stack(group, models):
 
     Raises:
         NonFiniteError: naming the first model with a NaN or an Inf.
+        InputError: numbers so large that float64 has no room for sums of them.
     """
     shape = group.shape or (1,)
     x = np.empty((len(models), math.prod(shape)), descriptors.numpy_dtype(precision.widest(group.dtypes)))
@@ -181,7 +184,21 @@ def read_stack(group, models):
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         for done in [pool.submit(one, m) for m in range(len(models))]:
             done.result()
+    if x.dtype == np.float64:
+        require_room(x, models, group.name)
     return x.reshape(len(models), *shape)
+
+
+def require_room(x, models, layer):
+    """Refuses float64 weights x (N, ...) near the end of its range: norms and sums of them are no numbers."""
+    if precision.power_of(precision.largest(x)) > precision.ROOM["float64"]:
+        sizes = [precision.largest(row) for row in x]
+        raise _no_room(models[int(np.argmax(sizes))].path, f"holds entries up to {max(sizes):.3g}", layer)
+
+
+def _no_room(path, found, layer):
+    hint = "scale the model down, or leave the layer out with --exclude_layers"
+    return errors.InputError(path, f"{found}, which leave float64 no room for sums", key=layer, hint=hint, rule="N5")
 
 
 def read_factors(group, models):
@@ -197,6 +214,7 @@ def read_factors(group, models):
 
     Raises:
         NonFiniteError: naming the first model with a NaN or an Inf.
+        InputError: updates so large that squares of them are no numbers.
     """
     pairs = group.entries
     wide = "float64" if precision.widest(t.dtype for e in pairs for t in (e.a, e.b)) == "float64" else "float32"
@@ -204,10 +222,18 @@ def read_factors(group, models):
     a, b = np.zeros((len(pairs), rank, size_in), wide), np.zeros((len(pairs), size_out, rank), wide)
     for n, (model, pair) in enumerate(zip(models, pairs, strict=True)):
         right, left = (require_finite(formats.read(model, t), n, model, t) for t in (pair.a, pair.b))
+        if precision.power_of(*map(precision.largest, (right, left)), pair.scale) > precision.ROOM_FOR_SQUARES:
+            raise _no_room(model.path, f"holds updates of a scale of {pair.scale:.3g}", group.name)
         if pair.transposed:
             right, left = left.T, right.T
         a[n, : pair.rank], b[n, :, : pair.rank] = (x.reshape(x.shape[0], -1) for x in (right, left))
     return a, b, np.array([e.scale for e in pairs])
+
+
+def read_factor(model, tensor, member, *, transposed):
+    """(r, width) of A (r, *width) or, if `transposed`, of B (width, r, *ones), float32 or as stored if wider."""
+    part = require_finite(formats.read(model, tensor), member, model, tensor)
+    return part.reshape(tensor.shape[0], -1).T if transposed else part.reshape(tensor.shape[0], -1)
 
 
 def read_columns(model, tensor, member, first, end, *, leading):

@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 
+from jaxsub import solvers
+
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 COUNTS = (1, 4, 8, 16, 32, 64)
 
@@ -26,7 +28,7 @@ def energies(gram):
     """Eigenvalues of a Gram matrix, non-increasing, rounding below zero clipped; (N,)."""
     if len(gram) == 0:
         return np.zeros(0)
-    return np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0)
+    return np.maximum(solvers.eigvalsh(gram)[::-1], 0.0)
 
 
 def rank_at(values, total=None, shares=SHARES):

@@ -13,11 +13,13 @@ import math
 
 import numpy as np
 
-from jaxsub import errors, formats, precision, spectrum
+from jaxsub import errors, formats, precision, solvers, spectrum
 from jaxsub.formats import safetensors
 
 SCHEMA = "jaxsub.statistics/1"
 QR_ENTRIES = 2**21  # float64 numbers factorised at once, 16 MiB
+KEPT_ENTRIES = 2**17  # of a stack with heavy tails, of which all entries are kept: see `keep`
+HEAVY = 0.3  # excess kurtosis of two models' inner product, over random orders of their entries, from which tails count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Statistics:
     a_width: int | None = None
     roundings: np.ndarray | None = None  # (N,) relative rounding error of each model's stored dtype
     base_norm: float = 0.0  # norm of the base that was subtracted, unscaled
+    entries: np.ndarray | None = None  # (N, D) float16, rows of norm sqrt(D): all entries, where few carry much
     digest: str = ""
 
     @classmethod
@@ -140,7 +143,7 @@ class Statistics:
         """(N,) squared singular values of the centred rows, non-increasing."""
         if self.factor is None:
             return spectrum.energies(self.centred())
-        values = np.linalg.svd(self.factor - self.factor.mean(axis=1, keepdims=True), compute_uv=False)
+        values = solvers.singular_values(self.factor - self.factor.mean(axis=1, keepdims=True))
         return np.pad(np.square(values), (0, max(0, self.num_models - len(values))))
 
     def _rescale(self, exponent):
@@ -169,6 +172,29 @@ class Statistics:
             parts = np.zeros(self.num_models)
         return np.diag(self._whole()) <= precision.gram_floor(parts, self.num_models, self.dtype) ** 2
 
+    def kurtosis(self):
+        """(N,) fourth moments of the rows' entries over their squared second moments; NaN where not known."""
+        squares = np.square(np.diag(self.uncentred()))
+        fourths = self.num_features * self.row_fourths
+        return np.divide(fourths, squares, out=np.full(self.num_models, np.nan), where=squares > 0)
+
+    def tails(self):
+        """Excess kurtosis K^2 / D that two rows' inner product has over random orders of their entries; 0 if unknown.
+
+        Where it is large, a few entries carry a model, and two models agree as soon as two of these meet.
+        """
+        known = self.kurtosis()
+        known = known[np.isfinite(known)]
+        return float(np.mean(known)) ** 2 / self.num_features if len(known) else 0.0
+
+    def keep(self, x):
+        """Keeps the entries x (N, D) of a small stack with heavy tails, for nulls that permute them."""
+        if x is not None and self.tails() > HEAVY:
+            rows = np.asarray(x, np.float64)
+            norms = np.sqrt(np.square(rows).sum(1, keepdims=True))
+            unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+            self.entries = (unit * math.sqrt(self.num_features)).astype(np.float16)
+
     def zero(self):
         """(N,) bool, rows that are zero throughout: told from small ones by sums that are of each row alone."""
         return self.lost() & (self.row_sums == 0) & ~(self.row_fourths > 0)
@@ -183,7 +209,7 @@ class Statistics:
             arithmetic = precision.factor_floor(largest, self.num_models)
         elif self.parametrisation == "lora":
             # Products of factors are not centred before they are made: their rounding is relative to the updates.
-            whole = float(np.sqrt(max(np.linalg.eigvalsh(self.uncentred())[-1], 0.0)))
+            whole = float(np.sqrt(max(solvers.eigvalsh(self.uncentred())[-1], 0.0)))
             arithmetic = precision.gram_floor(whole, self.num_models, self.dtype)
         else:
             arithmetic = precision.gram_floor(largest, self.num_models, self.dtype)
@@ -194,6 +220,8 @@ class Statistics:
     def save(self, path):
         """Writes one safetensors file, atomically."""
         arrays = {n: np.asarray(getattr(self, n), np.float64) for n in _ARRAYS if getattr(self, n) is not None}
+        if self.entries is not None:
+            arrays["entries"] = self.entries
         for mode in self.modes:
             arrays[f"mode_{mode.axis}"] = mode.values
         described = [{**dataclasses.asdict(m), "values": None} for m in self.modes]
@@ -218,7 +246,7 @@ class Statistics:
                 raise ValueError("other numbers than were written")
             modes = tuple(ModeEnergies(**{**m, "values": arrays[f"mode_{m['axis']}"]}) for m in record.pop("modes"))
             record["shape"], record["model_ids"] = tuple(record["shape"]), tuple(record["model_ids"])
-            fields = {n: arrays.get(n) for n in _ARRAYS}
+            fields = {n: arrays.get(n) for n in (*_ARRAYS, "entries")}
             for n in ("mean_square", "variance_squares", "deviation_fourths"):
                 fields[n] = float(fields[n])
             return cls(**record, **fields, modes=modes)

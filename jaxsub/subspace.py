@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import errors
-from jaxsub.linalg import factored, products, unfold
+from jaxsub import errors, precision
+from jaxsub.linalg import dealt, factored, products, rebuild, unfold
 
 CENTRINGS = ("models", "columns", "none")
 
@@ -94,12 +94,13 @@ class LinearSubspace:
             ConfigError: if `x` has another shape.
         """
         with jax.enable_x64(True):
-            return _project_rows(_rows(x, self.shape).astype(self.basis.dtype), self.mean, self.basis)
+            return rebuild.project_rows(_rows(_roomy(x, self.basis.dtype), self.shape), self.mean, self.basis)
 
     def reconstruct(self, c):
         """Models (n, *shape) = mean + c @ basis from coefficients (n, k)."""
         with jax.enable_x64(True):
-            rows = _rebuild_rows(jnp.asarray(c, self.basis.dtype), self.mean, self.basis)
+            is_shared = dealt.mesh_of(self.basis, 1) is not None
+            rows = rebuild.rebuild_rows(_roomy(c, self.basis.dtype), self.mean, self.basis, is_shared=is_shared)
             return rows.reshape(rows.shape[0], *self.shape)
 
 
@@ -131,10 +132,11 @@ class TuckerSubspace:
             ConfigError: if `x` has another shape.
         """
         with jax.enable_x64(True):
-            x = _rows(x, self.shape).reshape(-1, *self.shape)
-            x = x.astype(self.dtype) - self.mean.astype(self.dtype)
+            x = _models(_roomy(x, self.dtype), self.shape)
+            dtype = jnp.promote_types(x.dtype, self.mean.dtype)
+            x = x.astype(dtype) - self.mean.astype(dtype)
             for axis, factor in self.factors.items():
-                x = unfold.mode_product(x, factor, axis + 1)
+                x = unfold.mode_product(x, factor.astype(dtype), axis + 1)
             return x
 
     def project_factors(self, a, b, scales):
@@ -145,9 +147,13 @@ class TuckerSubspace:
             b: (n, o, r).
             scales: (n,).
         """
+        power = 0
+        if isinstance(a, np.ndarray):
+            a, b, scales, power = precision.unit_factors(a, b, scales)
         with jax.enable_x64(True):
             a, b = (jnp.asarray(x).astype(self.dtype) for x in (a, b))
-            return factored.cores(a, b, scales, self.factors[0], self.factors[1])
+            found = factored.cores(a, b, scales, self.factors[0], self.factors[1])
+            return precision.scaled(np.asarray(found), power) if power else found
 
     def reconstruct_factors(self, c, rank=0):
         """(a (n, k, i), b (n, o, k)) of updates b_n a_n from coefficients (n, k_o, k_i); k is the smallest rank.
@@ -159,8 +165,8 @@ class TuckerSubspace:
             rank: of the models themselves, where it is known: more of their cores is rounding, and is left out.
         """
         with jax.enable_x64(True):
-            c = jnp.asarray(c, self.dtype)
-            u, v = self.factors[0], self.factors[1]
+            c = _roomy(c, self.dtype)
+            u, v = (self.factors[axis].astype(c.dtype) for axis in (0, 1))
             if 0 < rank < min(u.shape[0], v.shape[0]):
                 left, s, right = jnp.linalg.svd(c, full_matrices=False)
                 a = products.einsum("nkl,li->nki", right[:, :rank], v)
@@ -174,10 +180,10 @@ class TuckerSubspace:
     def reconstruct(self, c):
         """Models (n, *shape) from coefficients (E8)."""
         with jax.enable_x64(True):
-            c = jnp.asarray(c, self.dtype)
+            c = _roomy(c, jnp.promote_types(self.dtype, self.mean.dtype))
             for axis, factor in self.factors.items():
-                c = unfold.mode_product(c, factor.T, axis + 1)
-            return c + self.mean.astype(self.dtype)
+                c = unfold.mode_product(c, factor.T.astype(c.dtype), axis + 1)
+            return c + self.mean.astype(c.dtype)
 
 
 def project(space, x):
@@ -202,6 +208,9 @@ def error_figures(left, energies, total):
 
 def from_mean(space, x):
     """(n,) squared distances of models (n, *shape) to the mean, float64; one model at a time."""
+    if _mesh(x) is not None:
+        rank = (space.rank,) if isinstance(space, LinearSubspace) else _core_shape(space)
+        return missed(space, x, np.zeros((len(x), *rank)))[1]
     mean = np.asarray(space.mean, np.float64)
     mean = mean.reshape(space.shape) if mean.size == math.prod(space.shape) else mean  # or one that broadcasts
     return np.array([np.square(np.asarray(row, np.float64) - mean).sum() for row in x])
@@ -213,8 +222,12 @@ def missed(space, x, values):
     Args:
         space: LinearSubspace or TuckerSubspace; its directions need not be orthonormal, as rounded ones are not.
         x: (n, *shape) models, or (a, b, scales) of low-rank updates, whose products are not formed.
-        values: (n, k...) coefficients to rebuild from, as they are stored.
+        values: (n, k...) coefficients to rebuild from, as they are stored; fewer than `x` where other models follow.
+
+    On several devices they send each other nothing but these numbers.
     """
+    if not isinstance(x, tuple) and _mesh(x) is not None:
+        return _missed_there(space, x, values)
     energies, left = np.zeros(len(values)), np.zeros(len(values))
     with jax.enable_x64(True):
         if isinstance(x, tuple):
@@ -227,6 +240,32 @@ def missed(space, x, values):
                 row = np.asarray(x[n], np.float64)
                 energies[n] = np.square(row).sum()
                 left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]))[0]).sum()
+    return energies, left
+
+
+def _mesh(x):
+    """The mesh that models, or their features, are shared by; or None."""
+    found = dealt.mesh_of(x)
+    return dealt.mesh_of(x, 1) if found is None else found
+
+
+def _core_shape(space):
+    """Shape of the coefficients of one model in a TuckerSubspace."""
+    return tuple(space.rank.get(axis, size) for axis, size in enumerate(space.shape))
+
+
+def _missed_there(space, x, values):
+    """`missed` of models that several devices share, each working on what it has."""
+    with jax.enable_x64(True):
+        if isinstance(space, LinearSubspace):
+            found = rebuild.missed_rows(
+                x, jnp.asarray(values, space.basis.dtype), space.mean, space.basis, mesh=_mesh(x)
+            )
+        else:
+            more = [(0, len(x) - len(values)), *[(0, 0)] * (values.ndim - 1)]
+            c = np.pad(np.asarray(values, space.dtype), more)
+            found = rebuild.missed_models(x, c, space.mean.astype(space.dtype), space.factors, mesh=_mesh(x))
+        energies, left = (np.array(one)[: len(values)] for one in found)
     return energies, left
 
 
@@ -244,7 +283,10 @@ def _missed_update(factors, sides, core):
 
 
 def scaled(space, exponent):
-    """The subspace of models times 2**exponent: mean, singular values and floors grow with them, directions stay."""
+    """The subspace of models times 2**exponent: mean, singular values and floors grow with them, directions stay.
+
+    Where a float32 mean has no room (`precision.has_room`), it becomes float64.
+    """
 
     def grown(s):
         with np.errstate(over="ignore"):  # energies of float64 weights may pass the range; values do not
@@ -252,10 +294,21 @@ def scaled(space, exponent):
         return Spectrum(np.ldexp(s.values, exponent), total, float(np.ldexp(s.floor, exponent)))
 
     with jax.enable_x64(True):
-        mean = jnp.ldexp(space.mean, exponent)
+        mean = jnp.asarray(precision.scaled(np.asarray(space.mean), exponent))
     if isinstance(space, LinearSubspace):
         return dataclasses.replace(space, mean=mean, spectrum=grown(space.spectrum))
     return dataclasses.replace(space, mean=mean, spectra={a: grown(s) for a, s in space.spectra.items()})
+
+
+def unit(space, x, values):
+    """(space, x, values, exponent) with models x near 1, times 2**-exponent all three: squares of them are numbers.
+
+    Low-rank updates stay as they are; `reading.read_factors` refuses those whose squares are none.
+    """
+    exponent = 0 if isinstance(x, tuple) else precision.exponent_of(precision.largest(x))
+    if not exponent:
+        return space, x, values, 0
+    return scaled(space, -exponent), precision.scaled(x, -exponent), precision.scaled(values, -exponent), exponent
 
 
 STORED_ROUNDING = 4.0  # eps of the stored dtype that narrowing basis and coefficients may add to a relative error
@@ -296,19 +349,29 @@ class Coefficients:
     corrections: dict = dataclasses.field(default_factory=dict)
 
 
-def _rows(x, shape):
+def _models(x, shape):
+    """`x` as (n, *shape).
+
+    Raises:
+        ConfigError: if it is neither that nor (n, D).
+    """
     x = jnp.asarray(x)
-    size = math.prod(shape)
-    if x.shape[1:] not in (tuple(shape), (size,)):
+    if x.shape[1:] not in (tuple(shape), (math.prod(shape),)):
         raise errors.ConfigError(f"models of shape {x.shape[1:]}, the subspace is of {tuple(shape)}")
-    return x.reshape(x.shape[0], size)
+    return x if x.shape[1:] == tuple(shape) else x.reshape(x.shape[0], *shape)
 
 
-@jax.jit
-def _project_rows(x, mean, basis):
-    return products.matmul(x - mean, basis.T)
+def _rows(x, shape):
+    return _models(x, shape).reshape(-1, math.prod(shape))
 
 
-@jax.jit
-def _rebuild_rows(c, mean, basis):
-    return products.row_major(products.matmul(c, basis)) + mean
+def _roomy(x, dtype):
+    """Models or coefficients in `dtype`; those of the host in float64 where they have no room in it, see `precision`.
+
+    Numbers too small for XLA's float32 are zero for it before it can widen them.
+    """
+    if isinstance(x, jax.Array):
+        return x.astype(dtype)
+    x = np.asarray(x)
+    has_room = precision.has_room(precision.power_of(precision.largest(x)), dtype)
+    return jnp.asarray(x.astype(dtype if has_room else np.float64))

@@ -374,3 +374,14 @@ def test_a_thousand_models_are_listed_in_three_seconds(tmp_path):
     opened = collection.open_collection(str(tmp_path))
     assert time.monotonic() - start < 3
     assert len(opened.refs) == 1000 and len(opened.groups) == 64
+
+
+def test_metadata_of_all_models_have_a_bound(tmp_path, monkeypatch):
+    """Each may hold some megabytes, and all stay in memory."""
+    for n in range(4):
+        safetensors.write(tmp_path / f"m{n}.safetensors", {"w": np.ones((2, 3), np.float32) * n}, {"notes": "x" * 100})
+    monkeypatch.setattr(collection, "MOST_METADATA", 315)
+    with pytest.raises(errors.InputError, match="metadata pass"):
+        collection.open_collection(tmp_path, max_quarantined=0)
+    monkeypatch.setattr(collection, "MOST_METADATA", 420)
+    assert len(collection.open_collection(tmp_path).refs) == 4

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsub import heldout, spectrum
+from jaxsub.nulls import _draw
 
 NUM_MODELS, NUM_FEATURES = 40, 120
 KS = [*range(33), 37, 38, 39, 60]
@@ -90,6 +91,39 @@ def test_leave_one_out_equals_decomposing_without_each_model(name):
     expected = left_out(scaled, range(len(rows)), KS)
     got = heldout.leave_one_out(centred_gram(rows), KS)
     assert np.abs(got - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_the_quick_way_of_draws_errs_by_a_millionth(name):
+    gram = centred_gram(STACKS[name])
+    for ks in ([1, 2, 4], [32, 0, 8, 16, 60], KS):
+        got = heldout.leave_one_out_of_draw(gram, ks)
+        assert np.abs(got - heldout.leave_one_out(gram, ks)).max(initial=0) < 1e-6
+
+
+@pytest.mark.parametrize("num_models, num_features", [(12, 100), (100, 120), (100, 10**6), (300, 4096)])
+def test_draws_of_nulls_take_the_quick_way(num_models, num_features, monkeypatch):
+    rng, ks = np.random.default_rng(5), [1, 2, 4, 8, 16, 32]
+    grams = [
+        _draw.unit_gram(rng, num_models, num_features) * np.outer(s, s) for s in rng.lognormal(0, 1, (3, num_models))
+    ]
+    exact = [heldout.leave_one_out(spectrum.centred(g), ks) for g in grams]
+    monkeypatch.setattr(heldout, "leave_one_out", lambda *_, **__: pytest.fail("the exact way"))
+    for gram, wanted in zip(grams, exact, strict=True):
+        found = heldout.leave_one_out_of_draw(spectrum.centred(gram), [k for k in ks if k < num_models - 2])
+        np.testing.assert_allclose(found, wanted[: len(found)], rtol=0, atol=1e-6)
+
+
+def test_the_quick_way_takes_leverages():
+    rng = np.random.default_rng(6)
+    groups = [list(range(9)), list(range(9, 30)), [30, 31, 32]]
+    residual, alpha = heldout.within_groups(gram_of(rng.standard_normal((33, 400))), groups)
+    exact = heldout.leave_one_out(residual, [1, 4, 8], leverage=alpha)
+    np.testing.assert_allclose(
+        heldout.leave_one_out_of_draw(residual, [1, 4, 8], leverage=alpha), exact, rtol=0, atol=1e-6
+    )
+    plain = heldout.leave_one_out_of_draw(residual, [1, 4, 8])
+    assert np.abs(plain - exact).max() > 1e-3
 
 
 def test_leave_one_out_needs_the_rank_one_solution():

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = [
     ["errors"],
-    ["precision", "plugins", "config", "descriptors", "hubcache", "launcher", "hostmemory"],
+    ["precision", "plugins", "config", "descriptors", "hubcache", "launcher", "hostmemory", "solvers"],
     ["distributed"],
     ["linalg", "formats", "finding", "lineup"],
     ["spectrum", "statistics", "collection", "views", "placement", "reading", "stacks", "subspace", "estimators"],
@@ -37,10 +37,15 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Modules that stand on others of their level.
-NAMED_SIBLINGS = {("finding", "formats"), ("statistics", "spectrum"), ("reading", "placement")}
+NAMED_SIBLINGS = {
+    ("finding", "formats"),
+    ("statistics", "spectrum"),
+    ("reading", "placement"),
+    ("bundle", "decompositions"),
+}
 NO_JAX = (
     "errors", "launcher", "plugins", "config", "descriptors", "formats", "finding", "hubcache", "lineup", "collection",
-    "report", "spectrum", "heldout", "lineage", "verdict", "nulls", "cli",
+    "report", "spectrum", "solvers", "heldout", "lineage", "verdict", "nulls", "cli",
 )  # fmt: skip
 TRAINING_LIBRARIES = ("flax", "optax", "orbax")
 MAY_TRAIN = ("models", "tasks", "training", "worlds", "optimizers")

@@ -43,6 +43,7 @@ def test_procedures_answer_to_the_name_they_report():
     assert plugins.load("decompositions", found.procedure.name) is plugins.load("decompositions", "row_pca")
 
 
+@pytest.mark.slow
 def test_row_pca_faithful_keeps_the_cap_or_refits_as_the_scripts_do():
     x = RNG.standard_normal((6, 40, 30)).astype(np.float32)  # flat: 10 of 30 directions hold about 0.37
     honest = fit("row_pca", x, cap=10)

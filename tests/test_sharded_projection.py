@@ -1,11 +1,12 @@
 """Projections and rebuilds of sharded models exchange coefficients alone, never weights."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import placement, subspace
-from jaxsub.linalg import products
+from jaxsub.linalg import rebuild
 from jaxsub.linalg.gram import FEATURES
 from tests.linalg import compiled
 
@@ -16,18 +17,33 @@ def on_eight(x):
     return jax.device_put(x, NamedSharding(placement.make_mesh(8), P(*[None] * (x.ndim - 1), FEATURES)))
 
 
-def test_coefficients_are_summed_and_weights_stay_where_they_are(monkeypatch):
+def test_coefficients_are_summed_and_weights_stay_where_they_are():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((D, K)))[0].T.astype(np.float32)
     mean, x = rng.standard_normal(D).astype(np.float32), rng.standard_normal((N, D)).astype(np.float32)
     sharded = [on_eight(a) for a in (x, mean, basis)]
-    project = subspace._project_rows.lower(*sharded).compile()
+    project = rebuild.project_rows.lower(*sharded).compile()
     assert compiled.executed(project.as_text()) == [("all-reduce", 4 * N * K)]
     found = project(*sharded)
     np.testing.assert_allclose(found, (x - mean) @ basis.T, atol=1e-4)
-    monkeypatch.setattr(products, "row_major", lambda x: x)  # as on accelerators; XLA gathers what is pinned on CPU
-    rebuild = jax.jit(subspace._rebuild_rows.__wrapped__).lower(found, *sharded[1:]).compile()
-    assert compiled.executed(rebuild.as_text()) == []
-    again = rebuild(found, *sharded[1:])
+    text = rebuild.rebuild_rows.lower(found, *sharded[1:], is_shared=True).compile().as_text()
+    assert compiled.executed(text) == []
+    space = subspace.LinearSubspace(sharded[1], sharded[2], None, (D,), None, None)
+    again = space.reconstruct(found)
     assert again.addressable_shards[0].data.shape == (N, D // 8)
     np.testing.assert_allclose(again, np.asarray(found) @ basis + mean, atol=1e-5)
+
+
+def test_what_is_missed_is_two_numbers_a_model():
+    rng = np.random.default_rng(1)
+    x, mean = rng.standard_normal((N, 64, 64)).astype(np.float32), rng.standard_normal(D).astype(np.float32)
+    basis, c = rng.standard_normal((K, D)).astype(np.float32), rng.standard_normal((N, K)).astype(np.float32)
+    mesh = placement.make_mesh(8)
+    there = jax.device_put(x, NamedSharding(mesh, P(None, FEATURES)))
+    with jax.enable_x64(True):
+        text = rebuild.missed_rows.lower(there, c, on_eight(mean), on_eight(basis), mesh=mesh).compile().as_text()
+    assert compiled.executed(text) == [("all-reduce", 2 * 8 * N)]
+    one = subspace.LinearSubspace(jnp.asarray(mean), jnp.asarray(basis), None, (64, 64), None, None)
+    many = subspace.LinearSubspace(on_eight(mean), on_eight(basis), None, (64, 64), None, None)
+    for wanted, found in zip(subspace.missed(one, x, c), subspace.missed(many, there, c), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)

@@ -185,6 +185,11 @@ class Bundle:
             if key not in keyed:
                 raise errors.ConfigError(f"no layer {errors.quote(key)}{errors.nearest(key, keyed)}")
             values[key] = keyed[key].project(x() if callable(x) else x)
+            finite = np.isfinite(values[key]).reshape(len(values[key]), -1).all(axis=1)
+            if not finite.all():  # they are so of every model that is not
+                name = (ids or range(len(finite)))[int(np.flatnonzero(~finite)[0])]
+                reason = "holds NaN or Inf, or more than its coefficients can"
+                raise errors.InputError(f"model {name}", reason, key=key, rule="N1")
         if not values:
             raise errors.ConfigError(NOTHING_SHARED)
         count = len(next(iter(values.values())))

@@ -48,7 +48,13 @@ def write(bundle, path, model_ids=None, layout="portable", modules=None):
 
 
 def _fields(record):
-    return {k: record[k] for k in peft.FIELDS if k in record}
+    found = {k: record[k] for k in peft.FIELDS if k in record}
+    modules = found.get("target_modules", [])
+    texts = [value for name, value in found.items() if name != "target_modules"]
+    if not isinstance(modules, list) or not all(isinstance(value, str) for value in (*texts, *modules)):
+        reason = "is a member whose adapter's configuration is no text and names of modules"
+        raise errors.InputError(record["id"], reason, hint="make the bundle again", rule="H13")
+    return found
 
 
 def _base(fields):

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxsub import errors, lineup, subspace
-from jaxsub.bundle import cores, corrections, members, storage
+from jaxsub.bundle import checks, cores, corrections, members, storage
 from jaxsub.formats import _files, _json, safetensors
 
 SCHEMA = "jaxsub.bundle/1"
@@ -137,8 +137,12 @@ def load(path):
 def _bundle(path, manifest):
     from jaxsub.bundle import Bundle, Layer
 
+    checks.require_ids(manifest["models"], manifest["models"])
+    checks.require_fields(manifest)
+    if not {COEFFICIENTS, *(record["file"] for record in manifest["layers"])} <= manifest["files"].keys():
+        raise ValueError("files of layers that are not listed")
+    checks.require_room(manifest, path)
     coefficients, layers = _tensors(path, COEFFICIENTS), []
-    _require_ids(manifest["models"], manifest["models"])
     corrected = _tensors(path, CORRECTIONS) if CORRECTIONS in manifest["files"] else {}
     for number, record in enumerate(manifest["layers"]):
         ids = manifest["models"] if record["models"] is None else record["models"]
@@ -146,13 +150,14 @@ def _bundle(path, manifest):
         halves = tuple(
             _decoded(coefficients, f"{number:05d}{e}", -1) for e in cores.HALVES if f"{number:05d}{e}" in coefficients
         )
-        _require_ids(ids, manifest["models"])
+        checks.require_ids(ids, manifest["models"])
         if halves:  # joined, they could be much larger
             left, right = halves
-            _require_ranks((*left.shape[:2], right.shape[2]), record)
+            checks.require_ranks((*left.shape[:2], right.shape[2]), record)
         values = cores.joined(halves) if halves else _decoded(coefficients, f"{number:05d}", -1)
-        _require_ranks(values.shape, record)
+        checks.require_ranks(values.shape, record)
         space = _subspace(record, _tensors(path, record["file"]), values.dtype)
+        checks.require_numbers(space, values, record["name"])
         if not len(values) == len(ids) == len(dtypes):
             raise ValueError(f"{len(values)} rows of coefficients for {len(ids)} models")
         layers.append(
@@ -239,21 +244,6 @@ def _record(layer, bundle):
         "spectra": {str(a): {"total_energy": _known(s.total_energy), "floor": s.floor} for a, s in spectra.items()},
         "figures": layer.figures,
     }
-
-
-def _require_ids(ids, known):
-    if not all(isinstance(i, str) for i in ids) or len({*ids}) < len(ids) or not {*ids} <= {*known}:
-        raise ValueError("models that are no distinct names of members")
-
-
-def _require_ranks(shape, record):
-    """Refuses coefficients of another shape than (n, k...) with the ranks of the record."""
-    wanted = [record["rank"]]
-    if record["kind"] != "linear":
-        sizes = lineup.flat_shape(record["shape"]) if record["parametrisation"] == lineup.LORA else record["shape"]
-        wanted = [record["rank"].get(str(axis), size) for axis, size in enumerate(sizes)]
-    if list(shape[1:]) != wanted:
-        raise ValueError(f"coefficients of shape {shape}, ranks {wanted}")
 
 
 def _decoded(tensors, name, component):

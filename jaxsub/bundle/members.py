@@ -4,6 +4,7 @@
 """
 
 ID, PATH = "id", "path"
+MAX_PATH = 65536  # characters around an id
 
 
 def packed(records, ids):
@@ -44,6 +45,8 @@ def unpacked(table, ids):
     each = each if ID in each else {ID: list(ids), **each}
     if "around" in table:
         before, after = table["around"]
+        if len(before) + len(after) > MAX_PATH:  # once for every member
+            raise ValueError("paths longer than any")
         each[PATH] = [before + one + after for one in each[ID]]
     columns = list(zip(*each.values(), strict=True))
     records = [dict(zip(each, values, strict=True)) for values in columns]

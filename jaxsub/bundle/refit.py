@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxsub import bundle, descriptors, errors, plugins, precision, stacks, subspace
 from jaxsub.bundle import cores, corrections, storage
+from jaxsub.decompositions import _again
 from jaxsub.linalg import unfold
 
 PLUGINS = {"gram": "gram", "randomized": "gram", "hosvd": "hosvd", "sthosvd": "sthosvd", "hooi": "hooi"}
@@ -34,8 +35,8 @@ def captured(layer, x):
         layer: bundle.Layer.
         x: (n, *shape) models or, for low-rank updates, (a, b, scales).
     """
-    space = layer.subspace
-    energies, left = subspace.missed(space, x, layer.project(x))
+    space, x, values, _ = subspace.unit(layer.subspace, x, layer.project(x))
+    energies, left = subspace.missed(space, x, values)
     if not isinstance(x, tuple):
         energies = subspace.from_mean(space, x)
     return 1.0 - left / np.where(energies > 0, energies, 1.0)
@@ -55,7 +56,7 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
     count, space = len(layer.values), layer.subspace
     values, halves = _joined(layer, layer.project(x))
     moved = _moved(layer, layer.values, space, values[:count])  # larger 8-bit scales round all members again
-    energies, left = subspace.missed(space, x, values[count:])
+    energies, left = subspace.missed(*subspace.unit(space, x, values[count:])[:3])
     kept = None
     if max_error >= 0:
         same = 4 * np.finfo(values.dtype).eps * np.abs(values).max(initial=0.0)
@@ -71,7 +72,8 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
             again = np.array(space.reconstruct(values[count:]))
             kept = corrections.entries(x, lambda n: again[n], max_error, dtype=dtype)
             if kept is not None:
-                off = np.asarray(x, np.float64) - kept.applied(again)
+                power = precision.exponent_of(precision.largest(x))
+                off = np.ldexp(np.asarray(x, np.float64), -power) - np.ldexp(np.float64(kept.applied(again)), -power)
                 left = np.square(off).reshape(len(off), -1).sum(1)
     return dataclasses.replace(
         layer,
@@ -143,9 +145,10 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
     exponent = _exponent(layer, x)
     if exponent:  # squares would leave the range of the dtype
         if isinstance(x, tuple):
-            x = (*x[:2], np.ldexp(x[2], -exponent))
+            a, b, scales, power = precision.unit_factors(*x)
+            x = (a, b, np.ldexp(scales, power - exponent))
         elif x is not None:
-            x = np.ldexp(np.asarray(x, layer.values.dtype), -exponent)
+            x = precision.scaled(np.asarray(x), -exponent).astype(layer.values.dtype)
         made = refitted(_scaled(layer, -exponent), keep, x, ids, dtypes, rank=rank, key=key)
         return _scaled(made, exponent)
     with jax.enable_x64(True):
@@ -183,16 +186,18 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
 
 def _exponent(layer, x):
     """Power of two that brings the largest entry of coefficients, mean and new models near 1; 0 where that is safe."""
-    largest = max(float(np.abs(part).max(initial=0.0)) for part in (layer.values, np.asarray(layer.subspace.mean)))
-    if x is not None and not isinstance(x, tuple):
-        largest = max(largest, float(np.abs(np.asarray(x, layer.values.dtype)).max()))
-    return precision.exponent_of(largest)
+    parts = [layer.values, np.asarray(layer.subspace.mean)]
+    if isinstance(x, tuple):
+        parts.append(np.ldexp(1.0, precision.unit_factors(*x)[3]))
+    elif x is not None:
+        parts.append(np.asarray(x))
+    return precision.exponent_of(max(map(precision.largest, parts)))
 
 
 def _scaled(layer, exponent):
     """The layer of models times 2**exponent."""
-    halves = layer.halves and (np.ldexp(layer.halves[0], exponent), layer.halves[1])
-    space, values = subspace.scaled(layer.subspace, exponent), np.ldexp(layer.values, exponent)
+    halves = layer.halves and (precision.scaled(layer.halves[0], exponent), layer.halves[1])
+    space, values = subspace.scaled(layer.subspace, exponent), precision.scaled(layer.values, exponent)
     return dataclasses.replace(layer, subspace=space, values=values, halves=halves)
 
 
@@ -261,16 +266,16 @@ def _fit(layer, cores, plugin, rank, key):
         most = min(count - 1, sizes[0])
         if most < 1:
             raise errors.ConfigError(f"{errors.quote(layer.name)}: {count} models are left; fit again")
-        return plugin.fit(
-            stacks.DenseStack.create(cores), plugin.Options(rank=min(rank or layer.subspace.rank, most)), key
-        )
+        options = plugin.Options(rank=min(rank or layer.subspace.rank, most))
+        return _again.fit(plugin, stacks.DenseStack.create(cores, layer.name), options, key)
     ranks = tuple(min(rank or k, size) for k, size in zip(layer.subspace.rank.values(), sizes, strict=True))
     if layer.parametrisation == "lora":  # uncentred: the core is its own right factor
         eye = np.broadcast_to(np.eye(sizes[0], dtype=cores.dtype), (count, sizes[0], sizes[0]))
-        return plugin.fit(stacks.LoraStack(cores, eye, np.ones(count)), plugin.Options(ranks=ranks), key)
+        stack = stacks.LoraStack(cores, eye, np.ones(count), layer.name)
+        return _again.fit(plugin, stack, plugin.Options(ranks=ranks), key)
     if len(sizes) != len(layer.subspace.factors):
         raise errors.ConfigError(f"{errors.quote(layer.name)}: axes that are not reduced; fit again")
-    return plugin.fit(stacks.DenseStack.create(cores), plugin.Options(ranks=ranks), key)
+    return _again.fit(plugin, stacks.DenseStack.create(cores, layer.name), plugin.Options(ranks=ranks), key)
 
 
 def _composed(space, frame, small):

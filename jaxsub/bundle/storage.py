@@ -46,6 +46,9 @@ def decode(arrays, *, component):
     """The array of what `encode` gave: float32, or float64 where it was."""
     array = arrays[""]
     if array.dtype == np.int8:
+        wanted = array.shape[:1] if component == 0 else array.shape[1:]
+        if arrays["_scale"].shape != wanted:  # which would make a larger array of the two
+            raise ValueError(f"scales of shape {arrays['_scale'].shape}, not {wanted}")
         return array * _along(arrays["_scale"], array.ndim, component)
     return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 

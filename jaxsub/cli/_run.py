@@ -28,7 +28,7 @@ class _Terminated(KeyboardInterrupt):
 
 def program(name, argv):
     """Runs `jaxsub.cli.<name>` with its flags and exits."""
-    keep_compiled_kernels()  # some programs import jax with their configuration
+    keep_compiled_kernels()  # some programs import jax with their module
     module = importlib.import_module(f"jaxsub.cli.{name}")
     debug = "--debug" in argv
 

@@ -1,7 +1,6 @@
 """What the decompositions share: what is subtracted first, and results in the words of `subspace`."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +24,14 @@ def fit_tucker(kernel, name, reference, stack, options, **more):
     """TuckerSubspace of the centred stack, models axis free, by a kernel of `linalg.tucker`."""
     with jax.enable_x64(True):
         axes, chosen = rule(stack, options)
-        y, mean = centre(stack.x, centring="models")
+        y, mean = stack.centred()
         cap = max(stack.shape[a] for a in axes)
         found = kernel(y, dtype=dtype_of(stack, cap), **chosen, **more)
         procedure = subspace.Procedure(name, tuple(map(str, axes)), "models", cap, reference=reference)
         certificate = subspace.Certificate(
             float(found.error), float(found.certificate), exact=True, passes=int(found.num_passes)
         )
-        factors = {a: found.factors[a + 1] for a in axes}
+        factors = {a: alone(found.factors[a + 1]) for a in axes}
         spectra = {a: spectrum_of(found, a + 1) for a in axes}
         return subspace.TuckerSubspace(mean, factors, spectra, stack.shape, procedure, certificate)
 
@@ -46,7 +45,7 @@ def fit_factored(kernel, name, reference, stack, options, **more):
     if "ranks" in chosen:
         chosen["ranks"] = chosen["ranks"][1:]
     with jax.enable_x64(True):
-        work = stack.a.size * max(stack.shape) + stack.b.size * max(stack.shape)
+        work = stack.num_models * stack.a.shape[1] * sum(stack.shape) * max(stack.shape)
         dtype = precision.compute_dtype(str(stack.a.dtype), work)
         found = kernel(stack.a, stack.b, stack.scales, dtype=dtype, **chosen, **more)
         cap = min(max(stack.shape), stack.num_models * stack.a.shape[1])
@@ -55,37 +54,26 @@ def fit_factored(kernel, name, reference, stack, options, **more):
             float(found.error), float(found.certificate), exact=True, passes=int(found.num_passes)
         )
         spectra = {axis: spectrum_of(found, axis) for axis in (0, 1)}
-        factors = dict(enumerate(found.factors))
+        factors = dict(enumerate(map(alone, found.factors)))
         mean = jnp.zeros((1, 1), factors[0].dtype)
         return subspace.TuckerSubspace(mean, factors, spectra, stack.shape, procedure, certificate)
 
 
 def dtype_of(stack, axis_size):
     """'float32' or 'float64' for products that contract a stack with itself to (axis_size, axis_size)."""
-    return precision.compute_dtype(str(stack.x.dtype), stack.x.size * axis_size)
+    return precision.compute_dtype(str(stack.x.dtype), stack.num_models * stack.num_features * axis_size)
 
 
-@functools.partial(jax.jit, static_argnames=("centring", "axis"))
-def centre(x, *, centring, axis=None):
-    """x (N, *shape), float32 or wider, minus its mean, and that mean in a shape that broadcasts to `shape`.
-
-    `centring`: "models" subtracts the mean model, "columns" one mean for each entry of weight axis `axis`.
-    """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if centring == "none":
-        return x, jnp.zeros((1,) * (x.ndim - 1), x.dtype)
-    over = (0,) if centring == "models" else tuple(a for a in range(x.ndim) if a != axis + 1)
-    mean = jnp.mean(x.astype(jnp.float64), axis=over, keepdims=True).astype(x.dtype)
-    y = x - mean
-    # What rounding left of the mean is the same for all models: a direction of its own, which can be over the floor.
-    return y - jnp.mean(y.astype(jnp.float64), axis=over, keepdims=True).astype(x.dtype), mean[0]
+def alone(x):
+    """An array that several devices hold whole, on one."""
+    return x if len(x.sharding.device_set) == 1 else jnp.asarray(np.asarray(x))
 
 
 def axis_spectrum(y, axis, dtype):
     """All directions of weight axis `axis` of a stack y (N, *shape): ((d, d) rows, Spectrum)."""
     ranks = tuple(y.shape[axis + 1] if a == axis + 1 else None for a in range(y.ndim))
     found = tucker.hosvd(y, ranks=ranks, dtype=dtype, method="lapack", certify="norms")
-    return found.factors[axis + 1], spectrum_of(found, axis + 1)
+    return alone(found.factors[axis + 1]), spectrum_of(found, axis + 1)
 
 
 def spectrum_of(found, axis):
@@ -135,11 +123,16 @@ def row_cap(stack):
 
 
 def fit_rows(name, reference, stack, *, rank, energy):
-    """LinearSubspace of the models as rows, by their Gram matrix; rank 0 takes as many components as `energy` needs."""
+    """LinearSubspace of the models as rows, by their Gram matrix; rank 0 takes as many components as `energy` needs.
+
+    Of float64 models by LAPACK's SVD of the rows: a Gram matrix would keep half of their digits.
+    """
     cap = row_cap(stack)
     require_rows(rank, energy, cap, stack.num_models)
     with jax.enable_x64(True):
-        y, mean = centre(stack.x.reshape(stack.num_models, -1), centring="models")
+        y, mean = stack.rows()
+        if stack.x.dtype == jnp.float64:
+            return _by_rows(y, mean, stack, name, reference, rank=rank, energy=energy)
         dtype = dtype_of(stack, min(stack.num_models, stack.num_features))
         found = svd.gram_svd(y, rank=rank or 1, dtype=dtype)
         spectrum = subspace.Spectrum(np.asarray(found.s)[:cap], float(found.energy), float(found.floor))
@@ -147,6 +140,15 @@ def fit_rows(name, reference, stack, *, rank, energy):
         if not rank:
             found = svd.gram_svd(y, rank=chosen, dtype=dtype)
         return subspace.LinearSubspace(mean, found.vt, spectrum, stack.shape, procedure, certificate)
+
+
+def _by_rows(y, mean, stack, name, reference, *, rank, energy):
+    found, cap = svd.thin_svd(y), row_cap(stack)
+    s = np.asarray(found.s)
+    spectrum = subspace.Spectrum(s[:cap], float(np.square(s).sum()), precision.factor_floor(float(s[0]), len(s)))
+    rank, procedure, certificate = rows_of(spectrum, cap, name, reference, rank=rank, energy=energy)
+    basis = jnp.where((found.s[:rank] > spectrum.floor)[:, None], found.vt[:rank], 0.0)
+    return subspace.LinearSubspace(mean, basis, spectrum, stack.shape, procedure, certificate)
 
 
 def require_rows(rank, energy, cap, num_models):
@@ -188,7 +190,7 @@ def fit_columns(name, reference, stack, *, rank, faithful):
     rank = min(rank, cap)
     operands.require_rank(rank, cap, "the stack")
     with jax.enable_x64(True):
-        y, mean = centre(stack.x, centring="columns", axis=axis)
+        y, mean = stack.centred("columns", axis)
         rows, spectrum = axis_spectrum(y, axis, dtype_of(stack, stack.shape[axis]))
         procedure = subspace.Procedure(name, (str(axis),), "columns", cap, faithful=faithful, reference=reference)
         found = axis_subspace(stack, mean, axis, rows[:rank], spectrum, procedure, passes=2)
@@ -196,7 +198,8 @@ def fit_columns(name, reference, stack, *, rank, faithful):
             return found
         # Projected without the mean: the error on the stack as it is, not the tail of the fit.
         bare = dataclasses.replace(found, mean=jnp.zeros_like(mean))
-        left = stack.x.astype(jnp.float64) - bare.reconstruct(bare.project(stack.x))
-        error = float(jnp.sqrt(jnp.sum(jnp.square(left)) / jnp.sum(jnp.square(stack.x.astype(jnp.float64)))))
+        x, _ = stack.centred("none")
+        left = x.astype(jnp.float64) - bare.reconstruct(bare.project(x))
+        error = float(jnp.sqrt(jnp.sum(jnp.square(left)) / jnp.sum(jnp.square(x.astype(jnp.float64)))))
         certificate = dataclasses.replace(found.certificate, relative_error=error, bound=error * (1 + 1e-5))
         return dataclasses.replace(bare, certificate=certificate)

@@ -32,7 +32,7 @@ def fit(stack, options, key):
     operands.require_rank(min(options.rank, cap), cap, "the stack")
     rank = min(options.rank, cap)
     with jax.enable_x64(True):
-        y, mean = _fit.centre(stack.x, centring="none")
+        y, mean = stack.centred("none")
         rows, spectrum = _fit.axis_spectrum(y, 0, _fit.dtype_of(stack, size))
         flags = ("full_rank",) if rank == size else ()
         procedure = subspace.Procedure("col-svd", ("0",), "none", cap, reference=REFERENCE, flags=flags)

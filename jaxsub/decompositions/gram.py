@@ -1,9 +1,10 @@
-"""Exact principal components of the models (rows) through their Gram matrix. For fewer models than weights."""
+"""Exact principal components of the models (rows), through their Gram matrix; of float64 models through their SVD."""
 
 import dataclasses
 
 from jaxsub.decompositions import _fit
 
+BY_ROWS = True  # components of the models: their features may be shared by devices
 REFERENCE = "Sirovich 1987, method of snapshots (E17)"
 
 

@@ -32,14 +32,14 @@ def fit(stack, options, key):
     rank = min(options.rank, cap)
     operands.require_rank(rank, cap, "the stack")
     with jax.enable_x64(True):
-        y, mean = _fit.centre(stack.x, centring="none")
+        y, mean = stack.centred("none")
         dtype = _fit.dtype_of(stack, stack.shape[axis])
         rows, spectrum = _fit.axis_spectrum(y, axis, dtype)
         factor, passes = rows[:rank], 1
         if options.order == 3:
-            ranks = list(stack.x.shape)
+            ranks = [None, *stack.shape]  # all N of the models axis: as good as free
             ranks[axis + 1] = rank
             found = tucker.hooi(y, ranks=tuple(ranks), dtype=dtype, certify="norms")
-            factor, passes = found.factors[axis + 1], int(found.num_passes)
+            factor, passes = _fit.alone(found.factors[axis + 1]), int(found.num_passes)
         procedure = subspace.Procedure("lora-tucker", (str(axis),), "none", cap, reference=REFERENCE)
         return _fit.axis_subspace(stack, mean, axis, factor, spectrum, procedure, passes=passes)

@@ -9,6 +9,7 @@ from jaxsub import subspace
 from jaxsub.decompositions import _fit
 from jaxsub.linalg import operands, svd
 
+BY_ROWS = True  # components of the models: their features may be shared by devices
 REFERENCE = "Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1 (E20)"
 
 
@@ -34,7 +35,7 @@ def fit(stack, options, key):
     cap = _fit.row_cap(stack)
     operands.require_rank(options.rank, cap, f"a centred stack of {stack.num_models} models")
     with jax.enable_x64(True):
-        y, mean = _fit.centre(stack.x.reshape(stack.num_models, -1), centring="models")
+        y, mean = stack.rows()
         found = svd.randomized_svd(
             y,
             key,

@@ -40,7 +40,7 @@ def fit(stack, options, key):
     samples, size = stack.num_models * stack.shape[0], stack.shape[1]
     cap = min(options.cap or size, samples, size)
     with jax.enable_x64(True):
-        y, mean = _fit.centre(stack.x, centring="models")
+        y, mean = stack.centred()
         rows, spectrum = _fit.axis_spectrum(y, 1, _fit.dtype_of(stack, size))
         rank, reached = _rank(spectrum, options, cap, samples)
         flags = ("narrow_axis",) if 4 * size <= stack.shape[0] else ()

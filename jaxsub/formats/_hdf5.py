@@ -13,8 +13,9 @@ from jaxsub import descriptors, errors
 from jaxsub.formats import _files, _names
 
 MAX_RATIO, RATIO_SLACK = 256, 1 << 20  # declared over stored bytes, as for zip members
+MAX_ALIASING = 8  # bytes of all datasets over bytes of the file: datasets may be linked twice, or lie upon each other
 MAX_DEPTH = 32
-MAX_ITEMS = 50_000  # groups and datasets; each costs h5py a tenth of a millisecond or two
+MAX_ITEMS = 20_000  # groups and datasets; each costs h5py half a millisecond
 _FILTERS = frozenset((1, 2, 3, 32000))  # deflate, shuffle, checksum, lzf: those h5py brings; others load plug-ins
 
 
@@ -73,7 +74,7 @@ def walk(reader, offset, size):
     h5py, path = module(reader.file.path), reader.file.path
     tensors, skipped = [], {}
     with _guarded(path), h5py.File(Window(reader, offset, size), "r") as root:
-        seen, todo = set(), [("", root, 0)]
+        seen, todo, stored = set(), [("", root, 0)], 0
         while todo:
             prefix, group, depth = todo.pop()
             address = _address(h5py, group)
@@ -93,7 +94,11 @@ def walk(reader, offset, size):
                 if isinstance(child, h5py.Group):
                     children.append((key, child, depth + 1))
                 elif isinstance(child, h5py.Dataset):
-                    _add(h5py, child, key, reader.file, offset, tensors, skipped)
+                    stored += _add(h5py, child, key, reader.file, offset, tensors, skipped)
+                    if stored > MAX_ALIASING * size:
+                        raise _fault(
+                            path, key, f"is one of datasets of {stored} bytes in {size}: they share what is stored"
+                        )
             todo.extend(reversed(children))
     return tensors, skipped
 
@@ -127,6 +132,7 @@ def _child(h5py, group, name, key, path):
 
 
 def _add(h5py, dataset, key, file, offset, tensors, skipped):
+    """Adds a dataset to `tensors`, or to `skipped`; returns its stored bytes."""
     with _guarded(file.path, key):
         dtype, shape, plist = dataset.dtype, dataset.shape, dataset.id.get_create_plist()
         stored = dataset.id.get_storage_size()
@@ -135,11 +141,13 @@ def _add(h5py, dataset, key, file, offset, tensors, skipped):
         place = dataset.id.get_offset()
     if outside or filters - _FILTERS:
         raise _fault(file.path, key, f"lies in other files, or needs the filters {sorted(filters - _FILTERS)}")
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        raise _fault(file.path, key, f"has the type {dtype}, which no other format knows", "save it as float64")
     if dtype.kind not in "fiub" or shape is None:
         if dtype.kind == "V" and dtype.itemsize <= 2:
             raise _fault(file.path, key, "holds raw bytes (bfloat16?)", "save it as float32 or as safetensors")
         skipped[key] = "no array of numbers"
-        return
+        return stored
     declared = dataset.size * dtype.itemsize
     if declared > MAX_RATIO * stored + RATIO_SLACK * bool(filters) or (not filters and declared > stored):
         raise _fault(file.path, key, f"declares {declared} bytes and stores {stored}")
@@ -151,6 +159,7 @@ def _add(h5py, dataset, key, file, offset, tensors, skipped):
     tensors.append(descriptors.Tensor(key, tuple(shape), dtype.newbyteorder("=").name, extent))
     if reason := _names.not_a_weight(key):
         skipped[key] = reason
+    return stored
 
 
 def load(file, offset, size, name):

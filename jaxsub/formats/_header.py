@@ -14,6 +14,7 @@ from jaxsub import descriptors, errors
 from jaxsub.formats import _files, _json, _model, _names
 
 MAX_HEADER = 100_000_000  # bytes, the reference reader's limit
+MAX_METADATA = 1 << 24  # bytes of its strings, which stay in memory; trainers write some hundred kilobytes
 MAX_DIM = 2**48 - 1  # the format's schema
 MAX_DIMS = 32  # numpy's limit up to version 1
 _FIELDS = frozenset(("dtype", "shape", "data_offsets"))
@@ -92,10 +93,8 @@ def _read(path, root, allow_roots):
 
 
 _CACHE = {}
-_CACHE_TENSORS = 1_000_000  # entries kept in all, about 200 bytes each
-
-
-_CACHED = {"tensors": 0}
+_CACHE_BYTES = 200_000_000  # of what is kept, roughly
+_CACHED = {"bytes": 0}
 
 
 def _cached(data, file):
@@ -103,12 +102,18 @@ def _cached(data, file):
     layout = _CACHE.get(digest)
     if layout is None:
         layout = parse(data, file.path)
-        if _CACHED["tensors"] + len(layout.entries) > _CACHE_TENSORS:
+        size = 200 * len(layout.entries) + _size_of(layout.metadata)
+        if _CACHED["bytes"] + size > _CACHE_BYTES:
             _CACHE.clear()
-            _CACHED["tensors"] = 0
+            _CACHED["bytes"] = 0
         _CACHE[digest] = layout
-        _CACHED["tensors"] += len(layout.entries)
+        _CACHED["bytes"] += size
     return layout
+
+
+def _size_of(metadata):
+    """Characters of names and texts, and what Python needs beside them."""
+    return sum(100 + len(key) + len(value) for key, value in metadata.items())
 
 
 def parse(data, path):
@@ -142,6 +147,9 @@ def _metadata(value, path):
         raise errors.InputError(
             path, "must map names to strings", key="__metadata__", hint="re-save the file", rule="H2"
         )
+    if _size_of(value) > MAX_METADATA:
+        reason = f"has {len(value)} entries of more than {MAX_METADATA >> 20} MiB together"
+        raise errors.InputError(path, reason, key="__metadata__", hint="leave them out of the file", rule="H19")
     return value
 
 

@@ -10,6 +10,8 @@ import re
 from jaxsub import errors
 
 MAX_LENGTH = 512  # characters of a pattern
+MAX_PATTERNS = 20_000  # each takes a tenth of a millisecond to compile
+MAX_TEXT = 1 << 20  # characters of all of them
 MAX_QUANTIFIERS = 4
 MAX_WORK = 5e8  # steps of the matcher, some seconds
 _QUANTIFIER = re.compile(r"[*+?{]")
@@ -29,10 +31,14 @@ def table(patterns, names, path, field):
     """
     if not patterns:
         return {}
-    compiled = [(_compile(p, path, field), value) for p, value in patterns.items()]
+    if len(patterns) > MAX_PATTERNS or sum(map(len, patterns)) > MAX_TEXT:
+        raise _refuse(path, field, f"has {len(patterns)} keys: more than {MAX_PATTERNS}, or too long all together")
+    for pattern in patterns:
+        _check(pattern, path, field)
     work = sum(_work(pattern, len(name)) for pattern in patterns for name in names)
     if work > MAX_WORK:
         raise _refuse(path, field, f"could take {work:.0e} steps to match")
+    compiled = [(_compile(p, path, field), value) for p, value in patterns.items()]
     found = {}
     for name in names:
         for pattern, value in compiled:
@@ -46,9 +52,12 @@ def _refuse(path, field, reason):
     return errors.InputError(path, reason, key=field, hint="use plain module names as keys", rule="H13")
 
 
-def _compile(pattern, path, field):
+def _check(pattern, path, field):
     if len(pattern) > MAX_LENGTH or len(_QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS or _ODD.search(pattern):
         raise _refuse(path, field, f"has a key that is too involved: {errors.quote(pattern, 60)}")
+
+
+def _compile(pattern, path, field):
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:

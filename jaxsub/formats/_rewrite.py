@@ -65,10 +65,12 @@ def stored(array, tensor, model):
 
 
 def place(folder, identifier):
-    """Where a model of this id goes inside `folder`; ids that lead out of it are refused."""
+    """Where a model of this id goes inside `folder`; ids that lead out of it, or have a shorter form, are refused."""
     folder = os.path.abspath(folder)
     found = os.path.normpath(os.path.join(folder, identifier))
-    if os.path.commonpath([folder, found]) != folder or found == folder:
+    is_outside = os.path.commonpath([folder, found]) != folder or found == folder
+    # "x" and "./x" would be one place, and one model would overwrite the other.
+    if is_outside or "\0" in identifier or found != os.path.join(folder, identifier):
         raise errors.InputError(identifier, "is no place inside the folder of reconstructions", rule="H10")
     return found
 

@@ -190,8 +190,8 @@ def content(reader, member):
     return data
 
 
-def inflate(reader, member):
-    """Blocks of the member's content; never more than the declared size."""
+def inflate(reader, member, size=1 << 20):
+    """Blocks of the member's content, `size` bytes at most where it is deflated; never more than the declared size."""
     if member.method == STORED:
         for block in reader.blocks(member.offset, member.stored):
             yield bytes(block)
@@ -201,7 +201,7 @@ def inflate(reader, member):
         for block in reader.blocks(member.offset, member.stored):
             pending = bytes(block)
             while pending:
-                out = machine.decompress(pending, min(left + 1, 1 << 20))
+                out = machine.decompress(pending, min(left + 1, size))
                 left -= len(out)
                 if left < 0:
                     raise fault(reader, f"inflates to more than the declared {member.size} bytes", member.name)

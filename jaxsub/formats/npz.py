@@ -90,7 +90,9 @@ def _tensor(reader, name, member):
 def _prefix(reader, member, num_bytes):
     data = b""
     for block in (
-        _zip.inflate(reader, member) if member.method else [reader.read(member.offset, min(num_bytes, member.size))]
+        _zip.inflate(reader, member, num_bytes)
+        if member.method
+        else [reader.read(member.offset, min(num_bytes, member.size))]
     ):
         data += block
         if len(data) >= num_bytes:

@@ -24,6 +24,8 @@ COMMITTED, TREE, MANIFEST = "commit_success.txt", "_METADATA", "manifest.ocdbt"
 STEP = "_CHECKPOINT_METADATA"
 MAX_TREE = 1 << 26  # bytes of _METADATA
 MAX_OVERHANG, OVERHANG_SLACK = 16, 1 << 16  # entries of a piece over those of its array
+# Decoded as a stream that ends where the piece does: one that expands to gigabytes costs nothing. blosc is not.
+_CODECS = frozenset(("zstd", "gzip", "zlib", "bz2", "bytes", "crc32c", "transpose", "sharding_indexed"))
 _ARRAYS = ("jax.Array", "np.ndarray")
 _EMPTY = {"Dict": dict, "List": list, "Tuple": list, "None": lambda: None}  # leaves that nothing is stored of
 _DTYPES = frozenset(name for name, _ in _header.DTYPES.values()) - _header.PACKED | {"complex128"}
@@ -182,6 +184,10 @@ class _Store:
         if dtype not in _DTYPES:
             said = f"holds {errors.quote(dtype, 40)}, which is no number"
             raise errors.InputError(self.path, said, key=leaf.name, hint="leave it out of the checkpoint", rule="H6")
+        if foreign := _codecs(array.codec.to_json()) - _CODECS:
+            said = f"is stored by {errors.quote(', '.join(sorted(foreign)), 80)}, which orbax does not write"
+            hint = "save it again with orbax.checkpoint.StandardCheckpointer"
+            raise errors.InputError(self.path, said, key=leaf.name, hint=hint, rule="H14")
         chunk = array.chunk_layout.write_chunk.shape or ()  # a file of zarr 3 may hold several to read
         if math.prod(chunk) > MAX_OVERHANG * math.prod(shape) + OVERHANG_SLACK:  # tensorstore allocates one, or aborts
             said = f"has pieces of shape {list(chunk)}, far larger than its own shape {list(shape)}"
@@ -209,6 +215,16 @@ class _Store:
     def load(self, name):
         """The array of a tensor."""
         return self.read(self._places[name], name)
+
+
+def _codecs(spec):
+    """Names of the compressors, and whatever else, that pieces of an array go through; of both drivers."""
+    if isinstance(spec, list):
+        return set().union(*map(_codecs, spec))
+    if not isinstance(spec, dict):
+        return set()
+    own = {spec["id"]} if "id" in spec else {spec["name"]} if "name" in spec and "driver" not in spec else set()
+    return own.union(*(_codecs(value) for value in spec.values()))
 
 
 def rewrite(model, path, layers):

@@ -24,11 +24,9 @@ def dense_gram(num_models):
     return [(REDUCE, WIDE * (num_models**2 + 3 * num_models + 3))]
 
 
-def lora_gram(num_models, rank, models_per_block, itemsize=4):
-    """`gram.lora_gram`: for each of the block pairs the products of both factors, half of 2 (N r)^2 in all."""
-    blocks = -(-num_models // models_per_block)
-    pair = 2 * itemsize * (min(models_per_block, num_models) * rank) ** 2
-    return [(REDUCE, pair)] * (blocks * (blocks + 1) // 2)
+def lora_gram():
+    """`gram.lora_gram`: nothing, whatever its size. Devices are given whole models, and results stay where they are."""
+    return []
 
 
 def short_gram(size, times=1):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, precision
-from jaxsub.linalg import leading, mode_gram as grams, products, ranking, unfold
+from jaxsub.linalg import dealt, leading, mode_gram as grams, products, ranking, unfold
 
 ROUNDING = 8.0  # eps that rounding may add to a relative residual; test_factored.py, many trials
 # The same for factors that LAPACK finds in the dtype of the products, as in `tucker`: 8.04 were seen at 5 x 64.
@@ -45,7 +45,7 @@ def mode_gram(a, b, scales, *, side, centred=False, dtype="float32"):
     Args:
         a: (N, r, i) right factors; mixed ranks padded with zero rows (exact).
         b: (N, o, r) left factors.
-        scales: (N,) alpha / r of each adapter.
+        scales: (N,) alpha / r of each adapter. All three may be dealt to devices, which exchange the result alone.
         side: "in" or "out".
         centred: of W_n minus the mean update. By C - N M.T M: where the mean holds all but a share eps(dtype) of the
             energy, what is left is rounding.
@@ -65,12 +65,24 @@ def mode_gram(a, b, scales, *, side, centred=False, dtype="float32"):
         raise errors.ConfigError(f"side = {side!r}; in or out")
     if side == "out":
         a, b = jnp.swapaxes(b, 1, 2), jnp.swapaxes(a, 1, 2)
-    return _gram(a, b, jnp.asarray(scales), centred=centred, dtype=dtype)
+    mesh = _mesh(a, centred)
+    return _gram(a, b, jnp.asarray(scales), centred=centred, dtype=dtype, mesh=mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("centred", "dtype"))
-def _gram(a, b, scales, *, centred, dtype):
-    gram = grams.mode_gram(_small_stack(a, b, scales, dtype), axis=2, dtype=dtype)
+def _mesh(a, centred):
+    """The mesh that models are dealt to, or None; the mean of updates is made on one device."""
+    mesh = dealt.mesh_of(a)
+    if mesh is not None and centred:
+        raise errors.ConfigError("a centred fit takes low-rank updates of one device")
+    return mesh
+
+
+@functools.partial(jax.jit, static_argnames=("centred", "dtype", "mesh"))
+def _gram(a, b, scales, *, centred, dtype, mesh):
+    def local(parts):
+        return grams.mode_gram(_small_stack(*parts, dtype), axis=2, dtype=dtype)
+
+    gram = dealt.sums(local, mesh)((a, b, scales))
     return gram - _mean_gram(a, b, scales, dtype) if centred else gram
 
 
@@ -210,34 +222,47 @@ def hooi(a, b, scales, *, sweeps=20, tolerance=1e-6, centred=False, dtype="float
 
 def cores(a, b, scales, u, v, *, centred=False):
     """S_n = U W_n V.T (N, k_o, k_i) in the dtype of `u` (k_o, o) and `v` (k_i, i); minus their mean if `centred`."""
-    return _cores(a, b, jnp.asarray(scales), u, v, centred=centred)
+    return _cores(a, b, jnp.asarray(scales), u, v, centred=centred, mesh=_mesh(a, centred))
 
 
-@functools.partial(jax.jit, static_argnames="centred")
-def _cores(a, b, scales, u, v, *, centred):
-    left = products.einsum("ko,nor->nkr", u, b.astype(u.dtype)) * scales.astype(u.dtype)[:, None, None]
-    right = products.einsum("nri,li->nrl", a.astype(u.dtype), v)
-    found = products.einsum("nkr,nrl->nkl", left, right)
+@functools.partial(jax.jit, static_argnames=("centred", "mesh"))
+def _cores(a, b, scales, u, v, *, centred, mesh):
+    def local(parts, u, v):
+        a, b, scales = parts
+        left = products.einsum("ko,nor->nkr", u, b.astype(u.dtype)) * scales.astype(u.dtype)[:, None, None]
+        right = products.einsum("nri,li->nrl", a.astype(u.dtype), v)
+        return products.einsum("nkr,nrl->nkl", left, right)
+
+    found = dealt.each(local, mesh)((a, b, scales), u, v)
     return found - jnp.mean(found, axis=0) if centred else found
 
 
-@functools.partial(jax.jit, static_argnames="centred")
 def residual_square(a, b, scales, u, v, *, centred):
     """sum_n |W_n - U.T U W_n V.T V|**2, () float64, as |(1 - P_U) W|**2 + |P_U W (1 - P_V)|**2: nothing cancels.
 
     Centred it is less N times the same of the mean update. Products in the dtype of `u`, sums in float64.
     """
+    return _residual_square(a, b, scales, u, v, centred=centred, mesh=_mesh(a, centred))
+
+
+@functools.partial(jax.jit, static_argnames=("centred", "mesh"))
+def _residual_square(a, b, scales, u, v, *, centred, mesh):
     dtype = u.dtype
-    a, b = a.astype(dtype), b.astype(dtype)
-    inside = products.einsum("ko,nor->nkr", u, b)
-    outside_b = b - products.einsum("ko,nkr->nor", u, inside)
-    outside_a = a - products.einsum("nrl,li->nri", products.einsum("nri,li->nrl", a, v), v)
-    total = jnp.zeros((), jnp.float64)
-    for left, right in ((outside_b, a), (inside, outside_a)):
-        total += jnp.sum(jnp.square(_small_stack(right, left, scales, dtype).astype(jnp.float64)))
-        if centred:
-            total -= _mean_square(right, left, scales, dtype)
-    return jnp.maximum(total, 0)
+
+    def local(parts, u, v):
+        a, b, scales = parts
+        a, b = a.astype(dtype), b.astype(dtype)
+        inside = products.einsum("ko,nor->nkr", u, b)
+        outside_b = b - products.einsum("ko,nkr->nor", u, inside)
+        outside_a = a - products.einsum("nrl,li->nri", products.einsum("nri,li->nrl", a, v), v)
+        total = jnp.zeros((), jnp.float64)
+        for left, right in ((outside_b, a), (inside, outside_a)):
+            total += jnp.sum(jnp.square(_small_stack(right, left, scales, dtype).astype(jnp.float64)))
+            if centred:
+                total -= _mean_square(right, left, scales, dtype)
+        return total
+
+    return jnp.maximum(dealt.sums(local, mesh)((a, b, scales), u, v), 0)
 
 
 def _mean_square(a, b, scales, dtype):
@@ -267,7 +292,7 @@ def _finish(a, b, scales, found, norm, centred, dtype, *, num_passes):
     tails = jnp.stack([one.total - jnp.sum(one.values[: one.vectors.shape[0]]) for one in found]) / safe
     floor = precision.gram_floor(1.0, size, dtype) ** 2
     return FactoredTucker(
-        cores=_cores(a, b, scales, u, v, centred=centred),
+        cores=cores(a, b, scales, u, v, centred=centred),
         factors=(u, v),
         energies=tuple(one.values for one in found),
         totals=tuple(one.total for one in found),

@@ -20,7 +20,6 @@ from jaxsub.linalg import pieces, products
 CHUNK = 4096  # columns a product: N * 4096 * 4 bytes stay in cache; 2048 and 8192 were 4 to 6 % slower at N = 256
 SAMPLED = 512  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
 MANY = 16
-PAIR_ROWS = 512  # rows of LoRA factors multiplied with as many others at once
 FEATURES = "features"
 
 
@@ -161,78 +160,69 @@ def _combinations(x, weights, *, mesh, dtype):
 
 
 class LoraSums(NamedTuple):
-    """Results of one stack of low-rank updates W_n = B_n A_n, all float64, scales not yet applied."""
+    """Results of a stack of low-rank updates W_n = B_n A_n, all float64, scales not yet applied.
 
-    gram: jax.Array  # (N, N) <W_i, W_j>
-    b_overlap: jax.Array  # (N, N) |B_i.T B_j|_F ** 2
-    a_gram: jax.Array  # (N, r, r) A_n @ A_n.T
-    b_gram: jax.Array  # (N, r, r) B_n.T @ B_n
-    a_cosines: jax.Array  # (N, N) <A_i, A_j>: shows factors that start from the same draw
+    A block is `deal.size` models each way; `pairs.Deal.assemble` makes (N, N) of all of them. Each is on the device
+    that computed it, as are the matrices of a device's own models: nothing is sent.
+    """
+
+    gram: jax.Array  # (P * T, size, size) <W_i, W_j>
+    b_overlap: jax.Array  # (P * T, size, size) |B_i.T B_j|_F ** 2
+    a_cosines: jax.Array  # (P * T, size, size) <A_i, A_j>: shows factors that start from the same draw
+    a_gram: jax.Array  # (P * own, r, r) A_n @ A_n.T
+    b_gram: jax.Array  # (P * own, r, r) B_n.T @ B_n
 
 
-def lora_gram(a, bt, *, mesh, dtype, models_per_block=None):
+def lora_gram(a, bt, *, deal, mesh, dtype):
     """Inner products of low-rank updates, <W_i, W_j> = tr((B_i.T B_j)(A_j A_i.T)); B @ A is never formed.
 
     Args:
-        a: (N, r, i) right factors, trailing axis sharded; mixed ranks padded with zero rows (exact).
-        bt: (N, r, o) left factors transposed, trailing axis sharded.
-        mesh: mesh with an axis "features".
+        a: (P * held, r, i) right factors of the models that each device holds, see `pairs.Deal`; dealt along the
+            leading axis; mixed ranks padded with zero rows, and models that are none with zeros (exact).
+        bt: (P * held, r, o) left factors transposed, dealt likewise.
+        deal: pairs.Deal of the N models.
+        mesh: mesh of P devices with an axis "features".
         dtype: "float32" or "float64", the dtype of the products.
-        models_per_block: models a block of pairs; by default `models_together`.
 
     Returns:
-        LoraSums in float64, replicated. Cost r**2 (o + i) multiply-adds a pair of models.
+        LoraSums. Cost r**2 (o + i) multiply-adds a pair of models; no device sends anything.
 
     Fails on: large ranks; past r**2 = o i / (o + i) forming the updates is cheaper.
     """
-    size = min(models_per_block or models_together(a.shape[1]), a.shape[0])
-    return _lora_gram(a, bt, mesh=mesh, dtype=dtype, models_per_block=size)
+    return _lora_gram(a, bt, deal.table(), size=deal.size, own=deal.own, mesh=mesh, dtype=dtype)
 
 
-def models_together(rank):
-    """LoRA updates a block of pairs: not so many that their products outgrow the cache."""
-    return max(1, min(32, PAIR_ROWS // rank))
+@functools.partial(jax.jit, static_argnames=("size", "own", "mesh", "dtype"))
+def _lora_gram(a, bt, table, *, size, own, mesh, dtype):
+    local, dealt = functools.partial(_lora_local, size=size, own=own, dtype=dtype), P(FEATURES)
+    return jax.shard_map(local, mesh=mesh, in_specs=(dealt,) * 3, out_specs=dealt, check_vma=False)(a, bt, table)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "dtype", "models_per_block"))
-def _lora_gram(a, bt, *, mesh, dtype, models_per_block):
-    specs = P(None, None, FEATURES)
-    local = functools.partial(_lora_local, dtype=dtype, size=models_per_block)
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=P(), check_vma=False)(a, bt)
-
-
-def _lora_local(a, bt, dtype, size):
-    num_models, rank = a.shape[:2]
-    blocks = -(-num_models // size)
-    rows_a, rows_b = (x.reshape(num_models * rank, x.shape[-1]) for x in (a, bt))
-    wide = jnp.float64
+def _lora_local(a, bt, table, *, size, own, dtype):
+    (held, rank), wide = a.shape[:2], jnp.float64
+    rows_a, rows_b = (x.reshape(held * rank, x.shape[-1]) for x in (a, bt))
 
     def products_of(x, p, q):
-        # The last block starts early enough to be whole: nothing is padded, its first models are computed twice.
         left = jax.lax.dynamic_slice_in_dim(x, p * rank, size * rank).astype(dtype)
         right = jax.lax.dynamic_slice_in_dim(x, q * rank, size * rank).astype(dtype)
-        product = jax.lax.psum(products.row_major(products.matmul(left, right.T)), FEATURES)
-        return product.reshape(size, rank, size, rank)
+        return products.row_major(products.matmul(left, right.T)).reshape(size, rank, size, rank)
 
     def pair(t, carry):
-        p, q = index[t, 0], index[t, 1]
+        p, q = table[0, t, 0], table[0, t, 1]
         pa, pb = products_of(rows_a, p, q), products_of(rows_b, p, q)
         found = (
             jnp.sum((pa * pb).astype(wide), axis=(1, 3)),
             jnp.sum(jnp.square(pb).astype(wide), axis=(1, 3)),
             jnp.trace(pa, axis1=1, axis2=3).astype(wide),
         )
-        # A model's products with itself; right once q has come to p, the last of its partners.
-        own = (jnp.einsum("nrns->nrs", x).astype(wide) for x in (pa, pb))
-        zero = jnp.int32(0)
-        places = (*[(p, q)] * 3, *[(p, zero, zero)] * 2)
-        return tuple(map(jax.lax.dynamic_update_slice, carry, (*found, *own), places))
+        blocks = [jax.lax.dynamic_update_index_in_dim(c, f, t, 0) for c, f in zip(carry, found, strict=False)]
+        # A model's products with itself; right once q has come to p, which is the last of the pairs.
+        alone = [jnp.einsum("nrns->nrs", x).astype(wide) for x in (pa, pb)]
+        return (
+            *blocks,
+            *(jax.lax.dynamic_update_slice_in_dim(c, f, p, 0) for c, f in zip(carry[3:], alone, strict=True)),
+        )
 
-    starts = [min(p * size, num_models - size) for p in range(blocks)]
-    index = jnp.asarray([(p, q) for j, p in enumerate(starts) for q in starts[: j + 1]], dtype=jnp.int32)
-    shapes = [(num_models, num_models)] * 3 + [(num_models, rank, rank)] * 2
-    carry = jax.lax.fori_loop(0, len(index), pair, tuple(jnp.zeros(s, wide) for s in shapes))
-    block = jnp.arange(num_models) // size
-    keep = block[:, None] >= block[None, :]
-    gram, b_overlap, a_cosines = (jnp.where(keep, s, s.T) for s in carry[:3])
-    return LoraSums(gram, b_overlap, *carry[3:], a_cosines)
+    shapes = [(table.shape[1], size, size)] * 3 + [(held, rank, rank)] * 2
+    found = jax.lax.fori_loop(0, table.shape[1], pair, tuple(jnp.zeros(s, wide) for s in shapes))
+    return LoraSums(*found[:3], *(f[:own] for f in found[3:]))

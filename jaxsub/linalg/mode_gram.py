@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxsub.linalg import products, unfold
+from jaxsub.linalg import dealt, products, unfold
 
 COLUMNS = 4096  # columns a piece; 8192 loses where memory is slow
 ELEMENTS = 2**18  # and at least this many entries a piece: short axes
@@ -22,7 +22,8 @@ def mode_gram(x, *, axis, dtype):
     """Gram matrix of a tensor along one axis, K = X_(axis) X_(axis).T; not centred.
 
     Args:
-        x: tensor (d_0, ..., d_last) of any float dtype.
+        x: tensor (d_0, ..., d_last) of any float dtype; its first axis may be dealt to devices, which then exchange
+            the result, and nothing else.
         axis: axis of the result.
         dtype: "float32" or "float64", the dtype of the products.
 
@@ -30,7 +31,7 @@ def mode_gram(x, *, axis, dtype):
         (d, d) float64, symmetric; its trace is the squared norm of x. Additive over blocks of the other axes.
 
     Raises:
-        ConfigError: if x has no such axis.
+        ConfigError: if x has no such axis, or it is the one that is dealt.
 
     Fails on: entries whose squares leave the range of `dtype`; and eigenvalues under 64 eps(dtype) of the largest
     are noise, as of every Gram matrix.
@@ -38,11 +39,17 @@ def mode_gram(x, *, axis, dtype):
     Source: Kolda and Bader 2009, section 4.2; slices instead of an unfolding as in TuckerMPI (Ballard et al. 2020).
     """
     unfold.view(x.shape, axis)
-    return _mode_gram(x, axis=axis % x.ndim, dtype=dtype)
+    mesh = dealt.mesh_of(x)
+    dealt.require_free(axis, x.ndim, mesh)
+    return _mode_gram(x, axis=axis % x.ndim, dtype=dtype, mesh=mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "dtype"))
-def _mode_gram(x, *, axis, dtype):
+@functools.partial(jax.jit, static_argnames=("axis", "dtype", "mesh"))
+def _mode_gram(x, *, axis, dtype, mesh=None):
+    return dealt.sums(functools.partial(_local, axis=axis, dtype=dtype), mesh)(x)
+
+
+def _local(x, *, axis, dtype):
     before, size, after = unfold.view(x.shape, axis)
     x = x.reshape(before, size, after)
     most = max(COLUMNS, ELEMENTS // size)

@@ -119,7 +119,7 @@ def finish(sketches, key, *, rank, test="gaussian"):
     inner = _least_squares(products.matmul(t3.T, q), sketches.core)
     inner = _least_squares(products.matmul(t4.T, p.T), inner.T).T
     a, s, bt = jnp.linalg.svd(inner, full_matrices=False)
-    is_signal = s[:rank] > 4 * s.shape[0] * float(jnp.finfo(dtype).eps) * s[0]
+    is_signal = ~(s[:rank] <= 4 * s.shape[0] * float(jnp.finfo(dtype).eps) * s[0])  # NaN stays NaN
     s = jnp.where(is_signal, s[:rank], 0)
     u = jnp.where(is_signal, products.matmul(q, a[:, :rank]), 0)
     vt = jnp.where(is_signal[:, None], products.matmul(bt[:rank], p), 0)

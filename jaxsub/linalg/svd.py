@@ -194,7 +194,8 @@ def randomized_svd(
         other, core = orth.cholesky_qr2(ranges.times_tests(x, basis, axis))
         u, s, vt = small_svd(core)
         u, vt = products.matmul(other, u[:, :rank]), products.matmul(vt[:rank], basis)
-    is_signal = s[:rank] > 4 * size * float(jnp.finfo(x.dtype).eps) * s[0]
+    # A solver that failed gives NaN, which stays one: it is no value under the rounding.
+    is_signal = ~(s[:rank] <= 4 * size * float(jnp.finfo(x.dtype).eps) * s[0])
     s = jnp.where(is_signal, s[:rank], 0)
     u, vt = orth.fix_signs(jnp.where(is_signal[:, None], vt, 0), jnp.where(is_signal, u, 0), axis=axis)
     terms = num_rows if passes % 2 == 0 else columns

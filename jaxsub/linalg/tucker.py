@@ -5,6 +5,8 @@
 An axis without a factor is left as it is: a stack of models with the models axis free is the paper's order-2 HOSVD,
 and HOOI of it is JD-Full. Nothing is centred here; a mean is the caller's to subtract.
 
+Where the first axis is dealt to devices (`dealt`) it stays free, and devices exchange Gram matrices and norms only.
+
 The fits are loops on the host over kernels compiled once a shape. Ranks by number without a residual pass
 (`certify="norms"`) need no number on the host, so they can be traced, vmapped and jitted.
 """
@@ -15,9 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import errors, precision
-from jaxsub.linalg import leading, mode_gram as grams, orth, products, ranking, unfold
+from jaxsub.linalg import dealt, leading, mode_gram as grams, orth, products, ranking, unfold
 
 ROUNDING = 4.0  # eps a reduced axis that rounding may take off the squared norms; test_tucker.py, many trials
 # The same where LAPACK finds the directions in the dtype of the products: they are orthonormal to 20 eps only
@@ -182,7 +185,6 @@ def reconstruct(found, *, index=slice(None)):
     return unfold.mode_products(core, (None, *others), transpose=True)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
 def residual_square(x, core, factors, *, dtype):
     """|X - core x_m U_m.T|**2 entry by entry, () float64: one pass, one slice of the leading axis at a time.
 
@@ -192,19 +194,29 @@ def residual_square(x, core, factors, *, dtype):
         factors: as in `Tucker`.
         dtype: dtype of the products; sums are float64.
     """
+    return _residual_square(x, core, factors, dtype=dtype, mesh=dealt.mesh_of(x))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
+def _residual_square(x, core, factors, *, dtype, mesh=None):
     first, *others = factors
 
-    def one(n, total):
-        if first is None:
-            part = jax.lax.dynamic_index_in_dim(core, n, 0, keepdims=True)
-        else:
-            row = jax.lax.dynamic_slice_in_dim(first, n, 1, axis=1).T
-            part = unfold.mode_product(core, row, 0)
-        whole = unfold.mode_products(part, (None, *others), transpose=True)[0]
-        gone = jax.lax.dynamic_index_in_dim(x, n, 0, keepdims=False).astype(dtype) - whole
-        return total + jnp.sum(jnp.square(gone.astype(jnp.float64)))
+    def local(parts):
+        x, core = parts
 
-    return jax.lax.fori_loop(0, x.shape[0], one, jnp.zeros((), jnp.float64))
+        def one(n, total):
+            if first is None:
+                part = jax.lax.dynamic_index_in_dim(core, n, 0, keepdims=True)
+            else:
+                row = jax.lax.dynamic_slice_in_dim(first, n, 1, axis=1).T
+                part = unfold.mode_product(core, row, 0)
+            whole = unfold.mode_products(part, (None, *others), transpose=True)[0]
+            gone = jax.lax.dynamic_index_in_dim(x, n, 0, keepdims=False).astype(dtype) - whole
+            return total + jnp.sum(jnp.square(gone.astype(jnp.float64)))
+
+        return jax.lax.fori_loop(0, x.shape[0], one, jnp.zeros((), jnp.float64))
+
+    return dealt.sums(local, mesh)((x, core))
 
 
 def _directions(x, axis, rule, dtype, method, *, norm, thin):
@@ -213,7 +225,7 @@ def _directions(x, axis, rule, dtype, method, *, norm, thin):
     rank = rule.ranks.get(axis)
     thin = thin and 4 * rest <= size and (rank is None or rank <= rest)
     if thin:
-        values, total, vectors = _thin(x, axis=axis, dtype=dtype)
+        values, total, vectors = _thin(x, axis=axis, dtype=dtype, mesh=dealt.mesh_of(x))
         floor = (rest * jnp.finfo(dtype).eps) ** 2 * values[0]
     else:
         gram = grams.mode_gram(x, axis=axis, dtype=dtype)
@@ -224,9 +236,14 @@ def _directions(x, axis, rule, dtype, method, *, norm, thin):
     return _Mode(vectors[:rank], values, total, floor)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "dtype"))
-def _thin(x, *, axis, dtype):
-    """Energies, their sum and directions of an unfolding higher than wide, through its triangular factor."""
+@functools.partial(jax.jit, static_argnames=("axis", "dtype", "mesh"))
+def _thin(x, *, axis, dtype, mesh):
+    """Energies, their sum and directions of an unfolding higher than wide, through its triangular factor.
+
+    One that is dealt comes together on every device: it has under a quarter of the numbers of its Gram matrix.
+    """
+    if mesh is not None:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
     q, r = jnp.linalg.qr(unfold.unfold(x, axis).astype(dtype))
     u, s, _ = jnp.linalg.svd(r)
     energies = jnp.square(s.astype(jnp.float64))
@@ -243,9 +260,13 @@ def _factors(x, modes):
     return tuple(modes[a].factor if a in modes else None for a in range(x.ndim))
 
 
-@jax.jit
 def _square_error(core, norm):
-    kept = jnp.sum(jnp.square(core.astype(jnp.float64)))
+    return _one_minus(core, norm, mesh=dealt.mesh_of(core))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _one_minus(core, norm, *, mesh):
+    kept = dealt.sums(lambda x: jnp.sum(jnp.square(x.astype(jnp.float64))), mesh)(core)
     return jnp.maximum(1 - kept / jnp.where(norm > 0, norm, 1), 0) * (norm > 0)
 
 

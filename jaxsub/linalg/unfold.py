@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsub import errors
-from jaxsub.linalg import products
+from jaxsub.linalg import dealt, products
 
 WIDE = 256  # trailing width from which slices (d, after) multiply well as they lie; under it, rows are gathered
 ROWS = 4096  # rows gathered for one product: with 9 entries an axis (3 x 3 kernels) 2 to 4 times faster than einsum
@@ -105,7 +105,7 @@ def mode_product(x, factor, axis):
     """Mode product X x_axis F: every slice of x along `axis`, multiplied by F from the left.
 
     Args:
-        x: tensor (d_0, ..., d_last).
+        x: tensor (d_0, ..., d_last); its first axis may be dealt to devices, which send nothing.
         factor: (k, d_axis) of the same dtype.
         axis: axis to multiply.
 
@@ -113,18 +113,24 @@ def mode_product(x, factor, axis):
         x with size k instead of d_axis, in C order; no unfolded copy of x is made.
 
     Raises:
-        ConfigError: if the sizes do not fit.
+        ConfigError: if the sizes do not fit, or the axis is the one that is dealt.
 
     Source: Kolda and Bader 2009, section 2.5.
     """
     before, size, after = view(x.shape, axis)
     if factor.ndim != 2 or factor.shape[1] != size:
         raise errors.ConfigError(f"a factor of shape {factor.shape} does not multiply axis {axis} of size {size}")
-    return _mode_product(x, factor, axis=axis % x.ndim)
+    mesh = dealt.mesh_of(x)
+    dealt.require_free(axis, x.ndim, mesh)
+    return _mode_product(x, factor, axis=axis % x.ndim, mesh=mesh)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _mode_product(x, factor, *, axis):
+@functools.partial(jax.jit, static_argnames=("axis", "mesh"))
+def _mode_product(x, factor, *, axis, mesh=None):
+    return dealt.each(functools.partial(_local, axis=axis), mesh)(x, factor)
+
+
+def _local(x, factor, *, axis):
     before, size, after = view(x.shape, axis)
     rank = factor.shape[0]
     rows = divisor(before, max(1, ROWS // after))

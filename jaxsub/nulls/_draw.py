@@ -65,14 +65,15 @@ def unit_frames(rng, num_frames, size, dimension):
         dimension: d, whole.
 
     Returns:
-        (n * p, min(n * p, d)) float64; rows i * p ... i * p + p - 1 are orthonormal.
+        (p * n, min(n * p, d)) float64; rows i, n + i, 2 n + i, ... are orthonormal.
     """
-    rows = bartlett(rng, num_frames * size, dimension)
-    if size == 1:
-        return unit_rows(rows)
-    frames = rows.reshape(num_frames, size, -1)
-    lower = np.linalg.cholesky(frames @ frames.transpose(0, 2, 1))  # Gram-Schmidt within each frame
-    return np.linalg.solve(lower, frames).reshape(rows.shape)
+    frames = bartlett(rng, num_frames * size, dimension).reshape(num_frames, size, -1).swapaxes(0, 1)
+    frames = np.ascontiguousarray(frames)  # vector by vector, each of all frames
+    for last in range(size):  # Gram-Schmidt within each frame, twice: the second time for rounding
+        for before in [*range(last)] * 2:
+            frames[last] -= np.einsum("nd,nd->n", frames[before], frames[last])[:, None] * frames[before]
+        frames[last] = unit_rows(frames[last])
+    return frames.reshape(num_frames * size, -1)
 
 
 def require_draws(options):

@@ -23,6 +23,8 @@ class Observed:
         b_overlap: (N, N) squared Frobenius norms of B_i^T B_j, scales folded into B, or None.
         a_width: number of columns of A, or None.
         b_norms: (N,) Frobenius norms of B_i, scales folded in, or None.
+        entries: (N, D) entries of the models, rows of norm sqrt(D); only where a few carry much of a model.
+        tails: excess kurtosis of the inner product of two models whose entries are permuted.
         deviation_fourths: sum over coordinates and models of (x_id - mean_d)^4; None where it was not taken.
     """
 
@@ -40,3 +42,5 @@ class Observed:
     a_width: int | None = None
     b_norms: np.ndarray | None = None
     deviation_fourths: float | None = None
+    entries: np.ndarray | None = None
+    tails: float = 0.0

@@ -19,6 +19,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxsub import solvers
 from jaxsub.nulls import _draw
 
 REFERENCE = "Haar frames by Gram-Schmidt of Gaussians: Stewart 1980; Gram matrices by Muirhead 1982, section 3.2"
@@ -70,15 +71,15 @@ def _leading_gram(rng, leading, shape):
     """Gram matrix (N, N) of sum_a leading_ia u_ia v_ia^T with Haar frames u, v on the two sides."""
     num_models, size = leading.shape
     left, right = (_draw.unit_frames(rng, num_models, size, dimension) for dimension in shape)
-    strength = leading.reshape(-1, 1)
+    strength = leading.T.reshape(-1, 1)
     product = (left * strength) @ left.T
     product *= right @ (right * strength).T
-    return product.reshape(num_models, size, num_models, size).sum((1, 3))
+    return product.reshape(size, num_models, size, num_models).sum((0, 2))
 
 
 def _with_rest(rng, gram, rest, dimension):
     """`gram` of models in R^dimension, each plus a random vector of length `rest` orthogonal to the model itself."""
-    values, vectors = np.linalg.eigh(gram)
+    values, vectors = solvers.eigh(gram)
     width = min(len(gram), dimension)
     models = (vectors * np.sqrt(np.maximum(values, 0.0)))[:, -width:]  # rows: coordinates within the models' span
     inside = rng.standard_normal(models.shape)

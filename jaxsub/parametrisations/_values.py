@@ -3,14 +3,18 @@
     array                  W                                        (i, o) or any shape
     Factored               W = base + left @ right                  left (i, q), right (q, o)
     Sparse                 W = base + left @ right + S              S holds `values` at flat places `at`
+    Combination            W = start + sum_j c_j V_j                c (k,), V (k, ...), of any shape
 
-`linear(x, w)` is x @ W for each; `dense(w)` is W.
+`linear(x, w)` is x @ W for each; `dense(w)` is W. Of a Combination it is cheap only where many runs
+share x @ V.
 """
 
 import typing
 
 import jax
 import jax.numpy as jnp
+
+from jaxsub.parametrisations import _parts
 
 
 class Factored(typing.NamedTuple):
@@ -31,9 +35,17 @@ class Sparse(typing.NamedTuple):
     at: typing.Any  # (s,) int32 places in W flattened
 
 
+class Combination(typing.NamedTuple):
+    """An array and a combination of directions."""
+
+    start: typing.Any  # (...)
+    c: typing.Any  # (k,)
+    basis: typing.Any  # (k, ...)
+
+
 def is_value(w):
     """Whether `w` is one layer's weights, not a tree of them."""
-    return isinstance(w, (Factored, Sparse)) or not isinstance(w, (dict, list, tuple))
+    return isinstance(w, (Factored, Sparse, Combination)) or not isinstance(w, (dict, list, tuple))
 
 
 def dense(w):
@@ -42,6 +54,8 @@ def dense(w):
         return w.base + w.left @ w.right
     if isinstance(w, Sparse):
         return _formed(w)
+    if isinstance(w, Combination):
+        return w.start + _parts.combination(w.c, w.basis)
     return w
 
 
@@ -51,7 +65,20 @@ def linear(x, w):
         return x @ w.base + (x @ w.left) @ w.right
     if isinstance(w, Sparse):
         return _sparse_product(x, w)
+    if isinstance(w, Combination):
+        return x @ w.start + _parts.combination(w.c, x @ w.basis)
     return x @ w
+
+
+def is_shared_cheaper(w, num_rows, num_runs):
+    """Whether the products of `num_rows` inputs (.., i) with the V_j, made once for `num_runs` runs, are less work.
+
+    Against a W of its own for each run: multiplications of k n i o + R k n o and R (k i o + n i o).
+    """
+    if w.basis.ndim != 3:
+        return False
+    k, i, o = w.basis.shape
+    return k * num_rows * o * (i + num_runs) < num_runs * i * o * (k + num_rows)
 
 
 def cast(w, dtype):

@@ -7,7 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxsub.parametrisations import _parts, _spaces
+from jaxsub.parametrisations import _parts, _spaces, _values
 
 REFERENCE = "Kaushik et al. 2025, The Universal Weight Subspace Hypothesis, coefficients of the model axis"
 NEEDS_SPACES = True
@@ -41,5 +41,5 @@ def params(trainable, frozen, options):
     del options
     found = dict(frozen["start"])
     for name, c in trainable.items():
-        found[name] = found[name] + _parts.combination(c, frozen["basis"][name])
+        found[name] = _values.Combination(found[name], c, frozen["basis"][name])
     return found

@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from jaxsub import solvers
 from jaxsub.statistics import ModeEnergies
 
 
 def exact_mode(axis, size, k, *, centred=True):
     """ModeEnergies of an axis from its whole Gram matrix `k`, or from the larger one of its other side."""
-    values = np.maximum(np.linalg.eigvalsh(k)[::-1], 0.0)[:size]
+    values = np.maximum(solvers.eigvalsh(k)[::-1], 0.0)[:size]
     return ModeEnergies(axis, size, values, float(np.trace(k)), 0, centred)
 
 
@@ -35,7 +36,7 @@ def _shares(found, across, scored):
         found, scored: the halves' Gram matrices, of test columns where `across` is given, else of rows.
         across: inner products of the found half's test columns with the scored half's.
     """
-    values, vectors = np.linalg.eigh(found)
+    values, vectors = solvers.eigh(found)
     values, vectors = values[::-1], vectors[:, ::-1]
     keep = values > values[0] * 1e-10 if values[0] > 0 else np.zeros(len(values), bool)
     if across is None:

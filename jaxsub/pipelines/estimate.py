@@ -53,11 +53,8 @@ class Seconds:
 
 def of(plans, groups, models, mesh, options, *, nulls, draws):
     """(Seconds, Rates) of an analysis, measured now; arguments as of `measure` and `seconds`."""
-    import jax
-
     rates = measure(groups, models, mesh)
-    shared = jax.process_count()
-    return seconds(plans, groups, rates, options, nulls=nulls, draws=draws, processes=shared), rates
+    return seconds(plans, groups, rates, options, nulls=nulls, draws=draws), rates
 
 
 def measure(groups, models, mesh):
@@ -132,7 +129,7 @@ def _eigen():
         return min(one() for _ in range(5)) / EIGEN_SIZE**3
 
 
-def seconds(plans, groups, rates, options, *, nulls, draws, processes=1):
+def seconds(plans, groups, rates, options, *, nulls, draws):
     """The Seconds of an analysis.
 
     Args:
@@ -142,10 +139,9 @@ def seconds(plans, groups, rates, options, *, nulls, draws, processes=1):
         options: the `layers.Options` of the plans.
         nulls: names of the null models.
         draws: of each of them a layer, at most.
-        processes: that share the reading.
     """
     pairs = list(zip(plans, groups, strict=True))
-    read = [p.bytes_read / processes / rates.read if rates.read else 0.0 for p in plans]
+    read = [p.own_bytes / rates.read if rates.read else 0.0 for p in plans]
     compute = [operations(p, g, options) / rates.product + LAYER_SECONDS for p, g in pairs]
     figures = sum(_figures(p, rates, nulls, draws) for p in plans)
     is_lora = [g.parametrisation == "lora" for g in groups]

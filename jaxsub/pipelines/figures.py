@@ -12,6 +12,7 @@ import numpy as np
 from jaxsub import heldout, hostmemory, lineage, plugins, precision, spectrum, verdict
 from jaxsub.nulls import _observed
 from jaxsub.report import words
+from jaxsub.statistics import HEAVY
 
 HELD_OUT = (1, 2, 4, 8, 16, 32)
 STABILITY = (1, 2, 4, 8, 16)
@@ -89,6 +90,8 @@ class _Layer:
             held_out, stability = self._curve(self.gram), self._stability()
         nulls = pending.result()
         k = verdict.deciding_rank(n)
+        if k and stats.entries is not None:
+            self._confirm(nulls, held_out, k)
         held_within = self._curve(within, leverage) if within is not None and not self.one_lineage else None
         if self.one_lineage:
             held_within = held_out
@@ -151,11 +154,11 @@ class _Layer:
         """Energies of the centred rows at unit norm: unequal norms alone would lift values over the edge."""
         return spectrum.energies(lineage.cosines(self.gram))[: max(self.num_models - 1, 0)]
 
-    def _curve(self, gram, leverage=None):
+    def _curve(self, gram, leverage=None, way=heldout.leave_one_out):
         ks = [k for k in self.ks if k <= len(gram) - 2]
         if not ks or not float(np.trace(gram)) > 0:
             return {}
-        values = heldout.leave_one_out(gram, ks, leverage=leverage)
+        values = way(gram, ks, leverage=leverage)
         return {str(k): float(v) for k, v in zip(ks, values, strict=True)}
 
     def _within(self):
@@ -192,6 +195,8 @@ class _Layer:
             variance_total=self.total / self.num_models,
             variance_squares=_known(stats.variance_squares),
             deviation_fourths=_known(stats.deviation_fourths),
+            entries=stats.entries if plain else None,
+            tails=stats.tails() if plain else 0.0,
             model_singular_values=stats.model_singular_values if plain else None,
             parametrisation=stats.parametrisation,
             lora_ranks=stats.ranks if lora else None,
@@ -220,9 +225,23 @@ class _Layer:
                 inner = waiting.submit(self._null_within, within, leverage)
         hostmemory.trim()
         found = {name: {**pending[source].result(), "drawn_as": source} for name, source in drawn.items()}
+        if "permutation" in found and self.stats.tails() > HEAVY:
+            spread = plugins.load("nulls", "permutation").spread(observed)
+            wider = {k: sd * spread for k, sd in found["permutation"]["held_out_sd"].items()}
+            found["permutation"] |= {"held_out_sd": wider, "spread": spread}
         if inner is not None:
             found["gaussian"] |= inner.result()
         return found
+
+    def _confirm(self, nulls, held_out, k):
+        """Draws many literal permutations where a finding would rest on a few: see `nulls.permutation`."""
+        overall, module = verdict.gain(held_out, nulls, k), plugins.load("nulls", "permutation")
+        if overall is None or not overall.beats or "permutation" not in nulls:
+            return
+        draws = max(self.options.draws, module.LITERAL_DRAWS)
+        rng = generator(self.options.seed, self.stats.name, "permutation")
+        found = self._summary(module.sample(self._observed(), module.Options(draws=draws), rng), whole=True)
+        nulls["permutation"] = {**nulls["permutation"], **found}
 
     def _null_within(self, within, leverage):
         """Gaussian rows whose residuals about the lineage means have the norms of the real ones."""
@@ -234,22 +253,23 @@ class _Layer:
 
         def one(gram):
             residual, alpha = heldout.within_groups(spectrum.centred(gram), groups)
-            return self._curve(residual, alpha)
+            return self._curve(residual, alpha, heldout.leave_one_out_of_draw)
 
         draws = module.sample(self._observed(norms), module.Options(draws=self.options.draws), rng)
-        mean, sd = _mean_sd(self._until_settled(one, draws, lambda curve: curve))
-        return {"held_out_within": mean, "held_out_within_sd": sd}
+        curves = self._until_settled(one, draws, lambda curve: curve)
+        mean, sd = _mean_sd(curves)
+        return {"held_out_within": mean, "held_out_within_sd": sd, "held_out_within_least": _least(curves)}
 
-    def _summary(self, draws):
+    def _summary(self, draws, whole=False):
         def one(uncentred):
             gram = spectrum.centred(uncentred)
             eigen = heldout.decompose(gram)
-            held = heldout.leave_one_out(gram, self.ks, eigen=eigen)
+            held = heldout.leave_one_out_of_draw(gram, self.ks, eigen=eigen)
             mean = self.num_models * uncentred.mean() / np.trace(uncentred)
             curve = {str(k): float(v) for k, v in zip(self.ks, held, strict=True)}
             return curve, mean, eigen[0][: self.num_models - 1]
 
-        found = self._until_settled(one, draws, lambda figures: figures[0])
+        found = self._parallel(one, draws) if whole else self._until_settled(one, draws, lambda figures: figures[0])
         curves, means, values = zip(*found, strict=True)
         held, sd = _mean_sd(curves)
         energy = np.mean(values, axis=0)
@@ -261,6 +281,7 @@ class _Layer:
             "energy_at": spectrum.energy_at(energy),
             "held_out": held,
             "held_out_sd": sd,
+            "held_out_least": _least(curves),
             "singular_values": _unscaled(roots.mean(axis=0)[:KEPT_VALUES], self.stats.exponent),
             "singular_values_sd": _unscaled(roots.std(axis=0)[:KEPT_VALUES], self.stats.exponent),
         }
@@ -301,6 +322,8 @@ class _Layer:
             flags.append("rank_deficient")
         if self.one_lineage:
             flags.append("one_lineage")
+        if self.stats.tails() > HEAVY:
+            flags.append("heavy_tails")
         shuffle = nulls.get("shuffle")
         if k and shuffle and held_out.get(str(k)) is not None:
             key = str(k)
@@ -321,6 +344,11 @@ class _Layer:
             if which.any() and not zero.all():
                 first = self.stats.model_ids[int(which.argmax())]
                 found.append(f"{words.plural(which.sum(), 'model')} {what}, {first!r} among them")
+        spread = nulls.get("permutation", {}).get("spread", 1.0)
+        if spread > 1:
+            found.append(
+                f"few entries carry much of a model: null draws were taken to vary {spread:.2g} times as much as drawn"
+            )
         if self.stats.storage == "float64":
             found.append("weights are float64; all products were made in float64")
         if self.stats.exponent and not self.constant:
@@ -357,6 +385,11 @@ def _unscaled(values, exponent):
     """values * 2**exponent as a list; JSON has no infinity and axes need room, so none is over 2**1000."""
     with np.errstate(over="ignore"):
         return np.minimum(np.ldexp(values, exponent), 2.0**1000).tolist()
+
+
+def _least(curves):
+    """The best that any draw had, k by k."""
+    return {key: float(min(c[key] for c in curves)) for key in curves[0]} if curves else {}
 
 
 def _mean_sd(curves):

@@ -6,7 +6,6 @@ import zlib
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import (
     bundle,
@@ -17,14 +16,16 @@ from jaxsub import (
     plugins,
     precision,
     reading,
+    solvers,
     spectrum,
     stacks,
     subspace,
 )
 from jaxsub.bundle import cores, corrections, storage
+from jaxsub.decompositions import _again
 from jaxsub.formats import peft
 from jaxsub.linalg import gram
-from jaxsub.pipelines import fit_plan, fit_streamed, layers, plan
+from jaxsub.pipelines import fit_plan, fit_streamed, layers, plan, sharing
 
 
 def module(group, config):
@@ -34,7 +35,19 @@ def module(group, config):
 
 
 def fit(group, opened, config, rank):
-    """The fitted bundle.Layer of a group; `rank` a number, one for each axis, or 0 to go by energy."""
+    """The fitted bundle.Layer of a group; `rank` a number, one for each axis, or 0 to go by energy.
+
+    Raises:
+        SolverError: numbers that are not finite came out of finite ones, also the second time; names the layer.
+    """
+    with solvers.of_layer(group.name):
+        found = _fitted(group, opened, config, rank)
+        if not solvers.is_finite((found.values, *found.halves, np.asarray(found.subspace.mean))):
+            raise errors.SolverError("coefficients that are not finite")
+    return found
+
+
+def _fitted(group, opened, config, rank):
     models = [opened.models[m] for m in group.members]
     ids = tuple(opened.refs[m].id for m in group.members)
     if group.parametrisation == lineup.LORA:
@@ -43,19 +56,21 @@ def fit(group, opened, config, rank):
         return fit_streamed.fit(group, models, ids, config, rank)
     x = reading.read_stack(group, models)
     exponent = _exponent(x)
-    if exponent:  # squares would leave the range of the dtype
-        x = np.ldexp(x, -exponent)
+    require_room(exponent, group, models, config)
+    x = precision.scaled(x, -exponent) if exponent else x  # squares would leave the range of the dtype
     plugin = module(group, config)
     mesh = fit_plan.mesh_of(group, plugin)
     with jax.enable_x64(True):
-        stack = stacks.DenseStack.create(_placed(x, mesh), group.name, ids)
+        there = sharing.placed(x, mesh, by_rows=fit_plan.by_rows(group, plugin))
+        stack = stacks.DenseStack.create(there, group.name, ids, host=x)
         key = layers.layer_key(group.name, config.seed)
-        space = subspace.stored(plugin.fit(stack, _options(plugin, config, stack, rank), key), _wide(group.dtypes))
-        space, values, _, unrounded = _stored(space, stack.x, config)
+        space = _again.fit(plugin, stack, _options(plugin, config, stack, rank), key)
+        space = subspace.stored(space, _wide(group.dtypes))
+        space, values, _, unrounded = _stored(space, stack.x, len(x), config)
         found = _entries(group, x, space, values, exponent, config)
-        figures = {**_figures(stack, values, space, found, exponent, config, mesh), **unrounded}
+        figures = {**_figures(stack, x, values, space, found, exponent, config, mesh), **unrounded}
     if exponent:
-        space, values = subspace.scaled(space, exponent), np.ldexp(values, exponent)
+        space, values = subspace.scaled(space, exponent), precision.scaled(values, exponent)
     dtypes = stored_dtypes(group)
     return bundle.Layer(group.name, space, ids, values, dtypes, figures, storage=_storage(config), corrections=found)
 
@@ -88,19 +103,19 @@ def _wide(dtypes):
     return "float64" if "float64" in dtypes else "float32"
 
 
-def _stored(space, x, config, inner=0):
-    """The subspace, the coefficients of `x` and their halves as they come back from the file, and what that costs.
+def _stored(space, x, count, config, inner=0):
+    """The subspace, the coefficients of the first `count` of `x` and their halves as they come back from the file.
 
-    The last is {"error_unrounded": mean relative error before rounding}, empty where nothing is rounded. `inner` is the
-    rank of the cores of low-rank updates.
+    And what that costs: {"error_unrounded": mean relative error before rounding}, empty where nothing is rounded.
+    `inner` is the rank of the cores of low-rank updates.
     """
     basis_dtype, coefficient_dtype = _storage(config)
-    values, halves = cores.stored(subspace.project(space, x), storage.AS_COMPUTED, inner)
+    values, halves = cores.stored(subspace.project(space, x)[:count], storage.AS_COMPUTED, inner)
     if not (basis_dtype or coefficient_dtype):
         return space, values, halves, {}
     energies, left = subspace.missed(space, x, values)
     space = bundle.rounded(space, basis_dtype)
-    values, halves = cores.stored(subspace.project(space, x), coefficient_dtype, inner)
+    values, halves = cores.stored(subspace.project(space, x)[:count], coefficient_dtype, inner)
     return space, values, halves, {"error_unrounded": subspace.error_figures(left, energies, 0.0)["error_mean"]}
 
 
@@ -110,23 +125,32 @@ def _lora_layer(group, models, ids, config, rank):
     if isinstance(rank, tuple):
         rank, inner = rank[:2], rank[2]
     dtypes = stored_dtypes(group)
-    stack = stacks.LoraStack(*reading.read_factors(group, models), group.name, ids)
+    given = reading.read_factors(group, models)
+    *factors, exponent = precision.unit_factors(*given)
+    require_room(exponent, group, models, config, precision.ROOM_FOR_SQUARES)
+    stack = stacks.LoraStack(*factors, group.name, ids)
     with jax.enable_x64(True):
-        space = plugin.fit(stack, _options(plugin, config, stack, rank), layers.layer_key(group.name, config.seed))
+        there = sharing.updates(stack, fit_plan.mesh_of(group, plugin))
+        key = layers.layer_key(group.name, config.seed)
+        space = _again.fit(plugin, there, _options(plugin, config, stack, rank), key)
         factors = stack.a, stack.b, stack.scales
         space = subspace.stored(space, _wide(dtypes))
         _require_memory(group, space, config)
-        space, values, halves, unrounded = _stored(space, factors, config, inner or stack.a.shape[1])
+        space, values, halves, unrounded = _stored(space, factors, len(models), config, inner or stack.a.shape[1])
         energies, left = subspace.missed(space, factors, values)
     found = None
     if config.max_error >= 0:
         relative = subspace.relative(left, energies)
-        found = corrections.factors(*factors, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
+        found = corrections.factors(*given, relative, config.max_error, dtype=np.dtype(precision.widest(dtypes)))
         left[[] if found is None else found.positions] = 0.0
-    inside = cores.energies(*factors).tolist()
-    held = _held_out_half(stack, space, config)
+    inside = np.ldexp(cores.energies(*factors), 2 * exponent).tolist()
+    held = _held_out_half(there, factors, space, config)
     fitted = subspace.error_figures(left, energies, energies.sum())
     figures = {**fitted, **held, "energies_of_ranks": inside, **unrounded}
+    if exponent:
+        space = subspace.scaled(space, exponent)
+        halves = halves and (precision.scaled(halves[0], exponent), halves[1])
+        values = cores.joined(halves) if halves else precision.scaled(values, exponent)
     return bundle.Layer(
         group.name,
         space,
@@ -167,9 +191,26 @@ def orientation(group):
 
 def _exponent(x):
     """Power of two that brings the largest entry near 1; 0 where squares are safe as they are."""
-    if x.dtype.itemsize < 4:
-        return 0  # computed in float32, whose range squares of narrower numbers do not leave often enough to matter
-    return precision.exponent_of(max(-float(x.min()), float(x.max()), 0.0))
+    return 0 if x.dtype == np.float16 else precision.exponent_of(precision.largest(x))  # float16 leaves no range
+
+
+def require_room(exponent, group, models, config, room=precision.ROOM["float64"]):
+    """Refuses a layer that is scaled by 2**exponent where not even float64 can hold what a bundle keeps of it.
+
+    Raises:
+        InputError: numbers so small that what is made of them is zero.
+        ConfigError: narrow storage, for numbers that only float64 has room for.
+    """
+    if exponent < -room:
+        raise errors.InputError(
+            models[0].path, f"holds numbers of at most 2**{exponent}, as the others do: products of them are zero",
+            key=group.name, hint="scale the models up, or leave the layer out with --exclude_layers", rule="N5",
+        )  # fmt: skip
+    if not precision.has_room(exponent, "float32") and any(_storage(config)):
+        raise errors.ConfigError(
+            f"layer {errors.quote(group.name)}: numbers near 2**{exponent} need float64, not "
+            f"{' and '.join(filter(None, _storage(config)))}; store them as computed, or exclude the layer"
+        )
 
 
 def _options(module, config, stack, rank):
@@ -185,30 +226,29 @@ def _options(module, config, stack, rank):
     return module.Options(energy=config.energy)
 
 
-def _placed(x, mesh):
-    """A stack (N, *shape) on the mesh, its leading weight axis sharded."""
-    return jax.device_put(x, NamedSharding(mesh, P(None, gram.FEATURES))) if mesh.size > 1 else x
+def _figures(stack, x, values, space, found, exponent, config, mesh):
+    """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out.
 
-
-def _figures(stack, values, space, found, exponent, config, mesh):
-    """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out."""
-    x = stack.x
-    count, width = len(x), math.prod(x.shape[1:])
-    energies, left = subspace.missed(space, x, values)
+    `x` is the stack on the host.
+    """
+    energies, left = subspace.missed(space, stack.x, values)
     if found is not None:
         left = np.array(
-            [_left(x, n, space, values, found, exponent) if found.counts[n] else left[n] for n in range(count)]
+            [_left(x, n, space, values, found, exponent) if found.counts[n] else left[n] for n in range(len(x))]
         )
+    if not isinstance(space, subspace.LinearSubspace):
+        held = _held_out_half(stack, stack.x, space, config)
+        return {**subspace.error_figures(left, energies, stack.centred_energy()), **held}
+    count, width = len(x), math.prod(x.shape[1:])
     dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
-    flat = x.reshape(count, width)
+    flat = stack.x.reshape(count, width)
     sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=mesh, dtype=dtype)
     centred = spectrum.centred(np.asarray(sums.gram))
-    is_linear = isinstance(space, subspace.LinearSubspace)
-    held = heldout.of_one_model(centred, space.rank) if is_linear else _held_out_half(stack, space, config)
+    held = heldout.of_one_model(centred, space.rank)
     return {**subspace.error_figures(left, energies, float(np.trace(centred))), **held}
 
 
-def _held_out_half(stack, space, config):
+def _held_out_half(stack, x, space, config):
     """Held-out error of a Tucker fit: factors of half of the models, at the ranks of all, measured on the others.
 
     Both ways, the halves at random; squared error over that of the mean alone, or, where nothing was subtracted, over
@@ -220,13 +260,12 @@ def _held_out_half(stack, space, config):
     plugin, ranks = plugins.load("decompositions", space.procedure.name), tuple(space.rank.values())
     rng = np.random.default_rng([config.seed, zlib.crc32(stack.name.encode("utf-8", "surrogatepass"))])
     order, half, left, alone = rng.permutation(count), count // 2, 0.0, 0.0
-    x = (stack.a, stack.b, stack.scales) if lora else stack.x
     for chosen, others in ((order[:half], order[half : 2 * half]), (order[half : 2 * half], order[:half])):
         part = stack.take(np.sort(chosen))
         options = _options(plugin, config, part, ranks if len(ranks) > 1 else ranks[0])
         with jax.enable_x64(True):
-            own = plugin.fit(part, options, layers.layer_key(stack.name, config.seed))
-        energies, missed = subspace.missed(own, x, subspace.project(own, x))
+            own = _again.fit(plugin, part, options, layers.layer_key(stack.name, config.seed))
+        energies, missed = subspace.missed(own, x, subspace.project(own, x)[:count])
         left += missed[others].sum()
         alone += (energies if lora else subspace.from_mean(own, x))[others].sum()
     return {"held_out": float(left / alone) if alone > 0 else None, "held_out_by": "half of the models"}
@@ -234,6 +273,6 @@ def _held_out_half(stack, space, config):
 
 def _left(x, n, space, values, found, exponent):
     """Squared error of the n-th model with its corrections."""
-    again = np.ldexp(np.asarray(space.reconstruct(values[n : n + 1])), exponent)
+    again = precision.scaled(np.asarray(space.reconstruct(values[n : n + 1])), exponent)
     again = found.take([n], again[0].size).applied(np.array(again))
     return np.square(np.asarray(x[n], np.float64) - np.ldexp(np.asarray(again[0], np.float64), -exponent)).sum()

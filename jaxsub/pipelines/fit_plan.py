@@ -1,6 +1,6 @@
 """The plan of a fit, from headers alone: what is read, the memory of the host and of the device, what is written.
 
-A layer's stack is whole on the devices: a large one shared by them where its components are of the models, else on one.
+A layer's stack is whole on the devices, a large one shared by them (`sharing`).
 One that would not fit is streamed where it can be, else the fit is refused.
 """
 
@@ -12,10 +12,9 @@ import os
 import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
-from jaxsub.pipelines import estimate, fit_streamed, memory, plan
+from jaxsub.pipelines import estimate, fit_streamed, memory, plan, sharing
 
 COPIES, TUCKER_COPIES = 5, 7  # of a stack in the dtype of its products, on the device: measured
-SHARED_BYTES = 2**26  # of a stack as stored: smaller ones are not worth an exchange between devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,34 +37,46 @@ def of(groups, modules, config):
 
 
 def mesh_of(group, module):
-    """The mesh that holds a group's stack, its leading weight axis sharded."""
-    stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
-    is_small = len(group.members) * math.prod(group.shape) * stored < SHARED_BYTES
-    alone = _by_axes(module) or group.parametrisation == lineup.LORA or is_small
-    return placement.make_mesh(1 if alone else math.gcd(group.shape[0], jax.local_device_count()), is_local=True)
+    """The mesh that holds a group's stack; rows of float64 are decomposed by LAPACK, on one device."""
+    is_by_rows = by_rows(group, module)
+    if is_by_rows and "float64" in group.dtypes:
+        return placement.make_mesh(1, is_local=True)
+    return sharing.mesh(len(group.members), group.shape, _stored_bytes(group), by_rows=is_by_rows)
 
 
-def _by_axes(module):
-    return "ranks" in {f.name for f in dataclasses.fields(module.Options)}
+def by_rows(group, module):
+    """Whether a decomposition takes the models of a group as rows of features."""
+    return group.parametrisation != lineup.LORA and hasattr(module, "BY_ROWS")
+
+
+def _stored_bytes(group):
+    """Bytes of a group's stack as it is read; of low-rank updates, of their factors."""
+    wide = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
+    if group.parametrisation != lineup.LORA:
+        return len(group.members) * math.prod(group.shape) * wide
+    rank = max(e.rank for e in group.entries)
+    return max(wide, 4) * len(group.members) * rank * sum(lineup.flat_shape(group.shape))
 
 
 def of_layer(group, module, config):
     """LayerPlan of one layer group; streamed where its whole stack is more than may be, and it can be."""
     count, size = len(group.members), math.prod(group.shape)
-    by_axes = _by_axes(module)
+    of_rows = by_rows(group, module)
     stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
     wide, kept = max(stored, 4), 0
     if group.parametrisation == lineup.LORA:
-        rank, sides = max(e.rank for e in group.entries), lineup.flat_shape(group.shape)
-        stack = wide * count * rank * sum(sides)
+        sides, stack = lineup.flat_shape(group.shape), _stored_bytes(group)
         # Squares of the sides: their Gram matrices, and the eigenproblems of these.
         host, device = stack, TUCKER_COPIES * stack + 24 * max(sides) ** 2
     else:
-        host, device = count * size * stored, (TUCKER_COPIES if by_axes else COPIES) * count * size * wide
-        if config.rank and not by_axes:
+        host, device = count * size * stored, (COPIES if of_rows else TUCKER_COPIES) * count * size * wide
+        if config.rank and of_rows:
             each = wide if not config.basis_dtype else 1 if config.basis_dtype == "int8" else 2
             kept = (1 + min(config.rank, count - 1)) * size * each + count * config.rank * wide
-    share = device // mesh_of(group, module).size
+    devices = mesh_of(group, module).size
+    if devices > 1 and not of_rows and group.parametrisation != lineup.LORA:
+        device += devices * 2 * size * wide  # the mean, and what its rounding left of it, on each
+    share = device // devices
     found = LayerPlan(group.name, group.shape, count, group.num_bytes, host + device, share, kept)
     bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1, is_local=True))
     is_too_large = peak([found]) > fit_streamed.allowed(config) or (bound and share > bound)

@@ -86,7 +86,7 @@ def fit(group, models, ids, config, rank):
     )
     values = values.astype(np.float32)
     if stats.exponent:
-        space, values = subspace.scaled(space, stats.exponent), np.ldexp(values, stats.exponent)
+        space, values = subspace.scaled(space, stats.exponent), precision.scaled(values, stats.exponent)
     dtypes = tuple(e.dtype for e in group.entries)
     return bundle.Layer(group.name, space, ids, values, dtypes, _figures(stats, left, found.rank))
 

@@ -43,8 +43,9 @@ def find(all_stats, ids, threshold):
             starts.append((members, stats.a_cosines, stats.num_features))
     cosine = lineage.combine(layers, len(ids))
     features = max((s.num_features for s in all_stats), default=1)
+    tails = _tails([s for s in all_stats if s.num_features == features])
     parts = _parts(cosine)
-    groups = _groups(cosine, parts, features, threshold)
+    groups = _groups(cosine, parts, features, threshold, tails)
     start_cosine = lineage.combine(starts, len(ids))
     start_groups = _groups(start_cosine, _parts(start_cosine), features, LORA_START) if starts else []
     near = lineage.near_copies(cosine)
@@ -64,8 +65,8 @@ def find(all_stats, ids, threshold):
         near_copies=[(ids[a], ids[b], c) for a, b, c in near],
         lora_starts=[[ids[m] for m in g] for g in start_groups],
         untrained=untrained,
-        threshold=max(threshold, lineage.chance_threshold(features)),
-        chance=lineage.chance_threshold(features),
+        threshold=max(threshold, lineage.chance_threshold(features, tails)),
+        chance=lineage.chance_threshold(features, tails),
         picture=_picture(cosine, groups, ids),
         warnings=warnings,
     )
@@ -82,10 +83,17 @@ def _parts(cosine):
     return sorted(parts, key=lambda p: (-len(p), p[0]))
 
 
-def _groups(cosine, parts, features, threshold):
+def _tails(all_stats):
+    """Kurtosis of entries that nine models in ten stay under, in layers that all have the most weights."""
+    known = np.concatenate([s.kurtosis() for s in all_stats]) if all_stats else np.zeros(0)
+    known = known[np.isfinite(known)]
+    return float(np.quantile(known, 0.9)) if len(known) else 3.0
+
+
+def _groups(cosine, parts, features, threshold, tails=3.0):
     found = []
     for part in parts:
-        inside = lineage.groups(cosine[np.ix_(part, part)], features, threshold)
+        inside = lineage.groups(cosine[np.ix_(part, part)], features, threshold, tails)
         found += [[int(part[m]) for m in group] for group in inside]
     return sorted(found, key=lambda g: (-len(g), g))
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import hostmemory, placement, precision, reading
+from jaxsub import distributed, hostmemory, placement, precision, reading, solvers
 from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes, lora
-from jaxsub.statistics import Statistics
+from jaxsub.statistics import HEAVY, KEPT_ENTRIES, Statistics
 
 HELD_BLOCKS = 2.5  # resident beyond what was before a pass: more is freed memory, which is handed back
 
@@ -127,6 +127,7 @@ def _dense(group, models, mesh, options, ahead, meter, key):
     stats.roundings = np.array([precision.rounding(t.dtype) for t in group.entries])
     weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
     sums = _Sums(plan, stats)
+    whole, small = None, plan.num_blocks == 1 and plan.num_models * math.prod(plan.shape) <= KEPT_ENTRIES
     before, most = None, hostmemory.resident() + HELD_BLOCKS * plan.block_bytes
     while True:
         started = time.perf_counter()
@@ -136,6 +137,7 @@ def _dense(group, models, mesh, options, ahead, meter, key):
         block = next(stream, None)
         read = time.perf_counter()
         launched = None if block is None else _launch(block, weights, key, plan, options, mesh)
+        whole = block.x if small and block is not None else whole
         # The devices are at work again: now the host adds up what the block before left.
         if before is not None:
             sums.add(before)
@@ -150,12 +152,14 @@ def _dense(group, models, mesh, options, ahead, meter, key):
         meter.compute_seconds += ready - started + time.perf_counter() - read
         if block is None:
             break
+    if whole is not None and stats.tails() > HEAVY:
+        stats.keep(_rows(whole, math.prod(plan.shape)))
     hostmemory.trim()
     meter.bytes_read += plan.bytes_read // plan.num_processes
     total = float(np.trace(stats.centred()))
     stats.base_norm = math.sqrt(sums.base_square)
     if plan.strengths:
-        values = np.linalg.eigvalsh(sums.strengths)[:, ::-1]
+        values = solvers.eigvalsh(sums.strengths)[:, ::-1]
         stats.model_singular_values = np.sqrt(np.maximum(values, 0.0))
     with futures.ThreadPoolExecutor(2) as pool:  # LAPACK releases the interpreter lock
         sketched = pool.map(lambda item: axes.sketched_mode(*item, total), sums.halves.items())
@@ -166,6 +170,13 @@ def _dense(group, models, mesh, options, ahead, meter, key):
     if not total and not stats.mean_square:
         stats.exponent = 0  # zeros have no scale
     return stats
+
+
+def _rows(x, width):
+    """The first columns of rows on the mesh, on the host of every process."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[1].start or 0)
+    own = np.concatenate([np.asarray(shard.data, np.float64) for shard in shards], axis=1)
+    return np.concatenate(distributed.gather(own), axis=1)[:, :width]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,18 +4,18 @@
     device = blocks + the results of one + what a kernel adds; on CPU a part of the former
 
 Follows the code of `reading.Blocks`, `layers`, `linalg` and `figures`; a change of what they hold belongs here too.
-Right to -10 and +25 % for one CPU device, which a test measures; an upper bound where devices have memory of their own.
+Right to -10 (where figures of several layers decide, -20) and +25 % for one CPU device, which a test measures; an upper
+bound where devices have memory of their own.
 """
 
 import dataclasses
 import itertools
 import math
-import os
 
-from jaxsub import descriptors, reading
+from jaxsub import descriptors, placement, reading
 from jaxsub.linalg import gram, modes, secular
-from jaxsub.pipelines import kinship, lora
-from jaxsub.statistics import QR_ENTRIES
+from jaxsub.pipelines import figures, kinship, lora
+from jaxsub.statistics import KEPT_ENTRIES, QR_ENTRIES
 
 RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
 SMALL_BYTES = 2**16  # keys, sums of columns and the like on a device
@@ -26,7 +26,7 @@ DRAW = 10  # matrices (N, N) of a thread that draws and judges a null
 ARENAS, MOST = 6, 200 * 2**20  # matrices that malloc keeps of all draws, and bytes of them: large ones it gives back
 HEADER_BYTES, ID_BYTES = 1800, 12  # of a statistics file: names of its arrays, and of a model
 REPORT_BYTES, REPORT_LAYER = 50_000, 20_000  # of the report without models: the page itself, and each layer's card
-SECULAR = 36  # work arrays of secular.BLOCK_ELEMENTS
+SECULAR = 22  # work arrays of secular.BLOCK_ELEMENTS
 
 
 def of(plan, group, mesh, options, base=None):
@@ -47,7 +47,8 @@ def peak(plans):
     """Host bytes of an analysis of several layers, beyond the program's own."""
     if not plans:
         return 0
-    together = sorted((p.figure_bytes for p in plans), reverse=True)[: os.cpu_count() or 1]
+    together = figures.threads(max(p.num_models for p in plans))
+    together = sorted((p.figure_bytes for p in plans), reverse=True)[:together]
     passes = [p.pass_bytes + _ahead(p, following) for p, following in itertools.pairwise([*plans, None])]
     return RUNTIME_BYTES + sum(p.kept_bytes for p in plans) + max(sum(together), *passes)
 
@@ -101,7 +102,14 @@ def _dense(plan, group, mesh, base):
     after = max([8 * TESTS * shape[0] if 0 in plan.sketched_axes else 0, 2 * short, *(3 * m for m in exact)])
 
     kept = 8 * n**2 * (2 if plan.storage == "float64" else 1) + (8 * n * min(shape) if plan.strengths else 0)
+    kept += _entries(plan)
     return max(held + sums + max(steps), sums + after) + kernels, kept
+
+
+def _entries(plan):
+    """Bytes of a small layer's entries, which are kept if a few of them carry much."""
+    size = plan.num_models * math.prod(plan.shape)
+    return 2 * size if size <= KEPT_ENTRIES else 0
 
 
 def _dense_device(plan, mesh):
@@ -142,6 +150,7 @@ def _written(plan, group, options):
             rows = n * rank * math.prod(sizes)
             numbers += sum(s if lora.mode_is_exact(rows // s, s, options) else min(s, TESTS // 2) for s in sizes)
     else:
+        numbers += _entries(plan) // 8
         numbers += (n**2 if plan.storage == "float64" else 0) + (n * min(plan.shape) if plan.strengths else 0)
         numbers += sum(
             min(plan.shape[a], TESTS // 2) if a in plan.sketched_axes else plan.shape[a] for a in _axes(plan)
@@ -165,44 +174,45 @@ def _sketch(plan, axis):
 
 
 def _lora(plan, group, mesh, options):
-    """The same of a LoRA layer: the factors of all models are held at once."""
-    n, rank = plan.num_models, max(e.rank for e in group.entries)
-    held, steps = _lora_parts(plan, group, mesh, options)
+    """The same of a LoRA layer: the factors of all its pairs' models are held at once."""
+    n, rank, dealt = plan.num_models, max(e.rank for e in group.entries), lora.deal_of(group, mesh)
+    model, steps = _lora_parts(plan, group, mesh, options)
+    here = dealt.read_by(placement.devices_here(mesh))
     steps.append(6 * 8 * n * rank**2)  # roots of the factors' Gram matrices, and cores
-    return held * (1 if mesh.size == 1 else 2) + max(steps), 3 * 8 * n**2 + 8 * n * rank
+    copied = dealt.together * dealt.held if len(here) != dealt.held else 0  # of each device its own models
+    return model * (len(here) + copied) + max(steps), 3 * 8 * n**2 + 8 * n * rank
 
 
 def _lora_device(plan, group, mesh, options):
-    """Bytes of one device: its share of the factors' columns, and one kernel's arrays as if it had all columns."""
-    held, steps = _lora_parts(plan, group, mesh, options)
-    return SMALL_BYTES + held // mesh.size + max(steps)
+    """Bytes of one device: the models of its pairs, and one kernel's arrays."""
+    model, steps = _lora_parts(plan, group, mesh, options)
+    return SMALL_BYTES + model * lora.deal_of(group, mesh).held + max(steps)
 
 
 def _lora_parts(plan, group, mesh, options):
-    """Bytes of the factors, and of what each kernel adds to them."""
-    pairs, n = group.entries, plan.num_models
+    """Bytes of one model's factors, and of what each kernel adds on a device."""
+    pairs, dealt = group.entries, lora.deal_of(group, mesh)
     stored, wide = 8 if plan.storage == "float64" else 4, 8 if plan.dtype == "float64" else 4
     rank = max(e.rank for e in pairs)
     widths = [math.prod(pairs[0].a.shape[1:]), pairs[0].b.shape[0]]
-    held = stored * n * rank * sum(lora.padded(w, mesh) for w in widths)
-    # One or two blocks of models, both factors of each; their products, and the sums over them.
-    together = min(n, gram.models_together(rank))
-    pair, side = min(2, -(-n // together)), together * rank
-    steps = [pair * wide * side * sum(widths) + 4 * wide * side**2 + 8 * (6 * n**2 + 2 * n * rank**2)]
+    # One or two blocks of models, both factors of each; their products, and the blocks of all pairs.
+    two, side, count = min(2, dealt.blocks), dealt.size * rank, len(dealt.rows()[0])
+    results = 8 * (3 * count * dealt.size**2 + 2 * dealt.held * rank**2)
+    steps = [two * wide * side * sum(widths) + 4 * wide * side**2 + 2 * results + 8 * 3 * plan.num_models**2]
     for sizes in (pairs[0].a.shape[1:], (widths[1],)):
-        entries = n * rank * math.prod(sizes)
+        entries = dealt.own * rank * math.prod(sizes)
         copies = stored * entries * min(2, len(sizes))  # rows of one axis, where a side has several
         for size in sizes:
-            rows = entries // size
+            rows = plan.num_models * rank * math.prod(sizes) // size
             if lora.mode_is_exact(rows, size, options):
-                steps.append(copies + 8 * entries + 4 * 8 * min(rows, size) ** 2)
+                steps.append(copies + 8 * entries + min(mesh.size + 1, 3) * 8 * min(rows, size) ** 2)
             else:
                 steps.append(SKETCH_BYTES + copies + stored * TESTS * (rows + size) + 8 * TESTS * size)
-    return held, steps
+    return stored * rank * sum(widths), steps
 
 
 def _figures(num_models):
     """Bytes of a layer's spectra, null draws and held-out curves, made by all cores."""
     square = 8 * num_models**2
-    work = SECULAR * min(8 * secular.BLOCK_ELEMENTS, 16 * square) + DRAW * (os.cpu_count() or 1) * square
+    work = SECULAR * min(8 * secular.BLOCK_ELEMENTS, 8 * square) + DRAW * figures.threads(num_models) * square
     return work + min(ARENAS * square, MOST)

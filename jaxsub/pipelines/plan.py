@@ -4,7 +4,7 @@ import os
 import resource
 import sys
 
-from jaxsub import errors
+from jaxsub import errors, hostmemory
 from jaxsub.formats import _files
 
 LISTED = 20  # layers of the plan before a run
@@ -17,7 +17,7 @@ def of(groups, mesh, options, base=None):
 
     def one(group):
         is_lora = group.parametrisation == "lora"
-        plan = lora.plan(group, options) if is_lora else placement.plan_dense(group, mesh.size, options, base)
+        plan = lora.plan(group, mesh, options) if is_lora else placement.plan_dense(group, mesh.size, options, base)
         return memory.of(plan, group, mesh, options, base)
 
     return [one(g) for g in groups]
@@ -104,7 +104,8 @@ def text(plans, num_models, mesh, time=(), *, workdir=None, most=None):
     lines += listing(plans, most, "blocks", lambda p: f"{p.num_blocks:>6} {size(peak([p])):>10}")
     spared = workdir is not None and os.path.isdir(os.path.join(workdir, "statistics"))
     note = ", but for layers whose statistics in the workdir still hold" if spared else ""
-    lines.append(to_read(sum(p.bytes_read for p in plans), jax.process_count()) + note)
+    total, own = (sum(getattr(p, name) for p in plans) for name in ("bytes_read", "own_bytes"))
+    lines.append(to_read(total, own, jax.process_count()) + note)
     lines += memory_lines(peak(plans), device_peak(plans), mesh)
     if workdir is not None:
         from jaxsub.pipelines import memory
@@ -138,9 +139,9 @@ def listing(plans, most, head, middle):
     return lines
 
 
-def to_read(num_bytes, processes=1):
-    """The line about the bytes of weights that are read."""
-    shared = f", {size(num_bytes / processes)} by each of {processes} processes" if processes > 1 else ""
+def to_read(num_bytes, own=0, processes=1):
+    """The line about the bytes of weights that are read: of all, and `own` by one process."""
+    shared = f", {size(own)} by each of {processes} processes" if processes > 1 else ""
     return f"to read: {size(num_bytes)}{shared}"
 
 
@@ -190,28 +191,24 @@ def size(num_bytes):
 
 
 def available_bytes():
-    """Memory that can be had without swapping, bytes; 0 where the system does not say."""
-    return _memory("MemAvailable")
+    """Memory that this process can have without swapping, bytes; 0 where the system does not say.
+
+    Processes of one run share what their machine has.
+    """
+    from jaxsub import distributed
+
+    return hostmemory.available() // distributed.processes_here()
 
 
 def total_bytes():
     """Memory of the machine, bytes; 0 where the system does not say."""
-    return _memory("MemTotal")
+    return hostmemory.meminfo("MemTotal")
 
 
 def outgrows_cache(num_bytes):
     """Whether the page cache would not hold so much for the next read either."""
     total = total_bytes()
     return bool(total) and num_bytes > total / 2
-
-
-def _memory(field):
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields[field].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
 
 
 def peak_resident():

@@ -7,10 +7,10 @@ import os
 
 import numpy as np
 
-from jaxsub import bundle as bundles, errors, formats, subspace
+from jaxsub import bundle as bundles, errors, formats, precision, subspace
 from jaxsub.bundle import export, files
 from jaxsub.formats import _files, _rewrite, peft, safetensors
-from jaxsub.pipelines import aside, progress, scoring
+from jaxsub.pipelines import aside, progress, scoring, sharing
 from jaxsub.report import _write
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
@@ -151,11 +151,7 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
 def _layer(group, layer, opened, base):
     """(record, coefficients (n, k...), function (coefficients by key, key, position) -> array or factors)."""
     space, x = layer.subspace, bundles.read(group, opened)
-    values = layer.project(x)
-    energies, left = subspace.missed(space, x, values)
-    alone = energies  # low-rank updates have no mean
-    if group.parametrisation != "lora":
-        alone = subspace.from_mean(space, x)
+    values, energies, left, alone, x, exponent = _measured(space, x)
     inner = x[0].shape[1] if isinstance(x, tuple) else 0  # `again` outlives the stack
 
     def again(values, key, position):
@@ -176,19 +172,40 @@ def _layer(group, layer, opened, base):
         "error_of_random": subspace.relative(alone * (1 - share), energies).tolist(),
     }
     if base is not None:
-        record["error_of_base"] = subspace.relative(_from_base(group, x, energies, base), energies).tolist()
+        record["error_of_base"] = subspace.relative(_from_base(group, x, energies, base, exponent), energies).tolist()
     return record, values, again
 
 
-def _from_base(group, x, energies, base):
-    """(n,) squared distances of models to the base; a low-rank update is all of its model's distance."""
+def _measured(space, x):
+    """Models as coefficients, and what that loses; large stacks are shared by the devices.
+
+    Returns:
+        (coefficients, squared norms, squared errors, squared distances to the mean, models, exponent): norms, errors,
+        distances and models times 2**-exponent, which brings them near 1.
+    """
+    if isinstance(x, tuple):  # low-rank updates have no mean
+        values = subspace.project(space, x)
+        energies, left = subspace.missed(space, x, values)
+        return values, energies, left, energies, x, 0
+    space, x, _, exponent = subspace.unit(space, x, np.zeros(0))
+    by_rows = isinstance(space, subspace.LinearSubspace)
+    mesh = sharing.mesh(len(x), x.shape[1:], x.nbytes, by_rows=by_rows)
+    space, there = sharing.spread(space, mesh), sharing.placed(x, mesh, by_rows=by_rows)
+    values = subspace.project(space, there)[: len(x)]
+    energies, left = subspace.missed(space, there, values)
+    alone = subspace.from_mean(space, there)[: len(x)]
+    return precision.scaled(np.asarray(values), exponent), energies, left, alone, x, exponent
+
+
+def _from_base(group, x, energies, base, exponent):
+    """(n,) squared distances of models x, times 2**-exponent, to the base; a low-rank update is all of its distance."""
     if group.parametrisation == "lora":
         return energies
     tensor = base.tensors.get(group.name)
     if tensor is None or (tensor.shape or (1,)) != x.shape[1:]:
         found = "lacks it" if tensor is None else f"has shape {tensor.shape}"
         raise errors.InputError(base.path, f"the base {found}, the models have shape {x.shape[1:]}", key=group.name)
-    own = formats.read(base, tensor).astype(np.float64).reshape(x.shape[1:])
+    own = np.ldexp(formats.read(base, tensor).astype(np.float64).reshape(x.shape[1:]), -exponent)
     return np.array([np.square(row.astype(np.float64) - own).sum() for row in x])
 
 

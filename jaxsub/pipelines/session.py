@@ -11,7 +11,7 @@ import os
 import time
 from concurrent import futures
 
-from jaxsub import errors, plugins
+from jaxsub import errors, plugins, solvers
 from jaxsub.pipelines import plan, provenance
 
 MAX_NEAR_COPIES = 1000
@@ -112,6 +112,7 @@ class Session:
         from jaxsub.pipelines import aside, copies, progress, tracing
         from jaxsub.report import Report
 
+        solvers.retries()  # of a run before this one
         if self.stream is not None:
             self.stream.write(self.plan_text(most=plan.LISTED) + "\n")
         distributed.together(lambda: plan.require_memory(self.plans(), *self.bounds))
@@ -211,7 +212,10 @@ class Session:
             begun, meter = time.perf_counter(), self.meter
             counted = meter.read_seconds + meter.compute_seconds
             try:
-                stats = layers.statistics(group, models, self.mesh, self.options, ahead=self.ahead, meter=meter)
+                with solvers.of_layer(group.name):
+                    stats = layers.statistics(group, models, self.mesh, self.options, ahead=self.ahead, meter=meter)
+                    if not solvers.is_finite(stats.gram):
+                        raise errors.SolverError("sums of products that are not finite")
             except reading.NonFiniteError as error:
                 self.drop(error, group)
                 continue
@@ -271,7 +275,7 @@ class Session:
         def one(stats):
             position = {m: i for i, m in enumerate(stats.model_ids)}
             lineages = [[position[m] for m in g if m in position] for g in kin.lineages]
-            with tracing.stage(f"figures of {stats.name}"):
+            with tracing.stage(f"figures of {stats.name}"), solvers.of_layer(stats.name):
                 return figures.layer(stats, lineages, options)
 
         with futures.ThreadPoolExecutor(figures.threads(max((s.num_models for s in all_stats), default=1))) as pool:
@@ -289,7 +293,7 @@ class Session:
         opened = self.opened
         out = {d["member"] for d in self.dropped}
         refs = [r for i, r in enumerate(opened.refs) if i not in out]
-        warnings = list(opened.warnings) + kin.warnings
+        warnings = list(opened.warnings) + kin.warnings + solvers.retries()
         if duplicates:
             extra = sum(len(d) - 1 for d in duplicates)
             warnings.append(f"bit-identical copies of other models, left out of every figure: {extra}")

@@ -41,6 +41,7 @@ class Config:
     seed: int = 0
     steps: int = 400
     batch_size: int = 64
+    same_batches: bool = False  # for all runs: cheaper by far, and seeds no longer differ by their batches
     accumulate: int = 1  # parts a batch is computed in
     optimizer: str = "adam"  # of optax (adam, adamw, sgd, lion, ...), dct_adamw or riemannian_sgd
     optimizer_options: tuple[str, ...] = ()  # as name=value

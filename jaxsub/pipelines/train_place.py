@@ -27,7 +27,7 @@ def runs(given, axes, mesh, shard):
         )
         for tree, own in zip(given[:2], axes, strict=True)
     )
-    return steps.Runs(frozen, data, put(given.keys, 0), put(given.rates, 0))
+    return steps.Runs(frozen, data, put(given.keys, 0 if given.keys.ndim else None), put(given.rates, 0))
 
 
 def state(found, mesh, shard):

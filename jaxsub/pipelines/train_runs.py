@@ -51,6 +51,8 @@ def methods(config, setup):
     lora = plugins.load("parametrisations", "lora")
     for name in config.baselines:
         errors.require_known("baselines", name, BASELINES)
+        if name == "random_matched" and all(space.basis is None for space in setup.spaces.values()):
+            continue  # factors span an axis: there is no covariance along it to match
         if name.startswith("random") and module.NEEDS_SPACES:
             found.append(Method(name, module, options, name))
         elif name == "lora" and config.parametrisation != "lora":
@@ -102,6 +104,7 @@ class Training:
             self._key("batches", number, seed)
             for number in range(len(setup.variations)) for seed in self.seeds for _ in self.rates
         ])  # fmt: skip
+        keys = keys[0] if config.same_batches else keys
         rates = jnp.asarray(np.tile(np.float32(self.rates), len(pairs)))
         self._frozen, self._keys, self._rates, self._frozen_axes = frozen, keys, rates, frozen_axes
         self.runs, self.axes = self._given("fit")

@@ -45,6 +45,7 @@ FLAGS = {
     "one_lineage": "all models come from one start; models from other starts may share nothing with them",
     "identical": "the layer is the same in all models",
     "rank_deficient": "some components lie under the noise floor: fewer directions vary than there could be",
+    "heavy_tails": "a few entries carry much of a model: models agree as soon as two such entries meet by chance",
     "coordinate_spread": (
         "does not beat the shuffle null: a common set of strong coordinates may be all that is shared"
     ),

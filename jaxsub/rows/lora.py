@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, placement, precision, rows as core
-from jaxsub.linalg import gram as grams, products, svd
+from jaxsub.linalg import gram as grams, pairs, products, svd
 
 EXACT = 2048  # shorter side up to which all singular values of a merged matrix are found
 PASSES, OVERSAMPLE = 6, 32  # of the randomized decomposition of larger ones
@@ -93,7 +93,8 @@ class LoraRows(core.Rows):
         dtype = precision.compute_dtype(self.dtype.name, wide)
         with jax.enable_x64(True):
             bt = np.ascontiguousarray(self.b.transpose(0, 2, 1))
-            return np.asarray(grams.lora_gram(self.a, bt, mesh=mesh, dtype=dtype).gram)
+            deal = pairs.Deal.create(self.num_models, self.a.shape[1])
+            return deal.assemble(np.asarray(grams.lora_gram(self.a, bt, deal=deal, mesh=mesh, dtype=dtype).gram))
 
     def combination(self, coefficients):
         """See `Rows`: the factors side by side, cut to rank."""

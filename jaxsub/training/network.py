@@ -2,12 +2,14 @@
 
     network(weights, inputs) -> outputs
 
-Of a flax network, `nn.Dense` layers whose weights are a product of factors get `x @ W` by the factors; other layers'
-weights are multiplied out. A plain function gets arrays only, unless it has TAKES_FACTORED and uses
-`parametrisations._values.linear`.
+Of a flax network, `nn.Dense` layers whose weights are a product of factors get `x @ W` by the factors; so do
+combinations of directions in a layer that takes the inputs themselves, where many runs share them. Other weights are
+multiplied out. A plain function gets arrays only, unless it has TAKES_FACTORED and uses `linear` of
+`parametrisations._values`.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -32,28 +34,39 @@ class Network:
     dense: tuple[str, ...] = ()
     compute: str = "float32"
 
-    def __call__(self, weights, inputs):
-        """Outputs (n, ...) float32 of {layer: array, Factored or Sparse} on inputs (n, ...)."""
+    def __call__(self, weights, inputs, sharing=1):
+        """Outputs (n, ...) float32 of {layer: array or a value of `_values`} on inputs (n, ...).
+
+        `sharing` runs have these inputs, and all that they do not train, in common.
+        """
         if self.compute != "float32":
             weights = {name: _values.cast(w, self.compute) for name, w in weights.items()}
             inputs = _values.cast(inputs, self.compute)
         if isinstance(self.module, nn.Module):
-            found = self._flax(weights, inputs)
+            found = self._flax(weights, inputs, sharing)
         else:
             takes = getattr(self.module, "TAKES_FACTORED", False)
             found = self.module(weights if takes else _formed(weights), inputs)
         return found.astype(jnp.float32)
 
-    def _flax(self, weights, inputs):
+    def _flax(self, weights, inputs, sharing):
         factored = {n for n in self.dense if isinstance(weights.get(n), (_values.Factored, _values.Sparse))}
+        num_rows = math.prod(inputs.shape[:-1])
+        combined = {
+            name
+            for name in self.dense
+            if isinstance(weights.get(name), _values.Combination)
+            and _values.is_shared_cheaper(weights[name], num_rows, sharing)
+        }
 
         def product(following, args, kwargs, context):
             name = _kernel(context.module)
-            if name not in factored or context.method_name != "__call__":
+            is_shared = name in combined and args[0] is inputs  # no weight has touched it: the same in all runs
+            if not (name in factored or is_shared) or context.method_name != "__call__":
                 return following(*args, **kwargs)
             found = _values.linear(args[0], weights[name])
             bias = weights.get(name.removesuffix("kernel") + "bias")
-            return found if bias is None else found + bias
+            return found if bias is None else found + _values.dense(bias)
 
         rest = _formed({name: w for name, w in weights.items() if name not in factored})
         with nn.intercept_methods(product):

@@ -123,13 +123,14 @@ def advance(state, runs, /, *, plan, axes, num_steps):
     Runs that are stopped stay as they are.
     """
     numbers = state.step + jnp.arange(num_steps, dtype=jnp.int32)
+    sharing = _sharing(runs, axes, is_drawn=True)
 
     def one(trainable, optimizer, is_stopped, run):
         def step(carry, number):
             trainable, optimizer = carry
             key = jax.random.fold_in(run.keys, number)
             rows = plan.task.batches(run.data.rows, run.data.num_rows, plan.task_options, key)
-            loss, gradient = _gradient(plan, trainable, run, rows)
+            loss, gradient = _gradient(plan, trainable, run, rows, sharing)
             rate = run.rates * plan.schedule(number)
             optimizer = optimizer._replace(hyperparams={**optimizer.hyperparams, "learning_rate": rate})
             with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
@@ -153,14 +154,20 @@ def _axes(runs, axes):
     return frozen, data, 0 if runs.keys.ndim else None, 0
 
 
-def _gradient(plan, trainable, run, rows):
+def _sharing(runs, axes, *, is_drawn):
+    """How many runs have their inputs, and what they do not train, in common: all of them, or 1. `is_drawn` by key."""
+    is_common = all(axis is None for of in axes for axis in of) and not (is_drawn and runs.keys.ndim)
+    return len(runs.rates) if is_common else 1
+
+
+def _gradient(plan, trainable, run, rows, sharing):
     """Loss and gradient on the rows of a batch, in `plan.accumulate` parts."""
 
     def loss(trainable, rows):
         inputs, targets = run.data.inputs[rows], run.data.targets[rows]
         if plan.batch_axis:
             inputs, targets = _spread((inputs, targets), plan.batch_axis)
-        outputs = plan.network(plan.weights(trainable, run.frozen), inputs)
+        outputs = plan.network(plan.weights(trainable, run.frozen), inputs, sharing)
         return plan.task.loss(outputs, targets)
 
     if plan.accumulate == 1:
@@ -182,10 +189,11 @@ def _spread(arrays, axis):
 @functools.partial(jax.jit, static_argnames=("plan", "axes"))
 def scores(trainable, runs, /, *, plan, axes):
     """Mean score of each run on the rows of its data, (R,) float32."""
+    sharing = _sharing(runs, axes, is_drawn=False)
 
     def one(trainable, run):
         data = run.data
-        outputs = plan.network(plan.weights(trainable, run.frozen), data.inputs)
+        outputs = plan.network(plan.weights(trainable, run.frozen), data.inputs, sharing)
         each = plan.task.score(outputs, data.targets).astype(jnp.float32)[data.rows]
         used = jnp.arange(len(each)) < data.num_rows
         return jnp.where(used, each, 0).sum() / data.num_rows
@@ -196,9 +204,10 @@ def scores(trainable, runs, /, *, plan, axes):
 @functools.partial(jax.jit, static_argnames=("plan", "axes"))
 def outputs(trainable, runs, /, *, plan, axes):
     """Outputs (R, n, ...) of each run on all inputs of its data."""
+    sharing = _sharing(runs, axes, is_drawn=False)
 
     def one(trainable, run):
-        return plan.network(plan.weights(trainable, run.frozen), run.data.inputs)
+        return plan.network(plan.weights(trainable, run.frozen), run.data.inputs, sharing)
 
     return jax.vmap(one, in_axes=(0, Runs(*_axes(runs, axes))))(trainable, runs)
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from jaxsub import errors, formats
+from tests.figures_log import record
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SHARED = pathlib.Path(os.environ.get("JAXSUB_SHARED", REPOSITORY.parent / "shared"))
 ARCHIVE = SHARED / "tools" / "bad_inputs.tar.gz"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-MAX_SECONDS = 5
+MAX_SECONDS = 5  # of the processor: a loaded machine is no fault of a file
 
 
 @functools.cache
@@ -61,12 +62,13 @@ def require_deltas(model, expected):
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case["id"])
 def test_case(folder, case, monkeypatch):
     monkeypatch.chdir(folder)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         model = formats.open_model(case["entry"])
     except errors.InputError as error:
         verdict, message = "reject", str(error)
         assert error.file and error.reason and error.rule and message.isascii() and message.isprintable()
+        assert case["entry"].split("/")[0] in error.file
     else:
         verdict, message = "accept", " ".join(model.warnings)
         expected = case.get("expected") or {}
@@ -75,9 +77,11 @@ def test_case(folder, case, monkeypatch):
         elif expected:
             require_values(model, expected)
         assert not case["must_warn"] or model.warnings
-    assert time.perf_counter() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
     allowed = {case["expect"], *case["also_ok"]}
     assert verdict in allowed or (verdict == "reject" and "quarantine" in allowed)  # a refused model is set aside
     if verdict == "reject":
         assert all(name in message for name in case["must_name"])
+        record("CORPUS", "refusals by open_model that name the file", case["id"])
     assert not list(folder.rglob("*.marker"))
+    record("CORPUS", f"verdicts met by open_model, {case['cls']}", case["id"])

@@ -86,6 +86,18 @@ def test_what_leads_elsewhere_or_declares_more_than_it_stores_is_refused(tmp_pat
     refused(lambda out: out.create_dataset("w", data=np.zeros((3, 2), "V2")), "bfloat16")
 
 
+def test_datasets_of_one_storage_are_no_larger_than_some_copies(tmp_path, h5py):
+    """Tied weights are one dataset of two names; a thousand names would be a thousand copies in memory."""
+    for count in (2, 20):
+        with h5py.File(tmp_path / f"{count}.h5", "w") as out:
+            out["w0"] = np.ones((200, 200), np.float32)
+            for n in range(1, count):
+                out[f"w{n}"] = out["w0"]
+    assert len(formats.open_model(tmp_path / "2.h5").tensors) == 2
+    with pytest.raises(errors.InputError, match="20.h5, w.*share what is stored"):
+        formats.open_model(tmp_path / "20.h5")
+
+
 def test_cut_and_damaged_files_are_refused(tmp_path, h5py):
     data = write(h5py, tmp_path / "m.h5").read_bytes()
     for end in range(0, len(data), 97):

@@ -1,21 +1,26 @@
 """Orbax checkpoints: read without jax or orbax, refused unless committed and whole, written again for orbax."""
 
+import bz2
+import gzip
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import zlib
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxsub import errors, finding, formats
+from tests.figures_log import record
 
 checkpoint = pytest.importorskip("orbax.checkpoint")
 import jax
 
+ROOT = pathlib.Path(__file__).parents[2]
 BASE = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
@@ -75,7 +80,7 @@ model = formats.open_model({str(saved)!r})
 assert formats.read(model, model.tensors["params/dense/kernel"]).sum() == 21
 assert not {{"jax", "orbax", "flax"}} & {{*sys.modules}}
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_arrays_in_several_pieces_and_zarr_3(tmp_path):
@@ -171,6 +176,10 @@ def test_a_piece_that_is_missing_is_zeros_only_where_zeros_are_left_out(folder):
         ({"dtype": "|S4"}, "which is no number"),
         ({"shape": [-1, 3]}, "cannot be opened"),
         ({"filters": [{"id": "x"}]}, "cannot be opened"),
+        (
+            {"compressor": {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1, "blocksize": 0}},
+            "stored by blosc, which",
+        ),
     ],
 )
 def test_arrays_that_say_what_cannot_be(folder, change, words):
@@ -180,6 +189,43 @@ def test_arrays_that_say_what_cannot_be(folder, change, words):
     with pytest.raises(errors.InputError, match=words) as caught:
         formats.open_model(folder)
     assert caught.value.key == "params/dense/kernel" and str(folder) in str(caught.value)
+
+
+def zeros(num_blocks):
+    """A zstd frame of so many times 128 KiB of zeros, four bytes each."""
+    block = ((131072 << 3) | 2).to_bytes(3, "little") + b"\0"
+    return b"\x28\xb5\x2f\xfd\0\x58" + block * num_blocks + b"\1\0\0"
+
+
+BOMBS = {  # of 256 MiB
+    "zstd": lambda: zeros(2048), "zlib": lambda: zlib.compress(bytes(1 << 28), 1),
+    "gzip": lambda: gzip.compress(bytes(1 << 28), 1), "bz2": lambda: bz2.compress(bytes(1 << 26)) * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", [n if n == "zstd" else pytest.param(n, marks=pytest.mark.slow) for n in BOMBS])
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not say")
+def test_pieces_that_expand_are_refused_without_the_memory(folder, codec):
+    store, name = database(folder), "params.dense.kernel"
+    said = json.loads(store[f"{name}/.zarray"]) | {"compressor": {"id": codec, "level": 1}}
+    store[f"{name}/.zarray"] = json.dumps(said).encode()
+    store[f"{name}/0.0"] = BOMBS[codec]()
+    code = f"""
+import re
+from jaxsub import errors, formats
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
+model = formats.open_model({str(folder)!r})
+before = peak()
+try:
+    formats.read(model, model.tensors["params/dense/kernel"])
+except errors.InputError as error:
+    assert "cannot be read" in str(error) and {str(folder)!r} in str(error), error
+    print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    record("CORPUS", f"piece of an orbax array that expands to 256 MiB ({codec}): MiB taken", int(done.stdout))
+    assert int(done.stdout) < 60
 
 
 def test_nothing_outside_the_folder_is_read(folder, tmp_path):

@@ -97,6 +97,7 @@ def test_the_rank_is_the_next_that_servers_allow(rank, r):
     assert _portable.rank_for({"a": 0, "b": rank}) == r
 
 
+@pytest.mark.slow
 def test_ranks_over_512_are_refused_by_name(tmp_path):
     with pytest.raises(errors.ConfigError, match=r"'?wide'?: an update of rank 513, servers take 512 at most"):
         peft.write_portable(tmp_path / "x", {"wide": peft.Update(np.eye(513), np.eye(513)), "q": update(3, 4, 1)})

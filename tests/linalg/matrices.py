@@ -4,6 +4,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from jaxsub import placement
+from jaxsub.linalg import gram, pairs
+
 # Spectra of LAPACK's tests, and the triad of randomized methods: names for `spectrum`.
 LAPACK = [
     "zero",
@@ -52,6 +55,23 @@ def place(x, mesh):
     """`x` on the mesh, its last axis sharded over the features, with zeros at its end to fill the last device."""
     x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % mesh.size)])
     return jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "features")))
+
+
+def deal_factors(x, dealt, mesh):
+    """Factors (N, r, width) on the mesh, of each device those of the models it holds."""
+    models = dealt.read_by(range(mesh.size))
+    padded = np.zeros((len(models), *x.shape[1:]), x.dtype)
+    padded[: len(x)] = x
+    return placement.deal(padded, models, dealt, mesh)
+
+
+def lora_sums(a, bt, mesh, dtype, size=None):
+    """`gram.lora_gram` of factors (N, r, i) and (N, r, o), its blocks assembled, on the host."""
+    dealt = pairs.Deal.create(len(a), a.shape[1], mesh.size, size=size)
+    with jax.enable_x64(True):
+        placed = [deal_factors(x, dealt, mesh) for x in (a, bt)]
+        sums = jax.device_get(gram.lora_gram(*placed, deal=dealt, mesh=mesh, dtype=dtype))
+    return gram.LoraSums(*(dealt.assemble(s) for s in sums[:3]), *(s[: len(a)] for s in sums[3:]))
 
 
 def frame(k, d, seed=0):

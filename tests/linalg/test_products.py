@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxsub import placement
@@ -28,7 +29,13 @@ def kernels():
         "dense_gram": lambda: gram._dense_gram.lower(zeros(256, 8192), zeros(16, 256), mesh=mesh, dtype="float32"),
         "combinations": lambda: gram._combinations.lower(zeros(64, 8192), zeros(8, 64), mesh=mesh, dtype="float32"),
         "lora_gram": lambda: gram._lora_gram.lower(
-            zeros(64, 16, 256), zeros(64, 16, 256), mesh=mesh, dtype="float32", models_per_block=32
+            zeros(64, 16, 256),
+            zeros(64, 16, 256),
+            np.zeros((1, 3, 2), np.int32),
+            size=32,
+            own=64,
+            mesh=mesh,
+            dtype="float32",
         ),
         "mode_gram": lambda: mode_gram._mode_gram.lower(zeros(16, 256, 128), axis=1, dtype="float32"),
         "mode_gram_last": lambda: mode_gram._mode_gram.lower(zeros(16, 128, 256), axis=2, dtype="float32"),

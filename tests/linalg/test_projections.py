@@ -39,6 +39,7 @@ def test_columns_have_unit_norm_and_are_nearly_orthogonal(kind, seed):
     assert np.linalg.matrix_rank(p) == dimension
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", projections.KINDS)
 @pytest.mark.parametrize(("dimension", "solves"), [(9, False), (10, True), (12, True)])
 def test_ten_constraints_need_ten_numbers(kind, dimension, solves):
@@ -50,6 +51,7 @@ def test_ten_constraints_need_ten_numbers(kind, dimension, solves):
     assert (np.linalg.norm(blocks @ p @ z - wanted) < 1e-8) == solves
 
 
+@pytest.mark.slow
 def test_fastfood_keeps_numbers_in_proportion_to_the_weights():
     drawn = projections.draw("fastfood", jax.random.key(0), 10_000, 100)
     assert sum(x.size for x in jax.tree.leaves(drawn)) < 4 * 10_000

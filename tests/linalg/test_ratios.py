@@ -8,6 +8,7 @@ Values over a method's floor must be near true ones: nothing else may be taken f
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import pytest
 
 from jaxsub import placement
 from jaxsub.linalg import gram, incremental, moments, orth, reference_tucker, selection, single_pass, svd, tucker
+from tests.figures_log import record
 from tests.linalg.matrices import LAPACK, place, planted, spectrum
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -88,9 +90,15 @@ def svd_ratios(x, values, u, s, vt, dtype):
     return [*ratios, np.abs(s - values[: len(s)]).max() / first]
 
 
-def require(found):
-    """All ratios of {label: ratios} under the threshold, not NaN either."""
+def require(found, method=None):
+    """All ratios of {label: ratios} under the threshold, not NaN either; logs the largest, and of how many classes."""
     over = {label: ratios for label, ratios in found.items() if not max(ratios) < THRESHOLD}
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[2].removesuffix(" (call)")
+    named = method or test.partition("[")[2].partition("-")[0].rstrip("]")
+    if "test_ratios_sharded" in os.environ.get("PYTEST_CURRENT_TEST", "") or test.endswith("-8]"):
+        named += ", 8 devices"
+    largest = max((max(ratios), str(label)) for label, ratios in found.items())
+    record("NUM-1", f"{test.partition('[')[0]}, {named}", [float(largest[0]), largest[1], len(found), len(over)])
     assert not over, over
 
 

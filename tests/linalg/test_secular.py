@@ -95,3 +95,27 @@ def test_distant_poles_may_enter_as_a_polynomial(name, monkeypatch):
     assert np.abs(sums[0] / sums[2] - 1).max() < 1e-9
     assert np.abs(sums[1] / sums[2] - 1).max() > 1e-6
     np.testing.assert_allclose(found[0], exact[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["generic", "zero entries", "repeated values", "clusters", "one large", "graded"])
+def test_sums_from_an_integral_are_those_of_the_roots(name):
+    values, z = CASES[name]
+    leverage, ks = np.array([1.0, 1.05, 1.5, 2.0, 1.2]), [0, 1, 5, 6, 7, SIZE - 1]
+    weights = z**2 * values / (2 * SIZE)
+    _, projections = secular.downdate(values, weights, leverage, rank=SIZE - 1)
+    sums = np.concatenate([np.zeros((5, 1)), np.cumsum(projections * leverage[:, None] ** 2, axis=1)], axis=1)
+    found = secular.explained(values, weights, leverage, ks)
+    largest = max(weights.sum(axis=1).max(), 1e-9 * values[0])
+    np.testing.assert_allclose(found, sums[:, ks], rtol=0, atol=1e-7 * largest)
+
+
+def test_a_coarser_integral_is_not_enough(monkeypatch):
+    values, z = CASES["generic"]
+    weights = z**2 * values / (2 * SIZE)
+    fine = secular.explained(values, weights, np.ones(5), [6])
+    for name, value in (("NODE_STEP", 1.0), ("LEAST", 1e-2), ("MOST", 1.0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(secular, name, value)
+            assert (
+                np.abs(secular.explained(values, weights, np.ones(5), [6]) - fine).max() > 1e-7 * weights.sum(1).max()
+            )

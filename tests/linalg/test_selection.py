@@ -87,6 +87,7 @@ def kahan(n, angle=1.2):
     return r.T  # rows whose greedy order is 0, 1, 2, ...
 
 
+@pytest.mark.slow
 def test_swaps_mend_what_the_greedy_choice_spoils():
     """Kahan's matrix: every greedy pivot looks right, and the last row left out is the wrong one."""
     x = kahan(30) * (1 - 1e-9 * np.arange(30))[:, None]

@@ -14,6 +14,7 @@ KINDS = sorted(sketch.TESTS)
 SHORT = [pytest.param(k, marks=() if k == "gaussian" else pytest.mark.slow) for k in KINDS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHORT)
 @pytest.mark.parametrize("columns", [7, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 48))])
 def test_rows_do_not_depend_on_where_the_matrix_is_cut(kind, columns):
@@ -59,6 +60,7 @@ def test_signs_are_signs_and_sparse_ones_are_sparse():
     np.testing.assert_array_equal(sketch.count_sketch(key, 50, 6), sketch.sparse(key, 50, 6, nonzeros=1))
 
 
+@pytest.mark.slow
 def test_gaussian_entries_are_gaussian():
     t = np.asarray(sketch.gaussian(jax.random.key(1), 40_000, 3), np.float64)
     assert abs((t**4).mean() - 3) < 6 * (96 / t.size) ** 0.5  # var of z**4 is 96

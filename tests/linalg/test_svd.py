@@ -28,6 +28,7 @@ def best(values, rank):
     return np.sqrt(np.square(values[rank:]).sum() / np.square(values).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_values_under_the_floor_are_not_signal(dtype):
     values = np.logspace(0, -9, 24)

@@ -148,6 +148,7 @@ def test_errors_are_within_root_modes_of_the_best_and_hooi_never_worse_than_its_
     assert float(found.lower) <= best
 
 
+@pytest.mark.slow
 def test_without_fitting_again_the_error_is_larger():
     """Noise whose modes compete for the rank: HOSVD, which sees one mode at a time, loses to HOOI."""
     x = jnp.asarray(tensor((10, 20, 20)))

@@ -114,6 +114,7 @@ def test_the_expected_number_of_branches_is_that_of_all_choices():
     assert float(_branches.expected_branches(p.astype("f4"))) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_learned_groups_are_near_the_best_of_all_by_the_users_loss():
     # Three models of three layers; function hangs on a product of layers, so that distance alone does not tell.
     xs = {f"l{n}": stacks.dense((5,), 3, seed) for n, seed in enumerate((2, 3, 4))}

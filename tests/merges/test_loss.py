@@ -99,6 +99,7 @@ def test_a_learned_mask_keeps_what_the_loss_wants_and_beats_its_inner_method():
     assert found[:, :2].min() > 2 * found[:, 2:].max()
 
 
+@pytest.mark.slow
 def test_coefficients_can_be_learned_beside_the_mask():
     x, base, models = problem()
     target = {n: base[n] + np.tensordot((0.9, 0.1), x[n], 1) for n in x}

@@ -9,7 +9,9 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from jaxsub.formats import peft, safetensors
+from tests.figures_log import record
 from tests.programs import worlds
+from tests.selected import first
 
 QUICK = dict(draws=8, splits=4)
 
@@ -20,7 +22,7 @@ def analyze(folder, **options):
 
 @pytest.mark.parametrize(
     "stack, verdict, flag",
-    [
+    first([
         (worlds.noise(), "chance", None),
         (worlds.planted(), "shared", None),
         (worlds.noise() + 0.6 * worlds.noise(1, seed=9), "common_mean", None),
@@ -30,8 +32,8 @@ def analyze(folder, **options):
         (worlds.noise(7), "undetermined", None),
         (worlds.noise(24, (4, 4)), "undetermined", None),
         (np.repeat(worlds.noise(1), 12, axis=0), "undetermined", "identical"),
-    ],
-)
+    ], 6),
+)  # fmt: skip
 def test_known_worlds_get_their_verdict(tmp_path, stack, verdict, flag):
     other = worlds.noise(len(stack), (8,), seed=5)  # so that equal rows are not copies
     report = analyze(worlds.write(tmp_path / "c", {"w": stack, "other": other}))
@@ -198,6 +200,7 @@ def test_a_sketch_of_a_wide_axis_sees_every_direction(tmp_path, monkeypatch):
     assert mode["rank_at"]["0.99"] <= 20 and mode["energy_at"]["32"] == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale, dtype",
     [
@@ -230,6 +233,7 @@ def test_rounding_of_eight_bit_weights_sets_the_floor(tmp_path):
         assert least <= relative < 0.3 and (least or relative < 1e-6)
 
 
+@pytest.mark.slow
 def test_base_is_subtracted_in_the_wider_dtype_and_keeps_its_rounding(tmp_path):
     from jaxsub import descriptors
 
@@ -331,13 +335,34 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         pass  # a finished run holds nothing
 
 
-@pytest.mark.parametrize("devices", [pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [*(pytest.param(d, marks=pytest.mark.slow) for d in (2, 4)), 8])
 def test_the_whole_report_agrees_across_devices(tmp_path, devices):
     folder = worlds.write(tmp_path / "c", {"w": worlds.planted(18), "v": worlds.noise(18, (5, 7, 3))})
     one, many = analyze(folder, devices=1), analyze(folder, devices=devices)
     for a, b in zip(one.layers, many.layers, strict=True):
         np.testing.assert_allclose(a["singular_values"], b["singular_values"], rtol=1e-10)
         assert a["verdict"] == b["verdict"] and a["held_out"] == pytest.approx(b["held_out"], abs=1e-9)
+        s, t = (np.array(layer["singular_values"]) for layer in (a, b))
+        ratio = float(np.abs(s - t).max() / (s[0] * len(s) * 2.0**-23))
+        record("DET-2", f"analysis on {devices} devices and on one: largest difference of values, ratio", ratio)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_the_report_of_low_rank_updates_agrees_across_devices(tmp_path, devices):
+    """Ranks 2 and 3 of 19 models: on eight devices blocks of models that are none."""
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((30, 4)), rng.standard_normal((4, 40))
+    for n in range(19):
+        b, a = left @ rng.standard_normal((4, 2 + n % 2)), rng.standard_normal((2 + n % 2, 4)) @ right
+        b, a = ((x + rng.standard_normal(x.shape)).astype(np.float32) for x in (b, a))
+        peft.write(tmp_path / f"m{n:02d}", {"q": (a, b, 4, 2 + n % 2)})
+    one, many = (analyze(str(tmp_path), devices=d).layers[0] for d in (1, devices))
+    np.testing.assert_allclose(one["singular_values"], many["singular_values"], rtol=1e-6)
+    assert one["verdict"] == many["verdict"] and one["held_out"] == pytest.approx(many["held_out"], abs=1e-6)
+    for a, b in zip(one["modes"], many["modes"], strict=True):
+        assert a["energy_at"] == pytest.approx(b["energy_at"], abs=1e-5)
 
 
 def test_values_that_no_run_could_use_are_refused_before_anything_is_read(tmp_path):
@@ -392,6 +417,7 @@ def test_the_report_bears_the_name_of_the_folder(tmp_path):
     assert "<title>wake &amp; &lt;words&gt; · jaxsub report</title>" in report.html()
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_one_entry_are_no_copies(tmp_path):
     """The samples that tell models apart are from the middle of a layer; the one entry is not."""
     x = worlds.noise(10, (64, 64))

@@ -274,6 +274,7 @@ def test_modes_follow_the_umask(tmp_path, quick, umask):
     assert len(found) > 15
     for path in found:
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+    record("PERM", f"umask {umask:03o}: files and folders looked at", len(found))
 
 
 LINKS = ("report.json", "report.html", "log.txt", "quarantine.json", "files.json")

@@ -11,6 +11,7 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from tests.conftest import shared_folder
+from tests.figures_log import record
 
 
 def corpus():
@@ -71,6 +72,7 @@ def test_collection_gets_its_verdict(case, unpacked, tmp_path, monkeypatch):
     for name in case["must_name"]:
         assert name in text
     assert sorted(os.listdir(tmp_path)) == []
+    record("NUM-2" if case["cls"] == "numerics" else "CORPUS", "verdicts met by jaxsub.analyze", case["id"])
 
 
 def check_values(case, report):
@@ -128,6 +130,7 @@ def test_bad_model_among_good_ones_is_set_aside(case, unpacked, tmp_path, monkey
             assert allowed & {"reject", "quarantine"}
     if case["expect"] != "accept" and "accept" not in case.get("also_ok", []):
         assert "zz_case" in text
+    record("CORPUS", "verdicts met among good models", case["id"])
     assert sorted(os.listdir(tmp_path)) == []
 
 

@@ -192,6 +192,7 @@ def test_saved_modules_are_named_and_kept_beside(tmp_path, capsys):
         assert (target / "sub" / "a4" / "README.md").exists() == (more != ["--members"])
 
 
+@pytest.mark.slow
 def test_updates_that_were_not_fitted_keep_their_own_scale(tmp_path):
     folder = collection(tmp_path / "m")
     jaxsub.fit(folder, tmp_path / "b", rank=3, layers=["m.0.q"])

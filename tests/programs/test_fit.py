@@ -137,6 +137,7 @@ def test_a_model_that_is_not_finite_is_named(folder, tmp_path):
         jaxsub.fit(str(models), rank=1)
 
 
+@pytest.mark.slow
 def test_low_rank_updates_are_fitted_by_factor_if_asked(tmp_path):
     rng = np.random.default_rng(0)
     for n in range(5):

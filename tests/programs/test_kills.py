@@ -1,6 +1,8 @@
 """Runs that are killed at any instant and started again: nothing that was kept is done twice, the result is the same.
 
 JAXSUB_KILLS=30 pytest tests/programs/test_kills.py -m slow -s
+
+JAXSUB_KILLS_SEED chooses other instants, for many kills in portions.
 """
 
 import contextlib
@@ -22,7 +24,7 @@ from tests.programs.test_resume import report_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAYERS = 40
-KILLS = int(os.environ.get("JAXSUB_KILLS", "3"))
+KILLS, SEED = (int(os.environ.get(name, given)) for name, given in (("JAXSUB_KILLS", "3"), ("JAXSUB_KILLS_SEED", "1")))
 PROGRAMS = {
     "analyze": (["--draws=2", "--config.nulls=gaussian", "--config.splits=2"], "statistics"),
     "fit": (["--budget_bytes=150000"], "parts"),  # in several passes
@@ -136,11 +138,11 @@ def check(program, models, folder, number, kills, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("program, kills", [("analyze", KILLS), ("fit", max(3, KILLS // 6))])
 def test_a_killed_run_goes_on(models, tmp_path, program, kills):
-    check(program, models, tmp_path, signal.SIGKILL, kills, seed=1)
+    check(program, models, tmp_path, signal.SIGKILL, kills, seed=SEED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["analyze", "fit"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_asked_to_stop_goes_on(models, tmp_path, program, number):
-    check(program, models, tmp_path, number, max(2, KILLS // 6), seed=2)
+    check(program, models, tmp_path, number, max(2, KILLS // 6), seed=SEED + 1000)

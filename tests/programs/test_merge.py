@@ -15,6 +15,7 @@ from jaxsub.formats import peft, safetensors
 from jaxsub.pipelines import merge, merge_store, merge_words
 from tests import folders
 from tests.merges import twins
+from tests.selected import first
 
 
 def weights(seed=0, *, dtype=np.float32):
@@ -87,7 +88,7 @@ def test_a_mean_is_written_in_the_models_format_and_dtype(tmp_path, dtype):
     )
 
 
-@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "model_stock", "iso_c"])
+@pytest.mark.parametrize("method", first(["ties", "task_arithmetic", "model_stock", "iso_c"], 2))
 def test_updates_are_differences_to_the_base(tmp_path, method):
     models, base = collection(tmp_path)
     run(tmp_path, method, base=str(tmp_path / "base.safetensors"))
@@ -184,6 +185,7 @@ def tie(n, model):
     model["head.weight"] = model["embed.weight"].copy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mean", "dare_linear"])
 def test_tied_weights_stay_tied(tmp_path, method):
     collection(tmp_path, change=tie)
@@ -422,7 +424,7 @@ def updates(folder):
 
 
 @pytest.mark.parametrize("layout", ["portable", "exact"])
-@pytest.mark.parametrize("method", ["mean", "ties", "tsv", "knots_ties"])
+@pytest.mark.parametrize("method", first(["ties", "mean", "tsv", "knots_ties"]))
 def test_adapters_of_mixed_ranks(tmp_path, method, layout):
     x = adapters(tmp_path)
     options = () if method != "ties" else ("density=0.5",)
@@ -624,6 +626,7 @@ def test_a_loss_by_name(tmp_path, monkeypatch):
             run(tmp_path, bad[0], loss=bad[1], out=str(tmp_path / "bad"), base=more["base"])
 
 
+@pytest.mark.slow
 def test_masks_on_coefficients(fitted, tmp_path, monkeypatch):
     bundle = jaxsub.load(fitted.bundle)
     own = bundle.layer("a.weight", (12, 8))

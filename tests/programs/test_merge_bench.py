@@ -332,6 +332,7 @@ def zoo_case(world, folder):
     return merge_bench.sources.World(merge_bench.sources.parse(f"{world} {SMALL[world]}"), own, str(folder), 4, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world", [pytest.param(w, marks=pytest.mark.slow) if w != "same_start_split_task" else w for w in SMALL]
 )
@@ -368,6 +369,7 @@ def test_tuning_and_test_rows_are_apart_and_the_same_for_all_tasks(tmp_path):
     assert first["scores"] != second["scores"]
 
 
+@pytest.mark.slow
 def test_merges_of_a_zoo_are_those_of_the_program(tmp_path):
     one = zoo_case("same_start_split_task", tmp_path)
     case = one.case()
@@ -401,6 +403,7 @@ def test_ensemble_is_the_average_of_predictions(tmp_path):
     assert np.mean(found["ensemble"]) > np.mean(np.array(found["models"]["test"]))
 
 
+@pytest.mark.slow
 def test_loss_of_a_zoo_is_the_cross_entropy_of_training_rows(tmp_path):
     import jax
 
@@ -437,6 +440,7 @@ def test_bench_from_end_to_end(tmp_path):
     assert first["concrete"]["mean"] > first["task_arithmetic"]["mean"] + 0.05
 
 
+@pytest.mark.slow
 def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
     import jax
 
@@ -465,6 +469,7 @@ def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
         case.merge("regmean", space.parse("regmean").module, None, 0)
 
 
+@pytest.mark.slow
 def test_joint_training_goes_down_the_loss_from_the_mean(tmp_path):
     import jax
 

@@ -9,6 +9,7 @@ import pytest
 
 import jaxsub
 from jaxsub.formats import peft, safetensors
+from tests.figures_log import record
 from tests.programs import processes
 
 QUICK = ("--config.draws=4", "--config.splits=4", "--config.nulls=gaussian,strength")
@@ -78,7 +79,9 @@ def test_the_report_is_that_of_one_process(count, kind, request, tmp_path):
     require_alike(one["collection"], several["collection"])
     assert several["provenance"]["processes"] == count and one["provenance"]["processes"] == 1
     read = one["provenance"]["bytes_read"]
-    assert several["provenance"]["bytes_read"] == pytest.approx(read / count, abs=64 * count)
+    # Of dense layers columns of its own; of low-rank updates the models of its pairs: of 10 on 4 processes 9.
+    share = 1 / count if kind == "folder" else {2: 1.0, 4: 0.9}[count]
+    assert several["provenance"]["bytes_read"] == pytest.approx(read * share, rel=0.02, abs=64 * count)
 
 
 @pytest.mark.slow
@@ -128,6 +131,19 @@ def test_a_file_that_one_process_cannot_read_ends_all(folder, broken):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("program, mebibytes", [("analyze", 100), ("fit", 90)])
+def test_processes_of_one_machine_share_its_memory(folder, tmp_path, program, mebibytes):
+    """So much is enough for one process, and not for two."""
+    memory = f'lambda field: {mebibytes} << 20 if field == "MemAvailable" else 1 << 40'
+    scarce = f"import jaxsub.pipelines.plan as p; p._memory = {memory}"
+    for count, code in ((1, 0), (2, 6)):
+        given = f"--collection={folder}", f"--workdir={tmp_path / str(count)}", *(QUICK if program == "analyze" else ())
+        ended = processes.run(count, program, *given, before=dict.fromkeys(range(count), scarce))
+        assert [e.code for e in ended] == [code] * count, ended[-1].stderr
+        assert count == 1 or all(f"{mebibytes / 2} MiB are allowed or free" in e.stderr for e in ended)
+
+
+@pytest.mark.slow
 def test_options_that_no_run_could_use_end_all_at_once(folder):
     ended = processes.run(2, "analyze", f"--collection={folder}", "--profile", seconds=60)
     assert [e.code for e in ended] == [2, 2] and all("--workdir" in e.stderr for e in ended)
@@ -156,7 +172,9 @@ def test_the_death_of_one_ends_all(folder, tmp_path, killed):
     started[killed].kill()
     began = time.monotonic()
     codes = [p.wait(timeout=40) for p in started]
-    assert all(codes) and time.monotonic() - began < 20
+    seconds = time.monotonic() - began
+    assert all(codes) and seconds < 20
+    record("DIST", f"process {killed} of 2 killed, heartbeat 10 s: all gone after s", round(seconds, 1))
     for process in started:
         process.communicate()
     ended = processes.run(2, *arguments)
@@ -174,6 +192,7 @@ def test_one_that_hangs_shows_where_and_ends_all(folder):
     given = ("analyze", f"--collection={folder}", "--config.stall_timeout=8")
     ended = processes.run(2, *given, before={1: stuck}, seconds=90)
     assert all(e.code for e in ended) and time.monotonic() - began < 60
+    record("DIST", "one that hangs is shown and ends all", "yes")
     assert "Timeout (0:00:08)" in ended[1].stderr and "hanging_kernel" in ended[1].stderr
 
 

@@ -142,6 +142,7 @@ def test_removing_from_a_whole_bundle_is_a_fit_of_the_rest(places, tmp_path):
             np.testing.assert_allclose(a.subspace.mean, b.subspace.mean, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_models_that_the_basis_holds_are_only_projected(places, tmp_path):
     old = jaxsub.fit(places["old"], tmp_path / "b", rank=3, layers=["w"])
     made = update.run(update.Config(str(tmp_path / "b"), (places["known"],)))
@@ -156,6 +157,7 @@ def test_models_that_the_basis_holds_are_only_projected(places, tmp_path):
     assert made.accounting()["originals"] > old.accounting()["originals"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decomposition", ["gram", pytest.param("hosvd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["", "int8"])
 def test_stated_errors_bound_the_true_ones(places, tmp_path, decomposition, dtype):
@@ -307,6 +309,7 @@ def relative(folders, made):
     return np.linalg.norm((rebuilt - x).reshape(len(x), -1), axis=1) / np.linalg.norm(x.reshape(len(x), -1), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("basis", "coefficients", "captured"), [("", "int8", 0.0), ("int8", "", 1.0), ("int8", "int8", 1.0)]
 )

@@ -44,6 +44,7 @@ def test_batches_draw_all_allowed_rows_and_no_other():
     assert counts.min() > 65  # 100 expected, standard deviation 8
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_cross_entropy():
     logits = np.random.default_rng(0).standard_normal((5, 10)).astype(np.float32)
     labels = np.array([0, 3, 9, 3, 1], np.int32)

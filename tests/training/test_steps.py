@@ -11,6 +11,7 @@ import pytest
 
 from jaxsub import errors, plugins
 from jaxsub.models import mlp
+from jaxsub.parametrisations import _spaces
 from jaxsub.pipelines import train_place
 from jaxsub.tasks import _data, digits
 from jaxsub.training import checkpoints, events, network as networks, steps
@@ -231,3 +232,49 @@ def test_events_are_records_of_protocol_buffers(tmp_path):
     assert b"\x10\xac\x02" in found[2]  # 300 as a varint
     crc = 0xE3069283
     assert events._masked(b"123456789") == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@functools.cache
+def combined():
+    """Plan and runs of coefficients in subspaces of three directions."""
+    network, start, data = example()
+    bases = {n: np.random.default_rng(3).standard_normal((3, *w.shape)) for n, w in start.items() if w.ndim > 1}
+    spaces = {
+        n: _spaces.Space(np.asarray(start[n]), b.astype(np.float32), {}, np.zeros((2, 3)), {-1: np.ones(3)}, False, ())
+        for n, b in bases.items()
+    }
+    plan = plan_of("scalar")
+    trainable, frozen = plan.parametrisation.init(jax.random.key(0), start, spaces, plan.options)
+    fixed, fixed_axes = steps.stacked([frozen] * 7)
+    given, axes = steps.stacked([data] * 7)
+    many = jax.tree.map(lambda c: 0.1 * jax.random.normal(jax.random.key(c.size), (7, *c.shape)), trainable)
+    runs = steps.Runs(fixed, given, jax.random.key(7), jnp.linspace(0.001, 0.1, 7))
+    return plan, runs, (fixed_axes, axes), many
+
+
+def apart(runs):
+    """The same runs, with a key of its own for each."""
+    return runs._replace(keys=jnp.stack([runs.keys] * 7))
+
+
+@pytest.mark.slow
+def test_runs_on_the_same_batches_are_those_of_batches_of_their_own():
+    plan, runs, axes, many = combined()
+    both = [
+        steps.advance(steps.begin(many, runs.rates, plan), given, plan=plan, axes=axes, num_steps=5)
+        for given in (runs, apart(runs))
+    ]
+    np.testing.assert_allclose(both[0][1], both[1][1], rtol=1e-5)
+    close(both[0][0].trainable, both[1][0].trainable, 1e-5)
+
+
+@pytest.mark.slow
+def test_runs_on_the_same_batches_form_no_weights_of_their_own():
+    plan, runs, axes, many = combined()
+    state = steps.begin(many, runs.rates, plan)
+
+    def compiled(given):
+        return steps.advance.lower(state, given, plan=plan, axes=axes, num_steps=5).compile().as_text()
+
+    assert "f32[7,64,8]" in compiled(apart(runs))
+    assert "f32[7,64,8]" not in compiled(runs)

@@ -10,6 +10,7 @@ from tests.worlds import oracles
 BODY = "body/kernel"
 
 
+@pytest.mark.slow
 def test_planted_subspace_is_found_and_holds_its_share(tmp_path):
     options = planted.Options(num_models=80, rank=4, signal=0.5)
     planted.make(options, 3, tmp_path)
