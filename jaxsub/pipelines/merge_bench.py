@@ -79,7 +79,14 @@ METHODS = (
     "concrete_layer:concrete inner=layer scaling=0..0.6 rate=.1 steps=100",
     "joint_training rate=.001|.003|.03|.1|.3 steps=100",
 )
-PAIRS = ("concrete task_arithmetic", "concrete_layer adamerging", "concrete joint_training")
+PAIRS = (
+    "concrete task_arithmetic",
+    "concrete_layer adamerging",
+    "concrete joint_training",
+    "subspace_iso iso_c",
+    "subspace_ties ties",
+    "subspace_dare dare_ties",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +157,7 @@ def run(config, workdir=None, *, stream=None):
     if config.dry_run:
         return _plan(own, methods, worlds)
     with contextlib.ExitStack() as stack:
-        if workdir is None:
-            workdir = place = stack.enter_context(tempfile.TemporaryDirectory())
-        else:
-            place = workdir
+        place = stack.enter_context(tempfile.TemporaryDirectory()) if workdir is None else workdir
         opened = sources.User.open(config) if config.collection else None
         identity = _identity(config, own, opened)
         stack.enter_context(workdirs.hold(place, identity, restart=config.restart, break_lock=config.break_lock))
@@ -265,7 +269,7 @@ def baselines(case):
 
     Returns:
         {"tasks", "individual": {part: (T,)}, "models": {part: (N, T)}, "base": (T,) or None, "ensemble": (T,) or None,
-                both on test rows, "kept": names of layers that are not merged}.
+        "kept": names of layers that are not merged}; base and ensemble on test rows.
 
     Raises:
         InputError: a model scores 0 or less on its own task.

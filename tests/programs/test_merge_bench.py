@@ -214,6 +214,18 @@ def test_a_second_run_asks_for_nothing_again_and_a_new_method_only_for_its_own(p
     assert {**merge_bench.run(planted, "work"), "seconds": 0} == {**again, "seconds": 0}
 
 
+def test_a_function_that_changed_scores_again(planted, tmp_path, monkeypatch):
+    first = merge_bench.run(planted, "work")
+    (tmp_path / "planted_hook.py").write_text(HOOK.replace('"test": value}', '"test": value / 2 + .5}'))
+    monkeypatch.delitem(sys.modules, "planted_hook")
+    importlib.invalidate_caches()
+    with pytest.raises(errors.WorkdirError, match="function of --score"):
+        merge_bench.run(planted, "work")
+    found = merge_bench.run(dataclasses.replace(planted, restart=True), "work")
+    base = [run["collections"][0]["baselines"]["base"]["mean"] for run in (first, found)]
+    assert base == [0, 0.5]
+
+
 def test_models_that_changed_are_scored_again(planted, tmp_path):
     merge_bench.run(planted, "work")
     w = 1.5 * np.eye(4, dtype=np.float32)[1].reshape(2, 2)
