@@ -138,6 +138,8 @@ def _forget(workdir):
 
     for name in ("checkpoints", "metrics"):
         shutil.rmtree(os.path.join(workdir, name), ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(workdir, "sweep_parts.json"))
 
 
 def _train(config, setup, workdir, stream):
@@ -179,7 +181,7 @@ def _train(config, setup, workdir, stream):
 def _swept(config, setup, found, workdir, stream):
     from jaxsub.pipelines import train_sweep
 
-    found["sweep"] = train_sweep.run(config, setup, stream)
+    found["sweep"] = train_sweep.run(config, setup, stream, workdir)
     if workdir is not None:
         _write.write_json(os.path.join(workdir, RECORD), found)
         _write.write_text(os.path.join(workdir, "sweep.html"), train_sweep.page(found["sweep"]))

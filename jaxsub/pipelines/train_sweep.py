@@ -8,13 +8,15 @@ about the bundle's mean; the joint one is that of the components with the larges
 
 import dataclasses
 import math
+import os
 
 import numpy as np
 
 from jaxsub import errors, plugins
 from jaxsub.pipelines import train_runs, train_table
+from jaxsub.report import _write
 
-SHARE = 0.9
+SHARE, PARTS = 0.9, "sweep_parts.json"
 CURVES = {
     "dense": ("fresh", "dense"),
     "sparse": ("fresh", "sparse"),
@@ -23,17 +25,20 @@ CURVES = {
 }
 
 
-def run(config, setup, stream=None):
-    """{"dimensions", "full", "curves": {name: {"scores": (sizes, seeds), "d_int90": ...}}}.
+def run(config, setup, stream=None, folder=None):
+    """What a sweep finds; sizes that are done are kept in `folder`, where a run that was stopped goes on.
+
+    {"dimensions", "full", "curves": {name: {"scores": (sizes, seeds), "d_int90": ...}}}.
 
     Raises:
         ConfigError: sizes that are not increasing, or more than the bundle or the network holds.
+        WorkdirError: what was kept is damaged.
     """
     sizes = list(config.sweep)
     if sizes != sorted({*sizes}) or sizes[0] < 1:
         raise errors.ConfigError("sweep: increasing numbers of 1 and more expected")
-    fresh, has_mean = dataclasses.replace(config, initial="fresh"), bool(setup.spaces)
-    full = _scores(_method("full", "full"), setup, fresh)
+    fresh, has_mean, kept = dataclasses.replace(config, initial="fresh"), bool(setup.spaces), _Kept(folder)
+    full = kept.scores("full", lambda: _scores(_method("full", "full"), setup, fresh))
     goal = SHARE * float(full.mean())
     found = {"share": SHARE, "dimensions": sizes, "full": full.tolist(), "goal": goal, "curves": {}}
     curves = {name: (start, _random(kind)) for name, (start, kind) in CURVES.items() if start == "fresh" or has_mean}
@@ -45,13 +50,35 @@ def run(config, setup, stream=None):
             if name == "joint subspace" and d > _most(setup):
                 break  # the bundle holds no more
             own = fresh if start == "fresh" else dataclasses.replace(config, initial="mean")
-            scores.append(_scores(made(d), setup, own))
+            scores.append(kept.scores(f"{name} {d}", lambda made=made, d=d, own=own: _scores(made(d), setup, own)))
             held = d
             if stream is not None:
                 stream.write(f"{name}: {d} numbers, {scores[-1].mean():.4f}\n")
         each = [crossing(sizes[: len(scores)], [s[seed] for s in scores], goal) for seed in range(config.seeds)]
         found["curves"][name] = {"scores": np.array(scores).tolist(), "largest": held, "d_int90": _interval(each)}
     return found
+
+
+class _Kept:
+    """Scores of what was trained before, in a sealed file of a folder; with None nothing is kept."""
+
+    def __init__(self, folder):
+        self._path = folder and os.path.join(folder, PARTS)
+        self._found = {}
+        try:
+            self._found = _write.read_sealed(self._path) if self._path else {}
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            raise errors.WorkdirError(f"{errors.quote(self._path)}: is {error}; start over with --restart") from error
+
+    def scores(self, name, train):
+        """(seeds,) float64 under this name, from `train` where it is not there."""
+        if name not in self._found:
+            self._found[name] = train().tolist()
+            if self._path:
+                _write.write_sealed(self._path, self._found)
+        return np.array(self._found[name])
 
 
 def _most(setup):

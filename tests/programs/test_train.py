@@ -311,3 +311,27 @@ def test_runs_on_the_same_batches_score_alike_and_cores_have_no_covariance_to_ma
     adapters = {"base": str(made / "lora" / "base.safetensors"), "task_options": ("variant=names", "draw=1000")}
     cores = run(made, bundle="cores", parametrisation="core", baselines=("random", "random_matched"), **adapters)
     assert [m["name"] for m in cores["methods"]] == ["core", "random"]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_goes_on(made, tmp_path, monkeypatch):
+    from jaxsub.pipelines import train_sweep
+
+    options = {"task_options": ("variant=plain",), "sweep": (4, 8), "seeds": 2, "learning_rates": (0.03,)}
+    whole, real, trained = run(made, str(tmp_path / "whole"), **options), train_sweep._scores, []
+
+    def ends(*given):
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        trained.append(given[0].name)
+        return real(*given)
+
+    monkeypatch.setattr(train_sweep, "_scores", ends)
+    with pytest.raises(KeyboardInterrupt):
+        run(made, str(tmp_path / "parts"), **options)
+    trained.clear()
+    monkeypatch.setattr(train_sweep, "_scores", lambda *given: (trained.append(given[0].name), real(*given))[1])
+    assert run(made, str(tmp_path / "parts"), **options) == whole
+    assert len(trained) == 1 + 4 * 2 + 2 - 5  # full, four curves of random subspaces, the joint one
+    run(made, str(tmp_path / "parts"), restart=True, **options)
+    assert len(trained) == 6 + 11
