@@ -25,8 +25,8 @@ def minimise(build, parameters, loss, *, steps, rate, key, programs=None, name=N
         rate: of Adam.
         key: typed PRNG key.
         programs: dict in which the compiled descent is kept, or None.
-        name: hashable, what it hangs on beside the loss, `steps`, `rate` and the parameters' shapes: a descent of the
-            same name is the same function of parameters and key, and is not compiled again.
+        name: hashable, what it hangs on beside the loss, `steps` and the parameters' shapes: a descent of the same
+            name is the same function of parameters, key and rate, and is not compiled again.
 
     Returns:
         (parameters, (steps,) losses before each step).
@@ -37,23 +37,23 @@ def minimise(build, parameters, loss, *, steps, rate, key, programs=None, name=N
     programs = {} if programs is None else programs
     shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(parameters))
     own = loss if isinstance(loss, collections.abc.Hashable) else id(loss)  # held by its program: the id stays its own
-    known = (name, own, steps, rate, shapes)
+    known = (name, own, steps, shapes)
     if known not in programs:
-        descent = _descent(functools.partial(_loss, build, loss), steps, rate)
-        programs[known] = _Compiled(descent, parameters, key)
-    (found, _), values = programs[known](parameters, key)
+        descent = _descent(functools.partial(_loss, build, loss), steps)
+        programs[known] = _Compiled(descent, parameters, key, jnp.float32(rate))
+    (found, _), values = programs[known](parameters, key, jnp.float32(rate))
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((found, values))):
         raise errors.ConfigError("loss: it, or its gradient, was not finite on the way; a smaller rate may help")
     return found, values
 
 
-def _descent(loss, steps, rate):
-    """((parameters, moments), (steps,) losses) as a function of parameters and key."""
+def _descent(loss, steps):
+    """((parameters, moments), (steps,) losses) as a function of parameters, key and rate."""
     import optax
 
-    adam = optax.adam(rate)
+    adam = optax.scale_by_adam()
 
-    def run(parameters, key):
+    def run(parameters, key, rate):
         try:
             shape = jax.eval_shape(loss, parameters, key)
         except Exception as error:  # the user's own code: anything may come
@@ -66,7 +66,8 @@ def _descent(loss, steps, rate):
             parameters, moments = state
             value, gradient = jax.value_and_grad(loss)(parameters, jax.random.fold_in(key, number))
             change, moments = adam.update(gradient, moments, parameters)
-            return (optax.apply_updates(parameters, change), moments), value
+            parameters = jax.tree.map(lambda p, c: p - rate * c, parameters, change)
+            return (parameters, moments), value
 
         return jax.lax.scan(step, (parameters, adam.init(parameters)), jnp.arange(steps))
 

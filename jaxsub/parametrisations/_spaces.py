@@ -161,7 +161,7 @@ def random_like(space, key, *, is_matched=False):
         key: typed key.
         is_matched: whether directions have the covariance along every weight axis that the bundle's have, by their
             singular values, before they are made orthonormal: x_1 A_1^(1/2) x_2 A_2^(1/2) ... of Gaussian entries.
-            What then still differs is which of such directions they are.
+            What then still differs is which of such directions they are. Factors of weight axes have none to match.
     """
     import jax
 

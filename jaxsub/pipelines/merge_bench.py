@@ -77,7 +77,9 @@ METHODS = (
     "adamerging start=0..0.6 rate=.03 steps=100",
     "concrete scaling=0..1 rate=.1 steps=100",
     "concrete_layer:concrete inner=layer scaling=0..0.6 rate=.1 steps=100",
+    "joint_training rate=.001|.003|.03|.1|.3 steps=100",
 )
+PAIRS = ("concrete task_arithmetic", "concrete_layer adamerging", "concrete joint_training")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Config:
     tuning: float = 0.4  # share of the held-out rows by which candidates are chosen; the others are for the test
     loss_rows: int = 16  # training rows of every task in a step of methods with a loss
     against: tuple[str, ...] = ("mean", "task_arithmetic")  # labels that all methods are compared with
-    pairs: tuple[str, ...] = ("concrete task_arithmetic", "concrete_layer adamerging")  # more comparisons
+    pairs: tuple[str, ...] = PAIRS  # more comparisons
 
 
 def load(spec, forbidden=()):

@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 
 from jaxsub import config as configuration, errors, plugins
+from jaxsub.pipelines import merge_bench_joint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,8 @@ def parse(text):
     """
     head, *pairs = text.split() or [""]
     label, is_labelled, name = head.rpartition(":")
-    module = plugins.load("merges", name or head)
+    name = name or head
+    module = merge_bench_joint if name == merge_bench_joint.NAME else plugins.load("merges", name)
     known, fixed, tuned = configuration.fields(module.Options), {}, {}
     whose = f"of method {errors.quote(name, 40)}"
     for pair in pairs:

@@ -147,6 +147,8 @@ def notes(found):
     if steps:
         shown = ", ".join(f"{label} ({count} steps)" for label, count in steps.items())
         said.append(f"With a loss beside, which the others do not see, for every candidate: {shown}.")
+    if any("mean" in one["methods"].get("joint_training", {}) for one in collections):
+        said.append("joint_training is no merge: the mean, all its weights trained on that loss, for as many steps.")
     if any("ensemble" in label for one in collections for label in one["baselines"]):
         said.append("The ensemble averages the predictions of all models: N times the cost of a merged one.")
     same = [label for label in collections[0]["methods"] if all(_is_mean(c, label) for c in collections)]
@@ -239,7 +241,10 @@ def markdown(found):
         ]
         lines.append(f"| *{label}* | {' | '.join(cells)} |")
     labels = [label for label in collections[0]["methods"]]
-    labels.sort(key=lambda label: -np.mean([one["methods"][label].get("mean", 0) for one in collections]))
+    done = {
+        label: [one["methods"][label]["mean"] for one in collections if label in dict(_done(one))] for label in labels
+    }
+    labels.sort(key=lambda label: -np.mean(done[label] or [0]))
     lines += [f"| {label} | {' | '.join(_cell(one, label) for one in collections)} |" for label in labels]
     lines.append("")
     for one, name in zip(collections, names, strict=True):

@@ -51,6 +51,8 @@ def methods(config, setup):
     lora = plugins.load("parametrisations", "lora")
     for name in config.baselines:
         errors.require_known("baselines", name, BASELINES)
+        if name == "random_matched" and all(space.basis is None for space in setup.spaces.values()):
+            continue  # factors span an axis: there is no covariance along it to match
         if name.startswith("random") and module.NEEDS_SPACES:
             found.append(Method(name, module, options, name))
         elif name == "lora" and config.parametrisation != "lora":

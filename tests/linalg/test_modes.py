@@ -62,6 +62,7 @@ def test_sketched_energies_do_not_flatter(seed):
     assert flattering[31] > exact[31] + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_sketch_finds_a_low_rank_mode(seed):
     rng = np.random.default_rng(seed)

@@ -51,6 +51,7 @@ def test_ten_constraints_need_ten_numbers(kind, dimension, solves):
     assert (np.linalg.norm(blocks @ p @ z - wanted) < 1e-8) == solves
 
 
+@pytest.mark.slow
 def test_fastfood_keeps_numbers_in_proportion_to_the_weights():
     drawn = projections.draw("fastfood", jax.random.key(0), 10_000, 100)
     assert sum(x.size for x in jax.tree.leaves(drawn)) < 4 * 10_000

@@ -20,6 +20,7 @@ from tests.figures_log import record
 from tests.folders import contents
 from tests.programs.test_kills import ROOT
 from tests.programs.test_resume import QUICK, dense, report_of
+from tests.selected import first
 
 ENDS = [("before", False), ("after", False)]
 FAULTS = [(code, persistent) for code in (errno.EIO, errno.ENOSPC) for persistent in (False, True)]
@@ -148,10 +149,10 @@ def count_on(program, folder, how, persistent, start=1, step=1):
         at, tried = at + step, tried + 1
 
 
-@pytest.mark.parametrize(("program", "how", "persistent", "step"), [
+@pytest.mark.parametrize(("program", "how", "persistent", "step"), first([
     (Analysis, "after", False, 9), (Analysis, errno.ENOSPC, True, 13), (Fit, "before", False, 23),
     (Saved, "before", False, 1), (Saved, errno.EIO, False, 1), (Written, errno.ENOSPC, False, 1),
-])  # fmt: skip
+], 3))  # fmt: skip
 def test_a_fault_at_an_operation_leaves_what_the_next_run_mends(tmp_path, quick, program, how, persistent, step):
     assert count_on(program(dense(tmp_path / "c")), tmp_path, how, persistent, start=2, step=step) > 2
 

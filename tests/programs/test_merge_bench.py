@@ -428,6 +428,7 @@ def test_bench_from_end_to_end(tmp_path):
     assert first["concrete"]["mean"] > first["task_arithmetic"]["mean"] + 0.05
 
 
+@pytest.mark.slow
 def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
     import jax
 
@@ -454,3 +455,19 @@ def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
     np.testing.assert_allclose(merged["output/bias"], (shares * members).sum(0) / shares.sum(0), rtol=1e-4, atol=1e-6)
     with pytest.raises(errors.ConfigError, match="not collected"):
         case.merge("regmean", space.parse("regmean").module, None, 0)
+
+
+@pytest.mark.slow
+def test_joint_training_goes_down_the_loss_from_the_mean(tmp_path):
+    import jax
+
+    case = zoo_case("same_start_split_task", tmp_path).case()
+    module = space.parse("joint_training").module
+    mean = case.combined(np.full(3, 1 / 3))
+    still = case.merge("joint_training", module, module.Options(rate=0.0, steps=2), 0)
+    trained = case.merge("joint_training", module, module.Options(steps=60), 0)
+    for name in mean:
+        np.testing.assert_allclose(still[name], mean[name], atol=1e-6)
+    losses = [np.mean([case.loss(w, jax.random.key(n)) for n in range(8)]) for w in (mean, trained)]
+    assert losses[1] < 0.5 * losses[0]
+    assert case.scores(trained, "test").mean() > case.scores(mean, "test").mean() + 0.1

@@ -300,3 +300,14 @@ def test_crossing_is_between_sizes_on_a_log_scale():
     assert train_sweep.crossing([8, 32], [0.2, 0.6], 0.4) == pytest.approx(16)
     assert train_sweep.crossing([8, 32], [0.5, 0.6], 0.4) == 8
     assert train_sweep.crossing([8, 32], [0.2, 0.3], 0.4) is None
+
+
+@pytest.mark.slow
+def test_runs_on_the_same_batches_score_alike_and_cores_have_no_covariance_to_match(made, tmp_path):
+    found = run(made, str(tmp_path), same_batches=True, initial="mean", baselines=("random_matched",))
+    scores = np.asarray(found["methods"][0]["scores"])  # (tasks, seeds)
+    assert np.ptp(scores) == 0  # the mean is the same start, and now the batches are too
+    assert np.ptp(run(made, initial="mean", baselines=())["methods"][0]["scores"]) > 0
+    adapters = {"base": str(made / "lora" / "base.safetensors"), "task_options": ("variant=names", "draw=1000")}
+    cores = run(made, bundle="cores", parametrisation="core", baselines=("random", "random_matched"), **adapters)
+    assert [m["name"] for m in cores["methods"]] == ["core", "random"]
