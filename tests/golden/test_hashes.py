@@ -54,7 +54,8 @@ def found(folder):
 def test_results_are_those_that_are_kept(tmp_path):
     hashes, kept, here = found(tmp_path), json.loads(FILE.read_text()), machine()
     if os.environ.get("JAXSUB_KEEP_HASHES"):
-        FILE.write_text(json.dumps({**kept, here: hashes}, indent=1, sort_keys=True) + "\n")
+        kept = {**kept, here: hashes}
+        FILE.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     if here not in kept:
         pytest.skip(f"no hashes of {here}: keep them with JAXSUB_KEEP_HASHES=1")
     changed = {name for name in {*hashes, *kept[here]} if hashes.get(name) != kept[here].get(name)}
