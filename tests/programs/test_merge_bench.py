@@ -426,17 +426,25 @@ def test_loss_of_a_zoo_is_the_cross_entropy_of_training_rows(place):
 
 @pytest.mark.slow
 def test_bench_from_end_to_end(tmp_path):
+    methods = [
+        "mean",
+        "subspace_mean",
+        "lora_factors",
+        "task_arithmetic scaling=0..1",
+        "ties scaling=0..4 density=.1..1",
+    ]
+    methods += ["concrete scaling=0..1 rate=.1 steps=40", "joint_training rate=.003|.03 steps=40"]
     bench = {
-        "worlds": [f"{world} {options}" for world, options in SMALL.items()],
-        "seeds": 2, "evaluations": 3, "methods": [m.replace("steps=100", "steps=40") for m in merge_bench.METHODS],
+        "worlds": [f"{world} {SMALL[world]}" for world in ("same_start_split_task", "lora", "cnn_variants")],
+        "seeds": 2, "evaluations": 3, "methods": methods, "pairs": ["concrete task_arithmetic"],
     }  # fmt: skip
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(bench))
     found = merge_bench.run(merge.Config(bench=str(path)), str(tmp_path / "work"))
-    assert [one["zoos"] for one in found["collections"]] == [2] * 4
+    assert [one["zoos"] for one in found["collections"]] == [2] * 3
     for one in found["collections"]:
         refused = [label for label, row in one["methods"].items() if "refused" in row]
-        assert refused == (["concrete", "concrete_layer"] if one["name"].startswith("lora") else [])
+        assert refused == (["concrete"] if one["name"].startswith("lora") else [])
         assert {row["evaluations"] for row in one["methods"].values() if "refused" not in row} == {1, 3}
         identical = [c["of"] for c in one["comparisons"] if c["with"] == "mean" and c["verdict"] == "identical"]
         assert "subspace_mean" in identical
