@@ -41,15 +41,15 @@ def made(case):
         x = 1e3 * rng.standard_normal(width) + x
     elif case["spectrum"] == "graded":
         x = x * 10.0 ** -np.arange(count)[:, None]
-    least, most = LIMITS[case["dtype"]]
-    power = case["power"] * (most if case["power"] > 0 else -least) // 4
-    x = np.ldexp(x / np.abs(x).max(), power)
     if "zeros" in specials:
         x[rng.random(x.shape) < 0.5] = 0
     if "large" in specials:
         x[rng.integers(count)] *= 2.0**6
     if "small" in specials:
         x[rng.integers(count)] *= 2.0**-9
+    least, most = LIMITS[case["dtype"]]
+    power = case["power"] * (most if case["power"] > 0 else -least) // 4
+    x = np.ldexp(x / (np.abs(x).max() or 1), power)
     if "negative zero" in specials:
         x[:, 0] = -0.0
     if "zero layer" in specials:
@@ -64,12 +64,6 @@ def made(case):
     for place, value in bad.items():
         x[place, rng.integers(width)] = value
     return x.reshape(count, *shape).astype(DTYPES[case["dtype"]]), [*bad]
-
-
-def distinct(x):
-    """The first of equal models, -0.0 counting as 0; what is called a copy has the same bytes or the same numbers."""
-    rows = x.reshape(len(x), -1).astype(np.float64) + 0.0
-    return rows[sorted(np.unique(rows, axis=0, return_index=True)[1])]
 
 
 def require_true(layer, rows, dtype):
