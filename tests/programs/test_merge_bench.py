@@ -332,13 +332,17 @@ def zoo_case(world, folder):
     return merge_bench.sources.World(merge_bench.sources.parse(f"{world} {SMALL[world]}"), own, str(folder), 4, None)
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Where zoos lie that are trained once for all tests."""
+    return tmp_path_factory.mktemp("zoos")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "world", [pytest.param(w, marks=pytest.mark.slow) if w != "same_start_split_task" else w for w in SMALL]
-)
-def test_scores_of_individual_models_are_the_accuracies_of_training(world, tmp_path):
-    case = zoo_case(world, tmp_path).case()
-    labels = json.loads(next(tmp_path.rglob("labels.json")).read_text())
+@pytest.mark.parametrize("world", SMALL)
+def test_scores_of_individual_models_are_the_accuracies_of_training(world, place):
+    case = zoo_case(world, place).case()
+    labels = json.loads(next(place.rglob(f"{world}/labels.json")).read_text())
     counts = {part: used.sum(axis=1) for part, (*_, used) in case.parts.items()}
     for n, c in enumerate(np.eye(3)):
         right = sum(case.scores(case.combined(c), part)[n] * counts[part][n] for part in case.parts)
@@ -351,8 +355,8 @@ def test_scores_of_individual_models_are_the_accuracies_of_training(world, tmp_p
     )
 
 
-def test_tuning_and_test_rows_are_apart_and_the_same_for_all_tasks(tmp_path):
-    case = zoo_case("same_start_split_task", tmp_path).case()
+def test_tuning_and_test_rows_are_apart_and_the_same_for_all_tasks(place):
+    case = zoo_case("same_start_split_task", place).case()
     inputs = {part: x for part, (x, *_) in case.parts.items()}
     rows = {part: {row.tobytes() for row in np.concatenate(x)} for part, x in inputs.items()}
     assert not rows["tuning"] & rows["test"]
@@ -370,10 +374,10 @@ def test_tuning_and_test_rows_are_apart_and_the_same_for_all_tasks(tmp_path):
 
 
 @pytest.mark.slow
-def test_merges_of_a_zoo_are_those_of_the_program(tmp_path):
-    one = zoo_case("same_start_split_task", tmp_path)
+def test_merges_of_a_zoo_are_those_of_the_program(place, tmp_path):
+    one = zoo_case("same_start_split_task", place)
     case = one.case()
-    models = next(tmp_path.rglob("models"))
+    models = next(place.rglob("models"))
     for text in ("ties density=.3", "dare_linear density=.4", "tsv", "mean"):
         method = space.parse(text)
         (options,) = method.candidates(5, 0)
@@ -389,8 +393,8 @@ def test_merges_of_a_zoo_are_those_of_the_program(tmp_path):
             np.testing.assert_allclose(array, written[name], rtol=0, atol=1e-6)
 
 
-def test_ensemble_is_the_average_of_predictions(tmp_path):
-    case = zoo_case("same_start_split_task", tmp_path).case()
+def test_ensemble_is_the_average_of_predictions(place):
+    case = zoo_case("same_start_split_task", place).case()
     found = merge_bench.baselines(case)
     votes = 0
     for c in np.eye(3):
@@ -404,10 +408,10 @@ def test_ensemble_is_the_average_of_predictions(tmp_path):
 
 
 @pytest.mark.slow
-def test_loss_of_a_zoo_is_the_cross_entropy_of_training_rows(tmp_path):
+def test_loss_of_a_zoo_is_the_cross_entropy_of_training_rows(place):
     import jax
 
-    case = zoo_case("same_start_split_task", tmp_path).case()
+    case = zoo_case("same_start_split_task", place).case()
     weights = case.combined([1, 0, 0])
     losses = [float(case.loss(weights, jax.random.key(n))) for n in range(40)]
     wanted = []
@@ -422,17 +426,25 @@ def test_loss_of_a_zoo_is_the_cross_entropy_of_training_rows(tmp_path):
 
 @pytest.mark.slow
 def test_bench_from_end_to_end(tmp_path):
+    methods = [
+        "mean",
+        "subspace_mean",
+        "lora_factors",
+        "task_arithmetic scaling=0..1",
+        "ties scaling=0..4 density=.1..1",
+    ]
+    methods += ["concrete scaling=0..1 rate=.1 steps=40", "joint_training rate=.003|.03 steps=40"]
     bench = {
-        "worlds": [f"{world} {options}" for world, options in SMALL.items()],
-        "seeds": 2, "evaluations": 3, "methods": [m.replace("steps=100", "steps=40") for m in merge_bench.METHODS],
+        "worlds": [f"{world} {SMALL[world]}" for world in ("same_start_split_task", "lora", "cnn_variants")],
+        "seeds": 2, "evaluations": 3, "methods": methods, "pairs": ["concrete task_arithmetic"],
     }  # fmt: skip
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(bench))
     found = merge_bench.run(merge.Config(bench=str(path)), str(tmp_path / "work"))
-    assert [one["zoos"] for one in found["collections"]] == [2] * 4
+    assert [one["zoos"] for one in found["collections"]] == [2] * 3
     for one in found["collections"]:
         refused = [label for label, row in one["methods"].items() if "refused" in row]
-        assert refused == (["concrete", "concrete_layer"] if one["name"].startswith("lora") else [])
+        assert refused == (["concrete"] if one["name"].startswith("lora") else [])
         assert {row["evaluations"] for row in one["methods"].values() if "refused" not in row} == {1, 3}
         identical = [c["of"] for c in one["comparisons"] if c["with"] == "mean" and c["verdict"] == "identical"]
         assert "subspace_mean" in identical
@@ -441,10 +453,10 @@ def test_bench_from_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
+def test_fisher_information_is_the_squared_gradient_of_the_likelihood(place):
     import jax
 
-    case = zoo_case("same_start_split_task", tmp_path).case()
+    case = zoo_case("same_start_split_task", place).case()
     found = merge_bench.cases.merge_bench_fisher.of(case, 3)
     n, weights = 1, case.member(1)
     x = case.evaluation.train[n].used()[0][:256]
@@ -470,10 +482,10 @@ def test_fisher_information_is_the_squared_gradient_of_the_likelihood(tmp_path):
 
 
 @pytest.mark.slow
-def test_joint_training_goes_down_the_loss_from_the_mean(tmp_path):
+def test_joint_training_goes_down_the_loss_from_the_mean(place):
     import jax
 
-    case = zoo_case("same_start_split_task", tmp_path).case()
+    case = zoo_case("same_start_split_task", place).case()
     module = space.parse("joint_training").module
     mean = case.combined(np.full(3, 1 / 3))
     still = case.merge("joint_training", module, module.Options(rate=0.0, steps=2), 0)
