@@ -190,7 +190,12 @@ def _diagnosis(opened, config, module, stream):
 
     ready = _prepare(opened, config, module, is_checked=False)
     text = merge_plan.text(ready.plans, ready.found, ready.sources)
-    return merge_diagnosis.run(ready.found, ready.sources, config, text, stream)
+    try:
+        _require_fit(ready.found, ready.sources, config, module)
+        unfit = ""
+    except errors.ConfigError as error:
+        unfit = str(error)
+    return merge_diagnosis.run(ready.found, ready.sources, config, text, stream, unfit=unfit)
 
 
 def _merge(ready, config, module, options, part, identity, stream):
@@ -329,7 +334,7 @@ def _record(records, found, sources, config, options, kin, identity):
         "template": opened.refs[found.template].id,
         "layers": records,
         "copied": found.copied,
-        "said": [*found.said, *kin.said, *merge_words.notes(records, config.method, sources.weights)],
+        "said": [*found.said, *kin.said, *_notes(records, config, sources)],
         "kinship": kin.figures,
         "quarantined": [dict(q) for q in opened.quarantined],
         "provenance": {
@@ -339,6 +344,10 @@ def _record(records, found, sources, config, options, kin, identity):
             "identity": _digest(identity),
         },
     }
+
+
+def _notes(records, config, sources):
+    return merge_words.notes(records, config.method, sources.weights, has_statistics=bool(sources.statistics))
 
 
 def _digest(identity):
