@@ -401,6 +401,27 @@ def folder_models(folder, *, sharded):
     return models
 
 
+def test_the_merged_model_may_not_lie_among_the_models(tmp_path):
+    collection(tmp_path)
+    models = tmp_path / "models"
+    os.symlink(models, tmp_path / "link")
+    globs = (str(models / "m*"),)
+    cases = ((models / "out", {}), (tmp_path / "link" / "out", {}), (models / "merged", {"collection": globs}))
+    for place, own in cases:
+        with pytest.raises(errors.ConfigError, match="lies in the collection"):
+            run(tmp_path, "mean", out=str(place), **own)
+    assert sorted(os.listdir(models)) == ["m0.safetensors", "m1.safetensors", "m2.safetensors"]
+    run(tmp_path, "mean", out=str(models / "out"), collection=globs)  # does not match, and is found again
+    assert run(tmp_path, "mean", out=str(models / "out"), collection=globs)["method"] == "mean"
+
+
+@pytest.mark.parametrize("method", ["wudi", "spherical"])
+def test_steps_below_0_are_refused(tmp_path, method):
+    collection(tmp_path)
+    with pytest.raises(errors.ConfigError, match="steps=-1"):
+        run(tmp_path, method, options=("steps=-1",), base=str(tmp_path / "base.safetensors"))
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_folders_keep_config_tokenizer_and_shards(tmp_path, sharded):
     models = folder_models(tmp_path, sharded=sharded)
