@@ -3,6 +3,7 @@
 import os
 import sys
 
+from jaxsub import errors
 from jaxsub.pipelines import aside, merge, merge_words
 
 
@@ -22,7 +23,7 @@ def main(parsed):
         sys.stdout.write(found["text"] + "\n")
         return
     sys.stdout.write(aside.listed(found["quarantined"]) + merge_words.table(found) + "\n")
-    sys.stdout.write(f"merged model: {config.out or os.path.join(parsed.workdir, 'merged')}\n")
+    sys.stdout.write(f"merged model: {errors.quote(config.out or os.path.join(parsed.workdir, 'merged'), 400)}\n")
 
 
 def _bench(config, workdir):

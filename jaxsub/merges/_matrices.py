@@ -25,7 +25,8 @@ def svd(w):
     u, s, vt = _svd(w.astype(_dtype(w.shape, w.dtype)))
     values = np.asarray(s)
     floor = max(w.shape) * eps * (values[0] if values.size else 0.0)
-    count = int(np.sum(values > floor))
+    # An overflow is told by the one who writes the result; no singular value above NaN would make it 0 in silence.
+    count = int(np.sum(values > floor)) if np.isfinite(values).all() else values.size
     return u[:, :count], s[:count], vt[:count]
 
 

@@ -33,6 +33,8 @@ class Options:
 def merge(rows, options, key):
     """The spherical mean of the rows; deterministic, `key` is not used."""
     del key
+    if options.steps < 0:
+        raise errors.ConfigError(f"steps={options.steps}: 0 or more")
     gram, weights = rows.gram(), _weights.shares(rows)
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
     used = norms > 0

@@ -6,7 +6,6 @@ sum of weights other than 1 shrinks or grows the base that all models share, unl
 
 import dataclasses
 
-from jaxsub import errors
 from jaxsub.merges import _weights
 
 REFERENCE = "Wortsman et al. 2022 (arXiv 2203.05482); `linear` of mergekit"
@@ -24,9 +23,4 @@ class Options:
 def merge(rows, options, key):
     """The weighted sum of the rows; deterministic, `key` is not used."""
     del key
-    weights = _weights.given(rows, 1.0)
-    if options.normalize:
-        if abs(weights.sum()) < 1e-8:
-            raise errors.ConfigError("weights sum to 0: give others, or normalize=false")
-        weights = weights / weights.sum()
-    return rows.combination(weights)
+    return rows.combination(_weights.shares(rows) if options.normalize else _weights.given(rows, 1.0))

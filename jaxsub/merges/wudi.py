@@ -49,6 +49,8 @@ def held(shape, count, itemsize):
 def merge(rows, options, key):
     """The least disturbing update; deterministic, `key` is not used."""
     del key
+    if options.steps < 0:
+        raise errors.ConfigError(f"steps={options.steps}: 0 or more")
     errors.require_known("solver", options.solver, ("adam", "exact"))
     if not rows.is_matrix:
         return _matrices.fallback(rows, options.scaling)

@@ -99,6 +99,7 @@ def run(config, workdir=None, *, stream=None):
         return aside.going_on(lambda left: _diagnosis(left, config, module, stream), opened, config, least=1)
     if not out:
         raise errors.ConfigError("no place for the merged model: give --out=FOLDER")
+    merge_store.require_outside(out, config.collection)
     prepared = _prepare(opened, config, module)  # what no run could do leaves no trace
     identity = workdirs.identity("merge", config, opened, base=prepared.sources.base) | prepared.sources.identity()
     known = _finished(out, identity)
@@ -190,7 +191,12 @@ def _diagnosis(opened, config, module, stream):
 
     ready = _prepare(opened, config, module, is_checked=False)
     text = merge_plan.text(ready.plans, ready.found, ready.sources)
-    return merge_diagnosis.run(ready.found, ready.sources, config, text, stream)
+    try:
+        _require_fit(ready.found, ready.sources, config, module)
+        unfit = ""
+    except errors.ConfigError as error:
+        unfit = str(error)
+    return merge_diagnosis.run(ready.found, ready.sources, config, text, stream, unfit=unfit)
 
 
 def _merge(ready, config, module, options, part, identity, stream):
@@ -329,7 +335,7 @@ def _record(records, found, sources, config, options, kin, identity):
         "template": opened.refs[found.template].id,
         "layers": records,
         "copied": found.copied,
-        "said": [*found.said, *kin.said, *merge_words.notes(records, config.method, sources.weights)],
+        "said": [*found.said, *kin.said, *_notes(records, config, sources)],
         "kinship": kin.figures,
         "quarantined": [dict(q) for q in opened.quarantined],
         "provenance": {
@@ -339,6 +345,10 @@ def _record(records, found, sources, config, options, kin, identity):
             "identity": _digest(identity),
         },
     }
+
+
+def _notes(records, config, sources):
+    return merge_words.notes(records, config.method, sources.weights, has_statistics=bool(sources.statistics))
 
 
 def _digest(identity):

@@ -28,7 +28,7 @@ SHOWN = 30  # layers in the table
 LARGE = 5.0  # ratio of the norms of two updates that is told
 
 
-def run(found, sources, config, plan_text, stream=None):
+def run(found, sources, config, plan_text, stream=None, *, unfit=""):
     """dict: "layers", "kinship", "said", and "text" for the terminal.
 
     Args:
@@ -37,6 +37,7 @@ def run(found, sources, config, plan_text, stream=None):
         config: of the merge.
         plan_text: of the plan.
         stream: of progress, or None.
+        unfit: why the method cannot merge these models, or "".
 
     Raises:
         NonFiniteError: naming the first model with a NaN or an Inf.
@@ -47,14 +48,15 @@ def run(found, sources, config, plan_text, stream=None):
         for layer in found.layers:
             records.append(of_layer(sources.of(layer), layer_loop.layer_key(layer.name, config.seed)))
             bar.layer(layer.name, layer.group.num_bytes, f"N={len(layer.group.members)}")
-    said = [*found.said, *([f"{reason}: {merge_kin.ALIGN}"] if reason else []), *sentences(records)]
+    alien = f"{reason}: {merge_kin.ALIGN}" if reason else ""
+    said = [*found.said, *kin.said, *(one for one in (unfit, alien) if one), *sentences(records)]
     return {
         "models": [ref.id for ref in sources.opened.refs],
         "quarantined": [dict(q) for q in sources.opened.quarantined],
         "kinship": kin.figures,
         "layers": records,
         "said": said,
-        "can_work": not reason,
+        "can_work": not (reason or unfit),
         "text": "\n".join([plan_text, "", table(records), *(textwrap.fill(one, 100) for one in said)]),
     }
 

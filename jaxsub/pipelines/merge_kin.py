@@ -62,6 +62,9 @@ def _dense(layers, sources, names):
         total += x.shape[1]
     labels = [*names, *(["the base"] if sources.base is not None else [])]
     cosine = lineage.combine(parts, len(labels))
+    if lineage.chance_threshold(total) >= 1:
+        said = f"{total} weights are too few to tell whether the models share a start: this was not looked at"
+        return Kin({"sampled": total}, (said,)), ""
     groups = lineage.groups(cosine, total)
     upper = cosine[np.triu_indices(len(labels), 1)]
     figures = {

@@ -6,10 +6,12 @@ from jaxsub import errors, lineup, plugins
 from jaxsub.pipelines import plan
 
 
-def notes(records, method, weights=None):
+def notes(records, method, weights=None, *, has_statistics=False):
     """What the user should know of the method, or of what it made of these models; `weights` (N,) or None."""
     module = plugins.load("merges", method)
     said = [note for note in [getattr(module, "NOTE", "")] if note]
+    if hasattr(module, "TAKES_STATISTICS") and not has_statistics:
+        said.append(f"no statistics were given: without them {method} is the mean; give --config.statistics=FOLDER")
     means = [r for r in records if r["method"] == "mean" and method != "mean"]
     if means:
         said.append(

@@ -104,7 +104,7 @@ class FileRows(core.Rows):
             if not is_finite(row):
                 return self._not_finite(row, n, start)
             if own is not None:
-                np.subtract(row, own[:count], out=row)
+                _less(row, own[:count])
             buffer[n, count:] = 0
             return None
 
@@ -122,9 +122,12 @@ class FileRows(core.Rows):
             own = room
             self.base_source.read(start, count, own)
             self._require_finite_base(own)
-            np.subtract(x, own, out=x)
-        y = np.dot(c, x)
+            _less(x, own)
+        with np.errstate(over="ignore", invalid="ignore"):
+            y = np.dot(c, x)
         if not is_finite(y):  # as it is wherever an input is not
+            for row, n in zip(x, used, strict=True):  # again, without the base: the difference may have overflown
+                self.sources[n].read(start, count, row)
             self._require_finite(x, used, start)
         return y if own is None else np.add(y, own, out=y)
 
@@ -150,7 +153,7 @@ class FileRows(core.Rows):
             own = np.empty(self.size, self.dtype)
             self.base_source.read(0, self.size, own)
             self._require_finite_base(own)
-            np.subtract(out, own, out=out)
+            _less(out, own)
         return jnp.asarray(out.reshape(self.shape))
 
     def _put(self, flat):
@@ -173,6 +176,12 @@ def _scratch(rows, columns, dtype):
     if getattr(_kept, "buffer", None) is None or _kept.buffer.nbytes < size:
         _kept.buffer = np.empty(size, np.uint8)
     return _kept.buffer[:size].view(dtype).reshape(rows, columns)
+
+
+def _less(x, own):
+    """x - own in x; an overflow is found when the result is written, and is no warning here."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.subtract(x, own, out=x)
 
 
 def is_finite(row):

@@ -120,6 +120,18 @@ def test_weights_go_by_order_by_id_or_by_path(tmp_path):
             run(tmp_path, "weighted", weights=bad, out=str(tmp_path / "bad"))
 
 
+@pytest.mark.parametrize("method", ["mean", "weighted", "spherical"])
+def test_weights_are_made_to_sum_to_one_or_refused(tmp_path, method):
+    models, _ = collection(tmp_path)
+    run(tmp_path, method, weights=("1e308", "1e308", "1e308"))  # whose sum overflows
+    run(tmp_path, method, out=str(tmp_path / "equal"))
+    equal = safetensors.read(tmp_path / "equal" / "model.safetensors")
+    assert all(np.array_equal(x, equal[name]) for name, x in written(tmp_path).items())
+    for bad in (("0", "0", "0"), ("1", "-1", "0"), ("1e300", "-1e300", "1")):
+        with pytest.raises(errors.ConfigError, match="weights sum to 0"):
+            run(tmp_path, method, weights=bad, out=str(tmp_path / "bad"), restart=True)
+
+
 def test_layers_that_are_not_chosen_are_the_first_models(tmp_path):
     models, _ = collection(tmp_path)
     found = run(tmp_path, "mean", exclude_layers=("bias", "conv"))
@@ -242,6 +254,12 @@ def test_a_base_of_another_start_is_refused(tmp_path):
         run(tmp_path, "ties", base=str(tmp_path / "other.safetensors"))
 
 
+def test_a_few_weights_do_not_tell_strangers(tmp_path):
+    collection(tmp_path)
+    found = run(tmp_path, "mean", layers=("a.bias",))  # 12 of them: unrelated ones may have any cosine
+    assert any("12 weights are too few to tell" in one for one in found["said"])
+
+
 def test_nan_stops_a_merge_unless_models_may_be_set_aside(tmp_path):
     def change(n, model):
         if n == 1:
@@ -262,6 +280,19 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(tmp_path):
     options = {"base": str(tmp_path / "base.safetensors"), "options": ("scaling=1e6",)}
     with pytest.raises(errors.InputError, match="more than float16 holds"):
         run(tmp_path, "task_arithmetic", **options)
+
+
+@pytest.mark.parametrize("method", ["mean", "tsv", "iso_c"])
+def test_an_overflow_is_refused_and_no_model_blamed(tmp_path, method):
+    """Updates of twice the largest float32, or singular values of their sum, are no NaN of a file, and no 0 either."""
+    os.makedirs(tmp_path / "models")
+    rng = np.random.default_rng(0)
+    far = (3e38 * rng.uniform(0.9, 1, (8, 8))).astype(np.float32)
+    safetensors.write(tmp_path / "base.safetensors", {"w": -far if method == "mean" else far * 0})
+    for n in range(3):
+        safetensors.write(tmp_path / "models" / f"m{n}.safetensors", {"w": far * np.float32(1 - n / 50)})
+    with pytest.raises(errors.InputError, match="more than float32 holds"):
+        run(tmp_path, method, base=str(tmp_path / "base.safetensors"), force=True, max_quarantined=2)
 
 
 # Runs that stop and go on -----------------------------------------------------------------------------------------
@@ -368,6 +399,27 @@ def folder_models(folder, *, sharded):
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (place / "model.safetensors.index.json").write_text(json.dumps(index))
     return models
+
+
+def test_the_merged_model_may_not_lie_among_the_models(tmp_path):
+    collection(tmp_path)
+    models = tmp_path / "models"
+    os.symlink(models, tmp_path / "link")
+    globs = (str(models / "m*"),)
+    cases = ((models / "out", {}), (tmp_path / "link" / "out", {}), (models / "merged", {"collection": globs}))
+    for place, own in cases:
+        with pytest.raises(errors.ConfigError, match="lies in the collection"):
+            run(tmp_path, "mean", out=str(place), **own)
+    assert sorted(os.listdir(models)) == ["m0.safetensors", "m1.safetensors", "m2.safetensors"]
+    run(tmp_path, "mean", out=str(models / "out"), collection=globs)  # does not match, and is found again
+    assert run(tmp_path, "mean", out=str(models / "out"), collection=globs)["method"] == "mean"
+
+
+@pytest.mark.parametrize("method", ["wudi", "spherical"])
+def test_steps_below_0_are_refused(tmp_path, method):
+    collection(tmp_path)
+    with pytest.raises(errors.ConfigError, match="steps=-1"):
+        run(tmp_path, method, options=("steps=-1",), base=str(tmp_path / "base.safetensors"))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -527,6 +579,18 @@ def test_coefficients_of_differences_to_a_base(fitted, tmp_path):
 
 
 # Before, and by the command ---------------------------------------------------------------------------------------
+
+
+def test_dry_run_says_that_a_base_is_lacking(tmp_path):
+    collection(tmp_path)
+    found = run(tmp_path, "ties", dry_run=True)
+    assert not found["can_work"] and "give --base=MODEL" in found["text"]
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_without_statistics_it_is_said_to_be_the_mean(tmp_path, method):
+    collection(tmp_path)
+    assert any("no statistics were given" in one for one in run(tmp_path, method)["said"])
 
 
 def test_dry_run_says_whether_it_can_work_and_writes_nothing(tmp_path):
