@@ -61,16 +61,22 @@ class Network:
 
         def product(following, args, kwargs, context):
             name = _kernel(context.module)
-            is_shared = name in combined and args[0] is inputs  # no weight has touched it: the same in all runs
+            is_shared = (
+                name in combined and _inputs(args, kwargs) is inputs
+            )  # no weight has touched it: the same in all runs
             if not (name in factored or is_shared) or context.method_name != "__call__":
                 return following(*args, **kwargs)
-            found = _values.linear(args[0], weights[name])
+            found = _values.linear(_inputs(args, kwargs), weights[name])
             bias = weights.get(name.removesuffix("kernel") + "bias")
             return found if bias is None else found + _values.dense(bias)
 
         rest = _formed({name: w for name, w in weights.items() if name not in factored})
         with nn.intercept_methods(product):
             return self.module.apply({"params": _trees.nested(rest)}, inputs)
+
+
+def _inputs(args, kwargs):
+    return args[0] if args else kwargs["inputs"]
 
 
 def _formed(weights):

@@ -11,7 +11,7 @@ import pytest
 
 from jaxsub import errors, plugins
 from jaxsub.models import mlp
-from jaxsub.parametrisations import _spaces
+from jaxsub.parametrisations import _spaces, _values
 from jaxsub.pipelines import train_place
 from jaxsub.tasks import _data, digits
 from jaxsub.training import checkpoints, events, network as networks, steps
@@ -278,3 +278,22 @@ def test_runs_on_the_same_batches_form_no_weights_of_their_own():
 
     assert "f32[7,64,8]" in compiled(apart(runs))
     assert "f32[7,64,8]" not in compiled(runs)
+
+
+def test_layers_called_by_keyword_are_multiplied_by_their_factors():
+    import flax.linen as nn
+
+    class Net(nn.Module):
+        by_name: bool
+
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(3, name="a")
+            return layer(inputs=x) if self.by_name else layer(x)
+
+    x = jnp.asarray(np.random.RandomState(0).randn(5, 4), jnp.float32)
+    update = _values.Factored(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3)))
+    nets = [networks.of(Net(by_name), x)[0] for by_name in (True, False)]
+    found, other = (net({"a/kernel": update, "a/bias": jnp.ones(3)}, x) for net in nets)
+    close(found, other, 1e-6)
+    close(found, x @ _values.dense(update) + 1, 1e-5)
