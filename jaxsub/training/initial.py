@@ -44,6 +44,12 @@ def members(spaces, like):
     Raises:
         ConfigError: layers that not all models have, or trained numbers that are no coefficients of the bundle.
     """
+    for name in sorted(like):
+        if name not in spaces:
+            raise errors.ConfigError(
+                f"layer {errors.quote(name)}: the bundle has no members of it to start from; start from mean or base, "
+                "or give --bundle=FOLDER and a parametrisation of its coefficients"
+            )
     rows, counts = [], {len(spaces[name].members) for name in like}
     if len(counts) > 1:
         raise errors.ConfigError("initial: the bundle's layers have different members; start from mean")

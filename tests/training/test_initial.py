@@ -78,3 +78,8 @@ def test_members_are_the_leading_coefficients_in_the_order_of_the_vector():
     with pytest.raises(errors.ConfigError, match="no coefficients of the bundle"):
         initial.members(spaces, {"a": jnp.zeros(3)})
     assert jax.tree.structure(back) == jax.tree.structure(like)
+
+
+def test_layers_without_members_are_refused_by_name():
+    with pytest.raises(errors.ConfigError, match="layer output/kernel: the bundle has no members of it"):
+        initial.members({}, {"output/kernel": np.zeros(3)})
