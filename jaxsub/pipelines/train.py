@@ -5,6 +5,8 @@ bundle, task --> runs (tasks x seeds x learning rates) of each method --> held-o
 
 import contextlib
 import dataclasses
+import json
+import math
 import os
 
 import numpy as np
@@ -13,6 +15,7 @@ from jaxsub import errors
 from jaxsub.pipelines import plan, workdir as workdirs
 from jaxsub.report import _write
 
+WRITTEN = "written.json"  # the models that a run wrote, for the run that goes on from it
 RECORD, SCHEMA = "train.json", "jaxsub.train/1"
 SHARDS = ("batch", "runs", "features")
 
@@ -81,8 +84,8 @@ def validate(config):
         raise errors.ConfigError(f"accumulate={config.accumulate}: does not divide batch_size={config.batch_size}")
     if not 0 < config.validation < 1:
         raise errors.ConfigError(f"validation={config.validation}: a share between 0 and 1")
-    if any(not rate > 0 for rate in config.learning_rates):
-        raise errors.ConfigError("learning_rates: expected more than 0")
+    if any(not 0 < rate < math.inf for rate in config.learning_rates):
+        raise errors.ConfigError("learning_rates: expected finite numbers above 0")
     errors.require_known("initial", config.initial, initial.KINDS)
     errors.require_known("compute", config.compute, ("float32", "bfloat16"))
     errors.require_known("shard", config.shard, SHARDS)
@@ -91,6 +94,8 @@ def validate(config):
         raise errors.ConfigError("initial=base: give --base=MODEL")
     if config.sweep and min(config.sweep) < 1:
         raise errors.ConfigError("sweep: numbers of 1 and more expected")
+    if config.sweep and (config.write_models or config.posterior):
+        raise errors.ConfigError("sweep: measures dimensions alone; leave out write_models and posterior")
 
 
 def run(config, workdir=None, *, stream=None):
@@ -108,7 +113,7 @@ def run(config, workdir=None, *, stream=None):
 
     validate(config)
     setup = train_setup.of(config)
-    if config.write_models and os.path.lexists(config.write_models):
+    if config.write_models and os.path.lexists(config.write_models) and _written(config, workdir) is None:
         raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
     with contextlib.ExitStack() as stack:
         if workdir is not None and not config.dry_run:
@@ -133,13 +138,28 @@ def identity(config, setup):
     return {"program": "train", "jaxsub_version": __version__, **workdirs.machine(), **found, "models": models}
 
 
+def _written(config, workdir):
+    """Paths of the models that this training wrote before it was killed; None if it did not, or they are gone."""
+    path = os.path.join(workdir or "", WRITTEN)
+    if workdir is None or config.restart or not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = [str(one) for one in json.load(file)]
+    except (OSError, ValueError, TypeError) as error:
+        raise errors.WorkdirError(f"{errors.quote(path)}: holds no list of models; --restart") from error
+    is_ours = all(os.path.dirname(one) == config.write_models and os.path.lexists(one) for one in found)
+    return found if found and is_ours else None
+
+
 def _forget(workdir):
     import shutil
 
     for name in ("checkpoints", "metrics"):
         shutil.rmtree(os.path.join(workdir, name), ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(workdir, "sweep_parts.json"))
+    for name in (WRITTEN, "sweep_parts.json"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(workdir, name))
 
 
 def _train(config, setup, workdir, stream):
@@ -147,7 +167,12 @@ def _train(config, setup, workdir, stream):
     from jaxsub.pipelines import train_posterior, train_runs, train_table, train_write
 
     mesh = _mesh(config)
-    found = {"schema": SCHEMA, "tasks": [v.name for v in setup.variations], "skipped": setup.skipped}
+    found = {
+        "schema": SCHEMA,
+        "tasks": [v.name for v in setup.variations],
+        "skipped": setup.skipped,
+        "blind": setup.is_blind,
+    }
     found["saturated"] = [[*one] for one in _spaces.saturated(setup.spaces)]
     found |= {"seeds": config.seeds, "steps": config.steps, "initial": config.initial, "methods": []}
     if config.sweep and not config.dry_run:
@@ -169,7 +194,12 @@ def _train(config, setup, workdir, stream):
         if method is methods[0] and config.posterior:
             found["posterior"] = train_posterior.run(training, config)
         if method is methods[0] and config.write_models:
-            found["written"] = train_write.models(training, state.best, chosen, config.write_models, config.peft_layout)
+            found["written"] = _written(config, workdir)
+            if found["written"] is None:
+                place = config.write_models
+                found["written"] = train_write.models(training, state.best, chosen, place, config.peft_layout)
+                if workdir is not None:
+                    _write.write_json(os.path.join(workdir, WRITTEN), found["written"])
         if config.tensorboard and workdir is not None:
             train_write.events(metrics, os.path.join(workdir, "tensorboard", method.name))
     found["comparisons"] = train_table.comparisons(found["methods"])
@@ -226,8 +256,10 @@ def _bar(stream):
 
 def _record(training, state, metrics):
     """(record of a method, number of the learning rate that was chosen by the validation rows)."""
+    from jaxsub.pipelines import train_table
+
     choose = np.asarray(state.best_score, np.float64).reshape(training.scores_shape)
-    chosen = int(np.argmax(np.where(np.isfinite(choose), choose, -1).mean(axis=(0, 1))))
+    chosen = train_table.chosen(choose)
     begun = training.scores(training.trainable)[:, :, chosen]
     reached = training.scores(state.best)[:, :, chosen]
     return {

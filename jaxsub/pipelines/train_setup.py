@@ -44,6 +44,7 @@ class Setup:
     names: dict  # of the network's layers -> what the bundle, or the base, calls them
     bundle: object = None
     skipped: int = 0  # variations left out: members were trained on them
+    is_blind: bool = False  # no labels say what members were trained on
 
 
 def of(config):
@@ -55,11 +56,12 @@ def of(config):
     task = _task(config.task)
     options = parse_options(task.Options, (*config.task_options, f"batch_size={config.batch_size}"))
     bundle = files.load(config.bundle) if config.bundle else None
-    variations, skipped = _variations(task, options, config, _seen(config, bundle))
+    seen = _seen(config, bundle)
+    variations, skipped = _variations(task, options, config, seen or {})
     network, shapes, module = _network(config, task, variations[0].fit.inputs[:2])
     spaces = _spaces.of_bundle(bundle, shapes) if bundle is not None else {}
     start, names = _start(config, bundle, spaces, shapes, module, variations[0].fit.inputs[:2])
-    return Setup(task, network, variations, spaces, start, names, bundle, skipped)
+    return Setup(task, network, variations, spaces, start, names, bundle, skipped, bundle is not None and seen is None)
 
 
 def _task(spec):
@@ -95,15 +97,15 @@ def _network(config, task, example):
 
 
 def _seen(config, bundle):
-    """Names of the tasks that the bundle's members were trained on, as their labels say, if there are any."""
+    """Names of the tasks that the bundle's members were trained on, as their labels say; None without labels."""
     path = config.labels
     if not path and bundle is not None:
         members = bundle.provenance.get("models", ())
         path = os.path.join(os.path.dirname(os.path.dirname(members[0]["path"])), "labels.json") if members else ""
         if not os.path.isfile(path):
-            return {}
+            return None
     if not path:
-        return {}
+        return None
     try:
         if os.path.getsize(path) > MOST_LABELS:
             raise ValueError("too large")

@@ -98,7 +98,7 @@ def _scores(method, setup, config):
     """(seeds,) held-out scores, mean over tasks, at the rate that the validation rows choose."""
     training = train_runs.Training(method, setup, config)
     state, _ = training.train(None)
-    chosen = np.asarray(state.best_score).reshape(training.scores_shape).mean(axis=(0, 1)).argmax()
+    chosen = train_table.chosen(np.asarray(state.best_score).reshape(training.scores_shape))
     return training.scores(state.best)[:, :, chosen].mean(axis=0)
 
 

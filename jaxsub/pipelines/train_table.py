@@ -10,14 +10,26 @@ from jaxsub import errors
 DRAWS, COVERED = 10000, 0.95
 
 
-def interval(scores, *, seed=0):
-    """(mean, low, high) of scores (tasks, seeds); low and high are None for a single run.
+def chosen(scores):
+    """Number of the learning rate with the best mean of scores (tasks, seeds, rates).
 
-    Tasks are drawn with replacement, then seeds of each; of one task only seeds are.
+    Runs that never had a finite score count before all others: of rates with as few of them, the best mean wins.
+    """
+    is_finite = np.isfinite(scores)
+    lost = (~is_finite).sum(axis=(0, 1))
+    means = np.where(is_finite, scores, 0).sum(axis=(0, 1)) / np.maximum(is_finite.sum(axis=(0, 1)), 1)
+    return int(np.where(lost == lost.min(), means, -np.inf).argmax())
+
+
+def interval(scores, *, seed=0):
+    """(mean, low, high) of scores (tasks, seeds); low and high are None for a single run, or one run repeated.
+
+    Tasks are drawn with replacement, then seeds of each; of one task only seeds are: seeds that all score the same are
+    one run (of the same batches, from the same start), which says nothing of how runs differ.
     """
     scores = np.asarray(scores, np.float64)
     tasks, seeds = scores.shape
-    if tasks * seeds == 1:
+    if tasks == 1 and (scores == scores[0, 0]).all():
         return float(scores.mean()), None, None
     rng = np.random.default_rng(seed)
     chosen = rng.integers(tasks, size=(DRAWS, tasks)) if tasks > 1 else np.zeros((DRAWS, 1), int)
@@ -68,12 +80,17 @@ def table(found):
             else ""
         )
     )
+    if found.get("blind"):
+        lines.append(
+            "no labels of the bundle's members: some may have been trained on these tasks (--config.labels=FILE)"
+        )
     for layer, count, models in found.get("saturated", ())[:3]:
         lines.append(
             f"{errors.quote(layer, 40)}: {count} components of {models} models are all there can be: saturated, "
             "members lie in it by construction"
         )
-    if all(one["scores"] == one["start"] for one in found["methods"][:2]):
+    tried = found["methods"][:2]
+    if all(one["scores"] == one["start"] and not one["not_finite"] for one in tried):
         lines.append("no coefficient moved: the loss has no gradient where they start; try another --initial")
     if found["seeds"] == 1:
         lines.append("a single seed: intervals say nothing of how runs differ")
@@ -89,7 +106,7 @@ def sentence(one):
     """What a comparison says, in words."""
     what = f"{one['of']} against {one['with']}: {one['difference']:+.4f}"
     if one["low"] is None:
-        return f"{what}, of a single run: no claim"
+        return f"{what}, of one run, or of seeds that all give the same: no claim"
     span = f"{what} ({one['low']:+.4f} to {one['high']:+.4f})"
     if one["better"] is None:
         return f"{span}: no better, no worse"

@@ -4,6 +4,7 @@ trained/<method>.safetensors    what was trained, (tasks, seeds, ...) an array, 
 <write_models>/<task>-<seed>    models: .safetensors with the bundle's names and axes, or a PEFT folder of updates
 """
 
+import itertools
 import os
 import re
 
@@ -61,10 +62,14 @@ def _is_update(layer):
 
 
 def labels(training):
-    """What the runs of a method are called: task and seed, safe as file names."""
-    found = []
+    """What the runs of a method are called: task and seed, safe as file names; like names of tasks get a number."""
+    found, known = [], set()
     for variation in training.setup.variations:
-        word = re.sub(r"[^A-Za-z0-9]+", "_", variation.name).strip("_") or "task"
+        word = re.sub(r"[^A-Za-z0-9]+", "_", variation.name).strip("_")[:100] or "task"
+        more = (f"{word}_{n}" for n in itertools.count(2))
+        while word.lower() in known:  # some disks do not tell upper from lower case
+            word = next(more)
+        known.add(word.lower())
         found += [f"{word}-{seed}" for seed in training.seeds]
     return found
 

@@ -13,7 +13,7 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from jaxsub.formats import safetensors
-from jaxsub.pipelines import train, train_setup, train_table, zoo
+from jaxsub.pipelines import train, train_setup, train_table, train_write, zoo
 from jaxsub.tasks import _data, digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -155,6 +155,9 @@ def test_trained_adapters_give_the_same_outputs_in_peft(made, tmp_path, layout):
     [
         ({"initial": "base"}, "give --base"),
         ({"parametrisation": "core"}, "no factors of its axes.*hosvd"),
+        ({"initial": "ridge", "parametrisation": "lora"}, "no coefficients of the bundle"),
+        ({"sweep": (2,), "write_models": "x"}, "leave out write_models"),
+        ({"learning_rates": (float("inf"),)}, "finite"),
         ({"rank": 9}, "rank=9, but the bundle holds 4"),
         ({"task": "digts"}, "did you mean 'digits'"),
         ({"model": "cnn"}, "no layer of the network"),
@@ -169,12 +172,72 @@ def test_what_cannot_be_trained_is_refused_by_name(made, options, said):
         run(made, **options)
 
 
+def test_missing_labels_of_members_are_said(made, tmp_path, monkeypatch):
+    bundle = jaxsub.load(str(made / "bundle"))
+    config = train.Config(bundle=str(made / "bundle"))
+    path = made / "same_start_split_task" / "models" / "000.safetensors"
+    bundle.provenance["models"] = [{"path": str(path)}]
+    assert train_setup._seen(config, bundle)
+    bundle.provenance["models"] = [{"path": "models/000.safetensors"}]  # of a fit in another folder
+    monkeypatch.chdir(tmp_path)
+    assert train_setup._seen(config, bundle) is None
+    found = {"methods": [], "tasks": ["a"], "seeds": 2, "skipped": 0, "comparisons": [], "blind": True}
+    found["methods"] = [
+        {"name": "x", "numbers": 1, "learning_rate": 0.1, "start": [[0.1]], "scores": [[0.2]], "not_finite": 0}
+    ]
+    assert "no labels of the bundle's members" in train_table.table(found)
+    assert "no labels" not in train_table.table({**found, "blind": False})
+
+
 def test_scores_on_training_rows_are_refused():
     inputs = np.arange(40.0, dtype=np.float32).reshape(10, 4)
     train_rows, held_out = _data.whole(inputs[:8], np.zeros(8)), _data.whole(inputs[7:], np.zeros(3))
     with pytest.raises(errors.ConfigError, match="mine.*1 of 3 held-out rows are training rows"):
         train_setup.require_apart(train_rows, held_out, "mine")
     train_setup.require_apart(train_rows, _data.whole(inputs[8:], np.zeros(2)), "mine")
+
+
+def test_a_diverged_rate_is_never_chosen_and_seeds_that_are_one_run_make_no_claim():
+    scores = np.array([[[-np.inf, -50.0, -60.0], [-0.5, -50.0, -60.0]]])  # e.g. minus a squared error
+    assert train_table.chosen(scores) == 1
+    assert train_table.chosen(np.full((1, 2, 2), -np.inf)) == 0
+    assert train_table.chosen(np.array([[[0.1, 0.9]]])) == 1
+    lost = {"name": "full", "scores": [[0.5, 0.5]]}
+    assert train_table.comparisons([{"name": "scalar", "scores": [[0.9, 0.9]]}, lost])[0]["better"] is None
+    many = train_table.interval([[0.5, 0.5], [0.7, 0.7]])  # tasks differ: an interval there is
+    assert many[1] < many[2]
+
+
+def test_models_of_tasks_with_like_names_do_not_overwrite_each_other():
+    class Variation:
+        def __init__(self, name):
+            self.name = name
+
+    class Training:
+        seeds = (0, 1)
+
+        class setup:
+            variations = tuple(map(Variation, ("a b", "a-b", "A_b", "\u65e5", "\u4e2d", "a b 2")))
+
+    found = train_write.labels(Training)
+    assert found[:2] == ["a_b-0", "a_b-1"] and len({name.lower() for name in found}) == 12
+
+
+def test_a_run_killed_after_its_models_goes_on_with_the_same_command(made, tmp_path, monkeypatch):
+    options = {"baselines": ("full",), "write_models": str(tmp_path / "models")}
+
+    def killed(found):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_table, "comparisons", killed)
+        run(made, str(tmp_path / "work"), **options)
+    found = run(made, str(tmp_path / "work"), **options)
+    assert len(found["written"]) == 2 and all(pathlib.Path(path).is_file() for path in found["written"])
+    with pytest.raises(errors.WorkdirError, match="exists already"):  # of another training
+        run(made, str(tmp_path / "other"), **options)
+    with pytest.raises(errors.WorkdirError, match="exists already"):
+        run(made, str(tmp_path / "work"), restart=True, **options)
 
 
 def test_a_single_seed_makes_no_claim():
@@ -188,7 +251,11 @@ def test_a_single_seed_makes_no_claim():
         "comparisons": train_table.comparisons(methods),
     }
     text = train_table.table(found)
-    assert "of a single run: no claim" in text and "a single seed" in text and "better" not in text
+    assert (
+        "of one run, or of seeds that all give the same: no claim" in text
+        and "a single seed" in text
+        and "better" not in text
+    )
 
 
 @pytest.mark.slow
