@@ -187,6 +187,11 @@ def test_missing_labels_of_members_are_said(made, tmp_path, monkeypatch):
     ]
     assert "no labels of the bundle's members" in train_table.table(found)
     assert "no labels" not in train_table.table({**found, "blind": False})
+    assert "2 seeds are few" in train_table.table(found)
+    assert "3 tasks are few" in train_table.table({**found, "tasks": ["a", "b", "c"]})
+    assert "few" not in train_table.table({**found, "tasks": [*"abcde"]}) and "few" not in train_table.table(
+        {**found, "seeds": 5}
+    )
 
 
 def test_scores_on_training_rows_are_refused():
@@ -224,7 +229,7 @@ def test_models_of_tasks_with_like_names_do_not_overwrite_each_other():
 
 
 def test_a_run_killed_after_its_models_goes_on_with_the_same_command(made, tmp_path, monkeypatch):
-    options = {"baselines": ("full",), "write_models": str(tmp_path / "models")}
+    options = {"baselines": ("full",), "write_models": f"{tmp_path}/models/"}
 
     def killed(found):
         raise KeyboardInterrupt
