@@ -17,7 +17,7 @@ SHORTHANDS = (
     "rounds", "bundle", "decomposition", "write_models", "budget_bytes", "max_error", "members", "peft_layout",
     "remove", "exact", "score", "max_host_bytes", "max_device_bytes", "profile", "coordinator", "num_processes",
     "process_id", "stall_timeout", "break_lock", "task", "parametrisation", "initial", "seeds", "steps",
-    "method", "out", "weights", "force", "mergekit_yaml", "loss", "bench",
+    "method", "out", "weights", "force", "mergekit_yaml", "loss", "bench", "calibrate",
 )  # fmt: skip
 RENAMED = {"allow_roots": "allow_root"}  # a flag that is repeated is called by the name of one value
 PROGRAM_FLAGS = {

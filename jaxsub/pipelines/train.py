@@ -148,7 +148,8 @@ def _written(config, workdir):
             found = [str(one) for one in json.load(file)]
     except (OSError, ValueError, TypeError) as error:
         raise errors.WorkdirError(f"{errors.quote(path)}: holds no list of models; --restart") from error
-    is_ours = all(os.path.dirname(one) == config.write_models and os.path.lexists(one) for one in found)
+    place = os.path.normpath(config.write_models)
+    is_ours = all(os.path.dirname(os.path.normpath(one)) == place and os.path.lexists(one) for one in found)
     return found if found and is_ours else None
 
 
@@ -159,7 +160,7 @@ def _forget(workdir):
         shutil.rmtree(os.path.join(workdir, name), ignore_errors=True)
     for name in (WRITTEN, "sweep_parts.json"):
         with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(workdir, name))
+            os.unlink(os.path.join(workdir, name))
 
 
 def _train(config, setup, workdir, stream):

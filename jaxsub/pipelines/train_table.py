@@ -8,6 +8,8 @@ import numpy as np
 from jaxsub import errors
 
 DRAWS, COVERED = 10000, 0.95
+# Of normal differences around zero, intervals of 2, 3, 4, 5 and 10 tasks left it out in 48, 29, 19, 16 and 11 % of 400.
+FEW = 5
 
 
 def chosen(scores):
@@ -94,6 +96,10 @@ def table(found):
         lines.append("no coefficient moved: the loss has no gradient where they start; try another --initial")
     if found["seeds"] == 1:
         lines.append("a single seed: intervals say nothing of how runs differ")
+    drawn = tasks if tasks > 1 else found["seeds"]
+    if 1 < drawn < FEW:
+        what = "tasks" if tasks > 1 else "seeds"
+        lines.append(f"{drawn} {what} are few: a bootstrap's intervals are too narrow for them")
     lines += [sentence(one) for one in found["comparisons"]]
     if "posterior" in found:
         from jaxsub.pipelines import train_posterior

@@ -265,3 +265,12 @@ def test_compiled_kernels_are_kept_whatever_a_program_imports(name, tmp_path):
     command = [sys.executable, "-c", script]
     found = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.splitlines()[-1].startswith(str(tmp_path))
+
+
+def test_calibration_of_projections_has_a_short_flag():
+    from jaxsub.pipelines import project
+
+    assert (
+        flags.Flags("jaxsub project", project.Config, ["jaxsub project", "--calibrate=digits"]).freeze().calibrate
+        == "digits"
+    )

@@ -187,6 +187,11 @@ def test_missing_labels_of_members_are_said(made, tmp_path, monkeypatch):
     ]
     assert "no labels of the bundle's members" in train_table.table(found)
     assert "no labels" not in train_table.table({**found, "blind": False})
+    assert "2 seeds are few" in train_table.table(found)
+    assert "3 tasks are few" in train_table.table({**found, "tasks": ["a", "b", "c"]})
+    assert "few" not in train_table.table({**found, "tasks": [*"abcde"]}) and "few" not in train_table.table(
+        {**found, "seeds": 5}
+    )
 
 
 def test_scores_on_training_rows_are_refused():
@@ -197,34 +202,8 @@ def test_scores_on_training_rows_are_refused():
     train_setup.require_apart(train_rows, _data.whole(inputs[8:], np.zeros(2)), "mine")
 
 
-def test_a_diverged_rate_is_never_chosen_and_seeds_that_are_one_run_make_no_claim():
-    scores = np.array([[[-np.inf, -50.0, -60.0], [-0.5, -50.0, -60.0]]])  # e.g. minus a squared error
-    assert train_table.chosen(scores) == 1
-    assert train_table.chosen(np.full((1, 2, 2), -np.inf)) == 0
-    assert train_table.chosen(np.array([[[0.1, 0.9]]])) == 1
-    lost = {"name": "full", "scores": [[0.5, 0.5]]}
-    assert train_table.comparisons([{"name": "scalar", "scores": [[0.9, 0.9]]}, lost])[0]["better"] is None
-    many = train_table.interval([[0.5, 0.5], [0.7, 0.7]])  # tasks differ: an interval there is
-    assert many[1] < many[2]
-
-
-def test_models_of_tasks_with_like_names_do_not_overwrite_each_other():
-    class Variation:
-        def __init__(self, name):
-            self.name = name
-
-    class Training:
-        seeds = (0, 1)
-
-        class setup:
-            variations = tuple(map(Variation, ("a b", "a-b", "A_b", "\u65e5", "\u4e2d", "a b 2")))
-
-    found = train_write.labels(Training)
-    assert found[:2] == ["a_b-0", "a_b-1"] and len({name.lower() for name in found}) == 12
-
-
 def test_a_run_killed_after_its_models_goes_on_with_the_same_command(made, tmp_path, monkeypatch):
-    options = {"baselines": ("full",), "write_models": str(tmp_path / "models")}
+    options = {"baselines": ("full",), "write_models": f"{tmp_path}/models/"}
 
     def killed(found):
         raise KeyboardInterrupt
