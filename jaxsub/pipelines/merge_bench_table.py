@@ -102,8 +102,10 @@ def interval(scores):
     """
     from scipy import stats
 
+    if len(scores) == 1:  # its tasks are what is drawn
+        scores = np.transpose(scores)
     mean, low, high = train_table.interval(scores)
-    count = len(scores) if len(scores) > 1 else np.shape(scores)[1]
+    count = len(scores)
     if low is None or count < 2:
         return mean, None, None
     edge = (1 + train_table.COVERED) / 2

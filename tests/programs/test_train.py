@@ -13,7 +13,7 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from jaxsub.formats import safetensors
-from jaxsub.pipelines import train, train_setup, train_table, train_write, zoo
+from jaxsub.pipelines import train, train_setup, train_table, zoo
 from jaxsub.tasks import _data, digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
