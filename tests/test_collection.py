@@ -127,6 +127,7 @@ def test_layers_are_sorted_with_numbers_as_numbers(tmp_path):
     assert all(g.members == (0, 1, 2) and g.dtypes == ("float32",) for g in opened.groups)
 
 
+@pytest.mark.slow
 def test_one_layer_in_three_widths_is_three_groups(tmp_path):
     widths = [(155, 32), (116, 64), (42, 16)]
     member = 0

@@ -134,6 +134,7 @@ def test_held_out_within_lineages_equals_brute_force():
     assert layer["held_out_within"]["4"] == pytest.approx(error / base, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_nulls_of_one_law_share_their_draws():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((12, 200, 200))

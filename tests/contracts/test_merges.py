@@ -9,6 +9,7 @@ import pytest
 
 from jaxsub import plugins, rows
 from tests.merges import stacks
+from tests.selected import first
 
 SLOW = pytest.mark.slow
 NAMES = [n for n in plugins.available("merges") if hasattr(plugins.load("merges", n), "merge")]
@@ -65,7 +66,7 @@ def test_a_method_says_what_it_is(name):
         pytest.param((4, 3, 3, 3), id="kernel", marks=SLOW),
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", first(NAMES, 8))
 def test_the_order_of_models_does_not_matter(name, shape):
     x = stacks.dense(shape, count(name))
     if name == "slerp":
@@ -173,6 +174,7 @@ def test_float64_stays_float64(name):
         assert stacks.relative(merge(name, stacks.of_arrays(x.astype(np.float32))), found) < 3e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_hang_on_key_model_and_place_alone(name):
     x = stacks.dense((30, 20), 4)

@@ -117,6 +117,7 @@ def test_without_h5py_the_extra_is_named(tmp_path, monkeypatch):
         formats.open_model(tmp_path / "m.h5")
 
 
+@pytest.mark.slow
 def test_random_damage_ends_in_an_input_error_or_a_model(tmp_path, h5py):
     data, rng, refused = write(h5py, tmp_path / "m.h5").read_bytes(), np.random.default_rng(3), 0
     for _ in range(300):

@@ -59,6 +59,7 @@ def test_single_array_is_named_after_its_file(tmp_path, version, name):
     np.testing.assert_array_equal(formats.read(model, model.tensors["weights"]), BASE)
 
 
+@pytest.mark.slow
 def test_every_cut_and_extension_is_refused(tmp_path):
     np.savez(tmp_path / "good.npz", a=BASE[0], b=BASE[1])
     for name, good in (("m.npy", npy(BASE[0])), ("m.npz", (tmp_path / "good.npz").read_bytes())):

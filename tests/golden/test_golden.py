@@ -110,6 +110,7 @@ def test_a_convolution_has_modes_of_every_axis(tmp_path):
     assert layer["modes"][1]["energy_at"]["4"] == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_change_of_gauge_moves_the_factors_and_nothing_else(tmp_path):
     a, b = adapters()
     rng = np.random.default_rng(1)
@@ -137,6 +138,7 @@ def test_mixed_ranks_and_scales_are_exact(tmp_path):
     np.testing.assert_allclose(layer["singular_values"], want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_stability_of_a_planted_subspace_improves_as_one_over_root_n():
     """Davis-Kahan: the angle between the subspaces of two halves falls with slope -1/2 in the number of models."""
     d, k, counts, angles = 300, 3, (40, 80, 160, 320, 640), []
@@ -153,6 +155,7 @@ def test_stability_of_a_planted_subspace_improves_as_one_over_root_n():
     assert slope == pytest.approx(-0.5, abs=0.08)
 
 
+@pytest.mark.slow
 def test_a_common_offset_changes_the_mean_alone(tmp_path):
     x = worlds.planted(16)
     offset = 3 * worlds.noise(1, seed=5)

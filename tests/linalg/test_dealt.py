@@ -52,6 +52,7 @@ FITS += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit, rule, devices", FITS)
 def test_a_fit_is_that_of_one_device(x, fit, rule, devices):
     one, many = fit(jnp.asarray(x), **rule), fit(placed(x, devices), **rule)

@@ -86,6 +86,7 @@ def on(x, devices, whole_rows=False):
 SHARDED = [(17, (40, 3)), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((12, (6, 5)), (3, (4, 3, 2, 2))))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [8, *(pytest.param(d, marks=pytest.mark.slow) for d in (2, 4))])
 @pytest.mark.parametrize(("count", "shape"), SHARDED)
 def test_grams_of_sharded_rows_are_those_of_one_device(count, shape, devices):
@@ -140,6 +141,7 @@ def test_what_devices_send_each_other():
         assert kinds(compiled) == {"all-reduce"} and collective_bytes(compiled) == 8 * 12**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_energies_of_a_sketched_axis_do_not_flatter(seed):
     x = stack((256, 64), num_models=24, seed=seed)

@@ -63,6 +63,7 @@ def test_a_single_round_fails_at_condition_1e6():
     assert deviation(orth.cholesky_qr2(x)[0])[0] < 40 * EPS["float32"]
 
 
+@pytest.mark.slow
 def test_without_float64_sums_the_fallback_takes_over():
     x = planted(400, 24, np.logspace(0, -6, 24))[0].astype(np.float32)
     with jax.enable_x64(False):

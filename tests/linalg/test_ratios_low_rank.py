@@ -142,6 +142,7 @@ def decaying(shape, decay):
 TENSOR_GRID = [(*case, TENSORS, p) for case in GRID for p in ("float32", "float64")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, ranks, dtype, scale, shapes, products",
     [

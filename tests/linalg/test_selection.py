@@ -102,6 +102,7 @@ def test_swaps_mend_what_the_greedy_choice_spoils():
     check(x, found, 29)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), decay=st.floats(0.05, 1), scale=st.floats(-8, 8))
 def test_bounds_hold(seed, decay, scale):

@@ -24,6 +24,7 @@ def test_rows_do_not_depend_on_where_the_matrix_is_cut(kind, columns):
     np.testing.assert_array_equal(jax.jit(lambda i: draw(key, 40, columns, start=i))(jnp.int32(260)), whole[260:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHORT)
 def test_eight_devices_draw_what_one_draws(kind):
     draw, key = sketch.named(kind), jax.random.key(4)

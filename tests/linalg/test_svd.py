@@ -156,6 +156,7 @@ def test_eight_devices_equal_one_and_gather_nothing_long(passes, finder):
     assert max(long) <= max(num_rows * m, 8 * m * m) < width // 8 * count, long
 
 
+@pytest.mark.slow
 def test_gram_svd_on_eight_devices():
     x = planted(16, 8 * 256, spectrum("harmonic", 16))[0].astype(np.float32)
     outputs = svd.GramSvd(P(), P(), P(None, "features"), P(), P(), P())

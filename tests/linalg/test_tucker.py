@@ -353,6 +353,7 @@ def test_agrees_with_tensorly():
     assert true_error(x, found) == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_agrees_with_pyttb():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -97,6 +97,7 @@ def test_many_states_keep_the_budget(monkeypatch):
         branched.partition([xs[0] @ xs[0].T], [5], branched.Options(budget=0.5))
 
 
+@pytest.mark.slow
 def test_gumbel_softmax_is_torchs_given_the_same_numbers():
     torch = pytest.importorskip("torch")
     logits, uniforms = np.linspace(-2, 2, 12, dtype="f4").reshape(3, 4), np.linspace(0.05, 0.95, 12, dtype="f4")

@@ -116,6 +116,7 @@ def test_another_dtype_is_refused(tmp_path):
         run(tmp_path, text)
 
 
+@pytest.mark.slow
 def test_slerp_goes_from_the_base(tmp_path):
     paths, base = models(tmp_path, 1)
     for t in (0.0, 1.0):

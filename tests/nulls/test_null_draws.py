@@ -235,6 +235,7 @@ def test_strength_pair_variance_and_fourth_moment(frames):
     assert (abs(kurtosis[0] - kurtosis[1]) < 0.06) == (frames > num)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["random B", "narrow", *(pytest.param(c, marks=pytest.mark.slow) for c in ("shared B", "half shared B"))]
 )

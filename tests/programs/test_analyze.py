@@ -110,6 +110,7 @@ def test_a_run_that_stopped_goes_on_in_its_workdir_as_it_advised(tmp_path):
     assert analyze(folder, workdir=workdir, max_quarantined=2).layers
 
 
+@pytest.mark.slow
 def test_models_beside_one_of_1e30_are_neither_zero_nor_kin_nor_a_bug(tmp_path):
     """float64, as one model of them: float32 would make the others underflow."""
     x = worlds.noise(12).astype(np.float64)
@@ -190,6 +191,7 @@ def test_blocks_of_very_different_scale(tmp_path, monkeypatch):
     assert all(m["rank_at"]["0.9"] for m in layer["modes"])
 
 
+@pytest.mark.slow
 def test_a_sketch_of_a_wide_axis_sees_every_direction(tmp_path, monkeypatch):
     """One axis of 5000 with a single column: a sketch by mixtures alone would have rank 8."""
     rng = np.random.default_rng(0)

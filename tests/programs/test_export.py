@@ -256,6 +256,7 @@ def test_layers_that_export_cannot_orient_are_refused(tmp_path):
         factors.export(tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_a_folder_that_exists_is_left_alone_and_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     bundle = jaxsub.fit(collection(tmp_path / "m"), rank=3)
     os.makedirs(tmp_path / "new")

@@ -355,6 +355,7 @@ def test_scores_of_individual_models_are_the_accuracies_of_training(world, place
     )
 
 
+@pytest.mark.slow
 def test_tuning_and_test_rows_are_apart_and_the_same_for_all_tasks(place):
     case = zoo_case("same_start_split_task", place).case()
     inputs = {part: x for part, (x, *_) in case.parts.items()}

@@ -41,6 +41,7 @@ def opened(monkeypatch):
     return events
 
 
+@pytest.mark.slow
 def test_the_next_layer_is_begun_before_the_last_block_is_computed(folder, opened):
     (folder / "m5.safetensors").unlink()
     jaxsub.analyze(str(folder))

@@ -62,6 +62,7 @@ def test_a_second_run_is_the_same(tmp_path, stacks):
     done("a second fit")
 
 
+@pytest.mark.slow
 def test_the_order_of_models(tmp_path, stacks):
     order = np.random.default_rng(2).permutation(11)
     turned = {name: x[order] for name, x in stacks.items()}

@@ -60,6 +60,7 @@ def require_true(made, wide, folder, unit):
     np.testing.assert_allclose(others / unit, layer.values / unit, atol=1e-6 * np.abs(layer.values / unit).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype", "largest"),
     [

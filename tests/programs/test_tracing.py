@@ -46,6 +46,7 @@ def test_a_trace_needs_a_place(tmp_path):
         jaxsub.analyze(str(folder), profile=True)
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_time_make_its_total(tmp_path):
     folder, workdir = worlds.write(tmp_path / "c", {"a": worlds.noise(12), "b": worlds.noise(12)}), tmp_path / "out"
     report = jaxsub.analyze(str(folder), str(workdir), draws=4, splits=2)

@@ -33,6 +33,7 @@ VERDICTS = {"shared", "chance", "common_mean", "lineage", "lineage+shared", "und
 # Trained anew twice, in seconds each; the other trained worlds share their code.
 TRAINED = (
     "cnn_variants", "lora", "vit_variants", "same_start_same_task", "own_start_same_task", "own_start_split_task",
+    "same_start_split_task",
 )  # fmt: skip
 
 
