@@ -30,7 +30,7 @@ SMALL |= {
 VERDICTS = {"shared", "chance", "common_mean", "lineage", "lineage+shared", "undetermined"}
 
 
-# Trained anew twice, in seconds each; the other trained worlds share their code.
+# Trained anew twice, in seconds each.
 TRAINED = (
     "cnn_variants", "lora", "vit_variants", "same_start_same_task", "own_start_same_task", "own_start_split_task",
     "same_start_split_task",
