@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 
 from jaxsub import errors, lineup
-from jaxsub.pipelines import train_table
+from jaxsub.pipelines import intervals
 
 WIDTH = 100  # columns
 COLOURS = "Blue: better than the mean. Orange: worse. Both by the interval of the difference, not by those drawn."
@@ -93,24 +93,8 @@ def _comparisons(methods, own):
 
 
 def interval(scores):
-    """(mean, low, high) of scores (zoos, tasks): `train_table.interval`, widened for few independent draws.
-
-    A bootstrap of n draws is too narrow by sqrt((n - 1) / n) and by the quotient of the quantiles of the normal and of
-    Student's t with n - 1 degrees of freedom. Measured with 5 zoos of 8 tasks: equal methods seem to differ
-    in 0 to 7 % of cases, the more the more of the difference is common to a zoo's tasks; unwidened in 3 to 18 %
-    (test_merge_bench.py, test_equal_methods_seldom_seem_to_differ).
-    """
-    from scipy import stats
-
-    if len(scores) == 1:  # its tasks are what is drawn
-        scores = np.transpose(scores)
-    mean, low, high = train_table.interval(scores)
-    count = len(scores)
-    if low is None or count < 2:
-        return mean, None, None
-    edge = (1 + train_table.COVERED) / 2
-    factor = np.sqrt(count / (count - 1)) * stats.t.ppf(edge, count - 1) / stats.norm.ppf(edge)
-    return mean, float(mean - factor * (mean - low)), float(mean + factor * (high - mean))
+    """(mean, low, high) of scores (zoos, tasks); of a single zoo, or the user's collection, tasks are what is drawn."""
+    return intervals.interval(np.transpose(scores) if len(scores) == 1 else scores)
 
 
 def compared(of, to, first, second):

@@ -13,7 +13,7 @@ import os
 import numpy as np
 
 from jaxsub import errors, plugins
-from jaxsub.pipelines import train_runs, train_table
+from jaxsub.pipelines import intervals, train_runs, train_table
 from jaxsub.report import _write
 
 SHARE, PARTS = 0.9, "sweep_parts.json"
@@ -124,7 +124,7 @@ def _interval(each):
     """{"seeds": values, "mean", "low", "high"}; None where a run never reaches the goal."""
     if any(one is None for one in each):
         return {"seeds": each, "mean": None, "low": None, "high": None}
-    mean, low, high = train_table.interval(np.log([each]))
+    mean, low, high = intervals.interval(np.log([each]))
     values = {"mean": mean, "low": low, "high": high}
     return {"seeds": each, **{k: v if v is None else float(math.exp(v)) for k, v in values.items()}}
 
@@ -154,7 +154,7 @@ def page(found):
     for (name, curve), style in zip(reversed(found["curves"].items()), styles, strict=False):
         sizes = found["dimensions"][: len(curve["scores"])]
         points = [(d, float(np.mean(s))) for d, s in zip(sizes, curve["scores"], strict=True)]
-        spans = [train_table.interval([s])[1:] for s in curve["scores"]]
+        spans = [intervals.interval([s])[1:] for s in curve["scores"]]
         band = [(d, *span) for d, span in zip(sizes, spans, strict=True) if span[0] is not None]
         lines.append(svg.Line(points, style, name, band, dots=True))
     x = svg.doubling("numbers trained (log scale)", found["dimensions"])

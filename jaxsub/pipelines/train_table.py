@@ -1,15 +1,12 @@
 """Scores of methods with intervals, and whether joint subspaces beat random ones.
 
-Intervals are of a bootstrap that draws tasks, and within each of them seeds: what other tasks could have given.
+Intervals draw tasks, and within each of them seeds.
 """
 
 import numpy as np
 
 from jaxsub import errors
-
-DRAWS, COVERED = 10000, 0.95
-# Of normal differences around zero, intervals of 2, 3, 4, 5 and 10 tasks left it out in 48, 29, 19, 16 and 11 % of 400.
-FEW = 5
+from jaxsub.pipelines.intervals import interval
 
 
 def chosen(scores):
@@ -21,25 +18,6 @@ def chosen(scores):
     lost = (~is_finite).sum(axis=(0, 1))
     means = np.where(is_finite, scores, 0).sum(axis=(0, 1)) / np.maximum(is_finite.sum(axis=(0, 1)), 1)
     return int(np.where(lost == lost.min(), means, -np.inf).argmax())
-
-
-def interval(scores, *, seed=0):
-    """(mean, low, high) of scores (tasks, seeds); low and high are None for a single run, or one run repeated.
-
-    Tasks are drawn with replacement, then seeds of each; of one task only seeds are: seeds that all score the same are
-    one run (of the same batches, from the same start), which says nothing of how runs differ.
-    """
-    scores = np.asarray(scores, np.float64)
-    tasks, seeds = scores.shape
-    if tasks == 1 and (scores == scores[0, 0]).all():
-        return float(scores.mean()), None, None
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(tasks, size=(DRAWS, tasks)) if tasks > 1 else np.zeros((DRAWS, 1), int)
-    runs = rng.integers(seeds, size=(DRAWS, tasks, seeds))
-    means = scores[chosen[:, :, None], runs].mean(axis=(1, 2))
-    edge = (1 - COVERED) / 2
-    low, high = np.quantile(means, [edge, 1 - edge])
-    return float(scores.mean()), float(low), float(high)
 
 
 def comparisons(methods):
@@ -96,10 +74,6 @@ def table(found):
         lines.append("no coefficient moved: the loss has no gradient where they start; try another --initial")
     if found["seeds"] == 1:
         lines.append("a single seed: intervals say nothing of how runs differ")
-    drawn = tasks if tasks > 1 else found["seeds"]
-    if 1 < drawn < FEW:
-        what = "tasks" if tasks > 1 else "seeds"
-        lines.append(f"{drawn} {what} are few: a bootstrap's intervals are too narrow for them")
     lines += [sentence(one) for one in found["comparisons"]]
     if "posterior" in found:
         from jaxsub.pipelines import train_posterior

@@ -13,7 +13,7 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from jaxsub.formats import safetensors
-from jaxsub.pipelines import train, train_setup, train_table, zoo
+from jaxsub.pipelines import intervals, train, train_setup, train_table, zoo
 from jaxsub.tasks import _data, digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -187,11 +187,6 @@ def test_missing_labels_of_members_are_said(made, tmp_path, monkeypatch):
     ]
     assert "no labels of the bundle's members" in train_table.table(found)
     assert "no labels" not in train_table.table({**found, "blind": False})
-    assert "2 seeds are few" in train_table.table(found)
-    assert "3 tasks are few" in train_table.table({**found, "tasks": ["a", "b", "c"]})
-    assert "few" not in train_table.table({**found, "tasks": [*"abcde"]}) and "few" not in train_table.table(
-        {**found, "seeds": 5}
-    )
 
 
 def test_scores_on_training_rows_are_refused():
@@ -243,11 +238,11 @@ def test_intervals_cover_what_they_say():
     rng, held = np.random.default_rng(0), 0
     for n in range(150):
         scores = 0.8 + 0.05 * rng.standard_normal((12, 1)) + 0.02 * rng.standard_normal((12, 4))
-        _, low, high = train_table.interval(scores, seed=n)
+        _, low, high = intervals.interval(scores, seed=n)
         held += low <= 0.8 <= high
     assert 0.86 < held / 150 < 0.99
     # Seeds alone would leave the tasks' spread out: twelve tasks as one have an interval far too narrow.
-    _, low, high = train_table.interval(np.full((1, 48), 0.8) + 0.02 * rng.standard_normal((1, 48)))
+    _, low, high = intervals.interval(np.full((1, 48), 0.8) + 0.02 * rng.standard_normal((1, 48)))
     assert high - low < 0.02
 
 

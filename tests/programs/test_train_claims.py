@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxsub.pipelines import train_table, train_write
+from jaxsub.pipelines import intervals, train_table, train_write
 
 
 def test_a_diverged_rate_is_never_chosen_and_seeds_that_are_one_run_make_no_claim():
@@ -12,7 +12,7 @@ def test_a_diverged_rate_is_never_chosen_and_seeds_that_are_one_run_make_no_clai
     assert train_table.chosen(np.array([[[0.1, 0.9]]])) == 1
     lost = {"name": "full", "scores": [[0.5, 0.5]]}
     assert train_table.comparisons([{"name": "scalar", "scores": [[0.9, 0.9]]}, lost])[0]["better"] is None
-    many = train_table.interval([[0.5, 0.5], [0.7, 0.7]])  # tasks differ: an interval there is
+    many = intervals.interval([[0.5, 0.5], [0.7, 0.7]])  # tasks differ: an interval there is
     assert many[1] < many[2]
 
 
