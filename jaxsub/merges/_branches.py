@@ -123,10 +123,6 @@ def within(groups, grams, sizes, budget, value=None):
 
 def _joins(groups, grams, sizes):
     """(distance a weight saved, layer, its groups) of all ways to join two groups."""
-    cost = _partitions.within
     for number, (own, gram, size) in enumerate(zip(groups, grams, sizes, strict=True)):
-        for i, a in enumerate(own):
-            for b in own[:i]:
-                more = cost(gram, tuple(sorted(a + b))) - cost(gram, a) - cost(gram, b)
-                rest = [g for g in own if g not in (a, b)]
-                yield more / size, number, tuple(sorted([*rest, tuple(sorted(a + b))]))
+        for more, i, j in _partitions.joins(own, gram):
+            yield more / size, number, _partitions.joined(own, i, j)

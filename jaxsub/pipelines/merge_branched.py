@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxsub import errors, formats, lineup
 from jaxsub.formats import _files, _rewrite
-from jaxsub.merges import _branches
+from jaxsub.merges import _branches, _partitions
 from jaxsub.pipelines import layers as layer_loop, merge_store, merge_whole, progress, tracing
 from jaxsub.rows import lora
 
@@ -86,8 +86,7 @@ def _layer(layer, groups, sources, stores, gram):
         rows.cut = lora.Cut(max(int(rows.ranks.max()), 1), sources.cut.energy)
     for members in groups:
         waiting = [n for n in members if stores[n].kept(layer) is None]
-        part = gram[np.ix_(members, members)]
-        lost += max(float(np.trace(part) - part.sum() / len(members)), 0.0)
+        lost += _partitions.within(gram, members)
         if waiting:
             c = np.zeros(rows.num_models)
             c[list(members)] = 1 / len(members)
