@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import descriptors, errors, formats, plugins, rows
+from jaxsub import descriptors, errors, formats, rows
 from jaxsub.merges import _whole
 from jaxsub.pipelines import layers as layer_loop, merge_bench_fisher, merge_layers, merge_rows, merge_whole
 from jaxsub.worlds import _evaluation, _training
@@ -63,11 +63,10 @@ class Case:
             key = layer_loop.layer_key("", seed)
             results, _ = merge_whole.merge(self.models, module, self.loss, options, key)
             return {layer: _array(result, self.rows[layer].shape) for layer, result in results.items()}
-        mean, found = plugins.load("merges", "mean"), {}
+        found = {}
         for layer, own in self.rows.items():
-            of, given = (mean, mean.Options()) if module.NEEDS_UPDATES and not own.is_update else (module, options)
-            with jax.enable_x64(True):
-                found[layer] = _array(of.merge(own, given, layer_loop.layer_key(layer, seed)), own.shape)
+            result, _ = merge_rows.merged(own, module, options, layer_loop.layer_key(layer, seed))
+            found[layer] = _array(result, own.shape)
         return found
 
     def combined(self, coefficients):
@@ -95,8 +94,7 @@ class Case:
     def kept(self):
         """Names of the layers that stay each model's own."""
         first = self.sources.opened.models[self.found.template]
-        merged = {name for layer in self.found.layers for name in (layer.name, *layer.twins)}
-        return sorted({*first.tensors, *first.adapters} - merged)
+        return sorted({*first.tensors, *first.adapters} - self.found.merged)
 
     def scores(self, weights, part):
         """(T,) float64 scores of merged layers {layer: ...} on the tasks of all models, higher is better."""
