@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxsub import descriptors, errors, formats, rows
 from jaxsub.merges import _whole
+from jaxsub.models import _trees
 from jaxsub.pipelines import layers as layer_loop, merge_bench_fisher, merge_layers, merge_rows, merge_whole
 from jaxsub.worlds import _evaluation, _training
 
@@ -37,7 +38,7 @@ class Case:
         """
         self.found = merge_layers.line_up(opened, base, policy, chosen)
         self.sources = merge_rows.Sources(opened=opened, base=base, statistics=statistics)
-        self.ids = self.sources.ids
+        self.ids = self.tasks = self.sources.ids
         self.rows = {layer.name: self.sources.of(layer) for layer in self.found.layers}
         if sum(layer.group.num_bytes for layer in self.found.layers) <= IN_MEMORY:
             self.rows = {name: _kept(own) for name, own in self.rows.items()}
@@ -132,7 +133,7 @@ class Zoo(Case):
 
         own = re.compile(evaluation.own) if evaluation.own else None
         super().__init__(opened, base, lambda name: own is None or not own.search(name))
-        self.evaluation, self.batch_size = evaluation, batch_size
+        self.evaluation, self.batch_size, self.tasks = evaluation, batch_size, evaluation.names
         self.base = {name: np.asarray(formats.read(base, tensor)) for name, tensor in base.tensors.items()}
         self.own = [self._own(n) for n in range(len(self.ids))]
         inputs, targets, used = _evaluation.stacked(evaluation.held_out)
@@ -173,7 +174,7 @@ class Zoo(Case):
 
     def outputs(self, weights, part):
         """(T, n, o) outputs of merged layers on the rows of a part."""
-        found = _evaluation.nested({k: v.astype(np.float32) for k, v in self._parameters(weights, np.stack).items()})
+        found = _trees.nested({k: v.astype(np.float32) for k, v in self._parameters(weights, np.stack).items()})
         return np.asarray(_training.outputs(found, {}, self.parts[part][0], model=self.evaluation.model, axis=0))
 
     def scores(self, weights, part):
@@ -198,7 +199,7 @@ class Zoo(Case):
             chosen = task.batches(place, count, options, key)
             return task.loss(model.apply({"params": own}, x[chosen]), y[chosen])
 
-        return jnp.mean(jax.vmap(one)(_evaluation.nested(params), inputs, targets, places, counts, keys))
+        return jnp.mean(jax.vmap(one)(_trees.nested(params), inputs, targets, places, counts, keys))
 
     @functools.cached_property
     def _train(self):
