@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import errors
-from jaxsub.merges import _partitions
+from jaxsub.merges import _descent, _partitions
 
 TRIED = 256  # ways to join two groups whose loss is looked at
 
@@ -62,11 +61,10 @@ class Learner:
         import optax
 
         options, count, names = self.options, len(self.model_ids), list(self.whole.layers)
-        adam, tiny = optax.adam(options.rate), float(jnp.finfo(jnp.float32).tiny)
+        adam = optax.adam(options.rate)
 
         def cost(logits, key, temperature):
-            uniforms = jax.random.uniform(key, logits.shape, jnp.float32, tiny, 1 - 2**-24)
-            p = soft_choice(logits, uniforms, temperature)
+            p = soft_choice(logits, _descent.uniforms(key, logits.shape), temperature)
             branches = p / jnp.sum(p, axis=1, keepdims=True)  # (L, N, B): what each model gives to a branch
             price = options.price * jnp.sum(self.shares * jax.vmap(expected_branches)(p))
             return price + self.total(jnp.einsum("ltb,lsb->lts", p, branches))
@@ -83,10 +81,8 @@ class Learner:
         try:
             logits = np.asarray(run(start))
         except Exception as error:  # the user's own code: anything may come
-            said = f"{type(error).__name__}: {errors.quote(error, 300)}"
-            raise errors.ConfigError(f"loss: function(weights, model) cannot be traced by JAX: {said}") from error
-        if not np.isfinite(logits).all():
-            raise errors.ConfigError("loss: it, or its gradient, was not finite on the way; a smaller rate may help")
+            raise _descent.untraceable("function(weights, model) ", error) from error
+        _descent.require_finite(logits)
         return [_grouped(layer.argmax(axis=1)) for layer in logits]
 
 
@@ -112,8 +108,9 @@ def within(groups, grams, sizes, budget, value=None):
     while sum(len(one) * size for one, size in zip(groups, sizes, strict=True)) > budget:
         ways = list(_joins(groups, grams, sizes))
         if value is not None and len(ways) <= TRIED:
+            now = value(groups)
             ways = [
-                ((value([*groups[:layer], joined, *groups[layer + 1 :]]) - value(groups)) / sizes[layer], layer, joined)
+                ((value([*groups[:layer], joined, *groups[layer + 1 :]]) - now) / sizes[layer], layer, joined)
                 for _, layer, joined in ways
             ]
         _, layer, joined = min(ways, key=lambda way: way[:2])
@@ -123,10 +120,6 @@ def within(groups, grams, sizes, budget, value=None):
 
 def _joins(groups, grams, sizes):
     """(distance a weight saved, layer, its groups) of all ways to join two groups."""
-    cost = _partitions.within
     for number, (own, gram, size) in enumerate(zip(groups, grams, sizes, strict=True)):
-        for i, a in enumerate(own):
-            for b in own[:i]:
-                more = cost(gram, tuple(sorted(a + b))) - cost(gram, a) - cost(gram, b)
-                rest = [g for g in own if g not in (a, b)]
-                yield more / size, number, tuple(sorted([*rest, tuple(sorted(a + b))]))
+        for more, i, j in _partitions.joins(own, gram):
+            yield more / size, number, _partitions.joined(own, i, j)

@@ -42,9 +42,25 @@ def minimise(build, parameters, loss, *, steps, rate, key, programs=None, name=N
         descent = _descent(functools.partial(_loss, build, loss), steps)
         programs[known] = _Compiled(descent, parameters, key, jnp.float32(rate))
     (found, _), values = programs[known](parameters, key, jnp.float32(rate))
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((found, values))):
-        raise errors.ConfigError("loss: it, or its gradient, was not finite on the way; a smaller rate may help")
+    require_finite((found, values))
     return found, values
+
+
+def require_finite(found):
+    """Raises ConfigError where arrays that a descent found are not finite."""
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found)):
+        raise errors.ConfigError("loss: it, or its gradient, was not finite on the way; a smaller rate may help")
+
+
+def untraceable(what, error):
+    """ConfigError of a loss that failed when it was traced; `what` it is called with, or ""."""
+    said = f"{type(error).__name__}: {errors.quote(error, 300)}"
+    return errors.ConfigError(f"loss: {what}cannot be traced by JAX: {said}")
+
+
+def uniforms(key, shape):
+    """Uniform float32 numbers above 0 and below 1, whose logarithms, and those of what is left to 1, are finite."""
+    return jax.random.uniform(key, shape, jnp.float32, float(jnp.finfo(jnp.float32).tiny), 1 - 2**-24)
 
 
 def _descent(loss, steps):
@@ -57,8 +73,7 @@ def _descent(loss, steps):
         try:
             shape = jax.eval_shape(loss, parameters, key)
         except Exception as error:  # the user's own code: anything may come
-            said = f"{type(error).__name__}: {errors.quote(error, 300)}"
-            raise errors.ConfigError(f"loss: cannot be traced by JAX: {said}") from error
+            raise untraceable("", error) from error
         if shape.shape != ():
             raise errors.ConfigError(f"loss: returned shape {shape.shape}; one number is needed")
 

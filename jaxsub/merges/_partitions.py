@@ -60,20 +60,25 @@ def _by_subsets(gram):
 
 
 def _by_ward(gram):
-    groups = [(n,) for n in range(len(gram))]
-    found = {len(groups): (0.0, tuple(groups))}
+    groups = tuple((n,) for n in range(len(gram)))
+    found = {len(groups): (0.0, groups)}
     while len(groups) > 1:
-        costs = [
-            (within(gram, a + b) - within(gram, a) - within(gram, b), i, j)
-            for i, a in enumerate(groups)
-            for j, b in enumerate(groups[:i])
-        ]
-        _, i, j = min(costs)
-        joined = tuple(sorted(groups[i] + groups[j]))
-        groups = [g for k, g in enumerate(groups) if k not in (i, j)] + [joined]
-        groups.sort()
-        found[len(groups)] = sum(within(gram, g) for g in groups), tuple(groups)
+        groups = joined(groups, *min(joins(groups, gram))[1:])
+        found[len(groups)] = sum(within(gram, g) for g in groups), groups
     return found
+
+
+def joins(groups, gram):
+    """(what it adds to the loss, i, j) of every way to join two groups, the i-th and the j-th before it."""
+    for i, a in enumerate(groups):
+        for j, b in enumerate(groups[:i]):
+            yield within(gram, a + b) - within(gram, a) - within(gram, b), i, j
+
+
+def joined(groups, i, j):
+    """The groups, two of them one; sorted, as their members are."""
+    rest = [group for k, group in enumerate(groups) if k not in (i, j)]
+    return tuple(sorted([*rest, tuple(sorted(groups[i] + groups[j]))]))
 
 
 def allocate(choices, sizes, budget):

@@ -6,7 +6,6 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub.linalg import products
 from jaxsub.rows import Rows
 
 
@@ -81,13 +80,5 @@ def rebuilder(space, shape, origin=None):
 
 
 def _rebuilt(space, shape, origin, c):
-    if hasattr(space, "basis"):
-        whole = products.matmul(c.reshape(1, -1).astype(space.basis.dtype), space.basis)[0].reshape(shape)
-        mean = space.mean.reshape(shape)
-    else:
-        whole = c
-        for axis, factor in space.factors.items():
-            moved = jnp.moveaxis(jnp.tensordot(factor.T, jnp.moveaxis(whole, axis, 0), 1), 0, axis)
-            whole = moved.astype(factor.dtype)
-        mean = jnp.broadcast_to(space.mean, shape)
-    return whole + (mean if origin is None else origin).astype(whole.dtype)
+    whole, nothing = space.reconstruct(jnp.stack([c, jnp.zeros_like(c)])).astype(jnp.float32).reshape(2, *shape)
+    return whole if origin is None else origin.astype(jnp.float32) + (whole - nothing)

@@ -60,7 +60,6 @@ def merge_models(whole, loss, options, key):
                 "and give --bundle="
             )
     count = len(whole.layers)
-    tiny = float(jnp.finfo(jnp.float32).tiny)
 
     def merged(logits, c, draw):
         found = {}
@@ -68,8 +67,7 @@ def merge_models(whole, loss, options, key):
             if draw is None:
                 mask = jax.nn.sigmoid(logits[name] / options.temperature)
             else:
-                own = jax.random.fold_in(draw, number)
-                uniforms = jax.random.uniform(own, logits[name].shape, jnp.float32, tiny, 1 - 2**-24)
+                uniforms = _descent.uniforms(jax.random.fold_in(draw, number), logits[name].shape)
                 mask = relaxed(logits[name], uniforms, options.temperature)
             found[name] = whole.combined(name, c[number], mask / jnp.mean(mask))
         return found

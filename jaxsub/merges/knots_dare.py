@@ -14,6 +14,7 @@ from jaxsub.merges import _drop, _knots, _signs
 REFERENCE = "Stoica et al. 2024 (arXiv 2410.19735), KnOTS-DARE-TIES"
 NEEDS_UPDATES = True
 READS = 2
+held = _knots.held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,6 @@ class Options:
     density: float = 0.5  # chance of an entry to stay, in the common basis
     scaling: float = 0.6  # of the merged update
     function: str = "mean"  # mean or sum of the models that agree
-
-
-def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
-    return _knots.held(shape, count, itemsize)
 
 
 def merge(rows, options, key):

@@ -17,6 +17,7 @@ from jaxsub.merges import _knots, _signs
 REFERENCE = "Stoica et al. 2024, model merging with SVD to tie the KnOTS (arXiv 2410.19735), section 4"
 NEEDS_UPDATES = True
 READS = 2
+held = _knots.held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,6 @@ class Options:
     density: float = 0.2  # share of each model's entries that is kept, in the common basis
     scaling: float = 0.6  # of the merged update
     function: str = "mean"  # mean or sum of the models that agree
-
-
-def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
-    return _knots.held(shape, count, itemsize)
 
 
 def merge(rows, options, key):

@@ -12,6 +12,7 @@ from jaxsub.merges import _drop, _signs, _subspace
 REFERENCE = "Yu et al. 2024 (arXiv 2311.03099) on coefficients: E37"
 NEEDS_UPDATES = True
 READS = 3
+held = _subspace.held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,6 @@ class Options:
     density: float = 0.5  # chance of a coefficient to stay
     scaling: float = 1.0  # of the merged update
     function: str = "mean"  # mean or sum of the models that agree
-
-
-def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
-    return _subspace.held(shape, count, itemsize)
 
 
 def merge(rows, options, key):

@@ -16,6 +16,7 @@ from jaxsub.merges import _matrices, _subspace
 REFERENCE = "Marczak et al. 2025 (arXiv 2502.04959) in the subspace of Kaushik et al. 2025 (arXiv 2512.05117): E36"
 NEEDS_UPDATES = True
 READS = 3
+held = _subspace.held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,6 @@ class Options:
     rank: int = 0  # directions a side; 0: as many as `energy` asks for
     energy: float = 0.9  # share of the updates' energy that each side holds
     scaling: float = 1.0  # of the merged update
-
-
-def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
-    return _subspace.held(shape, count, itemsize)
 
 
 def merge(rows, options, key):

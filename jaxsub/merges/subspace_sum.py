@@ -14,6 +14,7 @@ from jaxsub.merges import _subspace, _weights
 REFERENCE = "Family of Kaushik et al. 2025 (arXiv 2512.05117), which publishes no formula: E34"
 NEEDS_UPDATES = True
 READS = 3
+held = _subspace.held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,6 @@ class Options:
     rank: int = 0  # directions a side; 0: as many as `energy` asks for
     energy: float = 0.9  # share of the updates' energy that each side holds
     scaling: float = 0.3  # lambda
-
-
-def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
-    return _subspace.held(shape, count, itemsize)
 
 
 def merge(rows, options, key):

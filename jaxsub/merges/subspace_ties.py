@@ -13,6 +13,7 @@ from jaxsub.merges import _signs, _subspace
 REFERENCE = "Yadav et al. 2023 (arXiv 2306.01708) on coefficients: E37"
 NEEDS_UPDATES = True
 READS = 3
+held = _subspace.held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,6 @@ class Options:
     density: float = 0.2  # share of each model's coefficients that is kept
     scaling: float = 1.0  # of the merged update
     function: str = "mean"  # mean or sum of the models that agree
-
-
-def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
-    return _subspace.held(shape, count, itemsize)
 
 
 def merge(rows, options, key):

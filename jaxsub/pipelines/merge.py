@@ -8,11 +8,9 @@ What is read of a layer is a block of columns of all models, or one model after 
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import shutil
 
-import jax
 import threadpoolctl
 
 from jaxsub import config as configs, errors, formats, hostmemory, lineup, plugins, rows
@@ -40,7 +38,6 @@ from jaxsub.rows import lora
 
 SCHEMA, RECORD, PART = "jaxsub.merge/1", "merge.json", ".part"
 LAYOUTS = ("portable", "exact")
-log = logging.getLogger("jaxsub")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,23 +203,25 @@ def _merge(ready, config, module, options, part, identity, stream):
         stream.write(merge_plan.text(plans, found, sources, most=plan.LISTED) + "\n")
     merge_plan.require_disk(part, plans, found, sources)
     own = _digest([identity, [ref.id for ref in sources.opened.refs]])
-    if getattr(module, "MANY", False):
-        place, records, figures = merge_branched.run(ready, config, module, options, part, own, stream)
-        record = _record(records, found, sources, config, options, ready.kin, identity) | {"fit": figures}
-        _write.write_json(os.path.join(place, RECORD), record)
-        return place, record
-    store = merge_store.open_store(part, ready.template, found.layers, own, config.peft_layout)
+    of_kind = merge_branched.run if getattr(module, "MANY", False) else _one
+    place, records, figures = of_kind(ready, config, module, options, part, own, stream)
+    record = _record(records, found, sources, config, options, ready.kin, identity) | {"fit": figures}
+    _write.write_json(os.path.join(place, RECORD), record)
+    return place, record
+
+
+def _one(ready, config, module, options, part, of, stream):
+    """See `merge_branched.run`; of methods that give one model."""
+    found, sources = ready.found, ready.sources
+    store = merge_store.open_store(part, ready.template, found.layers, of, config.peft_layout)
     try:
         if hasattr(module, "merge_models"):
             records, figures = _whole(found, sources, config, module, options, store)
         else:
             records, figures = _layers(found, sources, config, module, options, store, stream), {}
-        record = _record(records, found, sources, config, options, ready.kin, identity) | {"fit": figures}
-        place = store.finish()
-        _write.write_json(os.path.join(place, RECORD), record)
+        return store.finish(), records, figures
     finally:
         store.close()
-    return place, record
 
 
 def _require_fit(found, sources, config, module):
@@ -298,15 +297,9 @@ def _layer(layer, sources, config, module, options, store):
     key = layer_loop.layer_key(layer.name, config.seed)
     space = merge_rows.coefficients(sources, layer)
     own = sources.of(layer) if space is None else space
-    method, merge = config.method, module.merge
-    if module.NEEDS_UPDATES and not own.is_update:
-        # Full values beside low-rank updates, such as a classifier's head: there is nothing that they are updates of.
-        mean = plugins.load("merges", "mean")
-        method, merge, options = "mean", mean.merge, mean.Options()
-    with jax.enable_x64(True):
-        result = merge(own, options, key)
+    result, is_mean = merge_rows.merged(own, module, options, key)
     result = result if space is None else space.rebuilt(result)
-    record = _described(layer, method, own, space, result)
+    record = _described(layer, "mean" if is_mean else config.method, own, space, result)
     store.put(layer, result, record)
     return record
 
@@ -335,7 +328,11 @@ def _record(records, found, sources, config, options, kin, identity):
         "template": opened.refs[found.template].id,
         "layers": records,
         "copied": found.copied,
-        "said": [*found.said, *kin.said, *_notes(records, config, sources)],
+        "said": [
+            *found.said,
+            *kin.said,
+            *merge_words.notes(records, config.method, sources.weights, has_statistics=bool(sources.statistics)),
+        ],
         "kinship": kin.figures,
         "quarantined": [dict(q) for q in opened.quarantined],
         "provenance": {
@@ -345,10 +342,6 @@ def _record(records, found, sources, config, options, kin, identity):
             "identity": _digest(identity),
         },
     }
-
-
-def _notes(records, config, sources):
-    return merge_words.notes(records, config.method, sources.weights, has_statistics=bool(sources.statistics))
 
 
 def _digest(identity):

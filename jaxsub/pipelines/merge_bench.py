@@ -13,6 +13,7 @@ that is named is run.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -34,13 +35,8 @@ from jaxsub.pipelines import (
 )
 from jaxsub.report import _write
 
-SCHEMA, RECORD, PAGE, PARTS, TABLE = (
-    "jaxsub.merge_bench/1",
-    "merge_bench.json",
-    "merge_bench.html",
-    "bench",
-    "merge_bench.md",
-)
+SCHEMA, PARTS = "jaxsub.merge_bench/1", "bench"
+RECORD, PAGE, TABLE = "merge_bench.json", "merge_bench.html", "merge_bench.md"
 BASELINES = "baselines"
 NOT_TAKEN = ("method", "options", "out", "weights", "bundle", "mergekit_yaml")
 WORLDS = (
@@ -202,14 +198,14 @@ def _collection(zoos, own, methods, place, stream):
     each = []
     for number, one in enumerate(zoos):
         parts = _Parts(place, one)
-        case = _Once(one)
+        case = functools.cache(one.case)  # made when it is first needed
         base = parts.get(BASELINES, [], lambda case=case: baselines(case()))
         found = {}
         for method in methods:
             begun = time.perf_counter()
             what = [method.text, own.evaluations, own.seed]
             individual = base["individual"][cases.TUNING]
-            work = lambda m=method, c=case, i=individual, s=one.seed: _tried(c(), m, own.evaluations, s, i)  # noqa: E731
+            work = functools.partial(_tried, case, method, own.evaluations, one.seed, individual)
             found[method.label] = parts.get(method.label, what, work)
             if stream is not None:
                 stream.write(_line(one, number, len(zoos), method, found[method.label], base, begun) + "\n")
@@ -224,18 +220,6 @@ def _line(one, number, total, method, found, base, begun):
     share = np.mean(np.divide(found["scores"], base["individual"][cases.TEST]))
     seconds = time.perf_counter() - begun
     return f"{where} {share:.3f} of the individual models ({len(found['tuning'])} tried, {seconds:.1f} s)"
-
-
-class _Once:
-    """The Case of a zoo, made when it is first needed."""
-
-    def __init__(self, one):
-        self.one, self.made = one, None
-
-    def __call__(self):
-        if self.made is None:
-            self.made = self.one.case()
-        return self.made
 
 
 class _Parts:
@@ -282,7 +266,7 @@ def baselines(case):
             if not score > 0:
                 hint = "scores are divided by it: let higher be better, and 0 the worst"
                 raise errors.InputError(name, f"scores {score:g} on {part} data of its own task", hint=hint)
-    found = {"tasks": list(getattr(getattr(case, "evaluation", None), "names", case.ids)), "individual": individual}
+    found = {"tasks": list(case.tasks), "individual": individual}
     found["models"] = {part: scores.tolist() for part, scores in models.items()}
     nothing = np.zeros(len(case.ids))
     found["base"] = case.scores(case.combined(nothing), cases.TEST).tolist() if case.has_base else None
@@ -299,9 +283,10 @@ def _ensemble(case):
 
 
 def _tried(case, method, count, seed, individual):
-    """`tried`, or why the method cannot merge these models."""
+    """`tried` of `case()`, or why the method cannot merge these models."""
+    made = case()
     try:
-        return tried(case, method, count, seed, individual)
+        return tried(made, method, count, seed, individual)
     except errors.ConfigError as error:
         return {"refused": str(error)}
 

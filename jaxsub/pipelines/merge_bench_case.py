@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import descriptors, errors, formats, plugins, rows
+from jaxsub import descriptors, errors, formats, rows
 from jaxsub.merges import _whole
+from jaxsub.models import _trees
 from jaxsub.pipelines import layers as layer_loop, merge_bench_fisher, merge_layers, merge_rows, merge_whole
 from jaxsub.worlds import _evaluation, _training
 
@@ -37,7 +38,7 @@ class Case:
         """
         self.found = merge_layers.line_up(opened, base, policy, chosen)
         self.sources = merge_rows.Sources(opened=opened, base=base, statistics=statistics)
-        self.ids = self.sources.ids
+        self.ids = self.tasks = self.sources.ids
         self.rows = {layer.name: self.sources.of(layer) for layer in self.found.layers}
         if sum(layer.group.num_bytes for layer in self.found.layers) <= IN_MEMORY:
             self.rows = {name: _kept(own) for name, own in self.rows.items()}
@@ -63,11 +64,10 @@ class Case:
             key = layer_loop.layer_key("", seed)
             results, _ = merge_whole.merge(self.models, module, self.loss, options, key)
             return {layer: _array(result, self.rows[layer].shape) for layer, result in results.items()}
-        mean, found = plugins.load("merges", "mean"), {}
+        found = {}
         for layer, own in self.rows.items():
-            of, given = (mean, mean.Options()) if module.NEEDS_UPDATES and not own.is_update else (module, options)
-            with jax.enable_x64(True):
-                found[layer] = _array(of.merge(own, given, layer_loop.layer_key(layer, seed)), own.shape)
+            result, _ = merge_rows.merged(own, module, options, layer_loop.layer_key(layer, seed))
+            found[layer] = _array(result, own.shape)
         return found
 
     def combined(self, coefficients):
@@ -95,8 +95,7 @@ class Case:
     def kept(self):
         """Names of the layers that stay each model's own."""
         first = self.sources.opened.models[self.found.template]
-        merged = {name for layer in self.found.layers for name in (layer.name, *layer.twins)}
-        return sorted({*first.tensors, *first.adapters} - merged)
+        return sorted({*first.tensors, *first.adapters} - self.found.merged)
 
     def scores(self, weights, part):
         """(T,) float64 scores of merged layers {layer: ...} on the tasks of all models, higher is better."""
@@ -134,7 +133,7 @@ class Zoo(Case):
 
         own = re.compile(evaluation.own) if evaluation.own else None
         super().__init__(opened, base, lambda name: own is None or not own.search(name))
-        self.evaluation, self.batch_size = evaluation, batch_size
+        self.evaluation, self.batch_size, self.tasks = evaluation, batch_size, evaluation.names
         self.base = {name: np.asarray(formats.read(base, tensor)) for name, tensor in base.tensors.items()}
         self.own = [self._own(n) for n in range(len(self.ids))]
         inputs, targets, used = _evaluation.stacked(evaluation.held_out)
@@ -175,7 +174,7 @@ class Zoo(Case):
 
     def outputs(self, weights, part):
         """(T, n, o) outputs of merged layers on the rows of a part."""
-        found = _evaluation.nested({k: v.astype(np.float32) for k, v in self._parameters(weights, np.stack).items()})
+        found = _trees.nested({k: v.astype(np.float32) for k, v in self._parameters(weights, np.stack).items()})
         return np.asarray(_training.outputs(found, {}, self.parts[part][0], model=self.evaluation.model, axis=0))
 
     def scores(self, weights, part):
@@ -200,7 +199,7 @@ class Zoo(Case):
             chosen = task.batches(place, count, options, key)
             return task.loss(model.apply({"params": own}, x[chosen]), y[chosen])
 
-        return jnp.mean(jax.vmap(one)(_evaluation.nested(params), inputs, targets, places, counts, keys))
+        return jnp.mean(jax.vmap(one)(_trees.nested(params), inputs, targets, places, counts, keys))
 
     @functools.cached_property
     def _train(self):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub.worlds import _evaluation
+from jaxsub.models import _trees
 
 ROWS = 256  # of each model's training data
 
@@ -34,7 +34,7 @@ def _squares(weights, own, base, x, key, /, *, model, parameters):
 
     def outputs(weights, x):
         params = {name: array.astype(jnp.float32) for name, array in parameters(weights | own, base).items()}
-        return model.apply({"params": _evaluation.nested(params)}, x)
+        return model.apply({"params": _trees.nested(params)}, x)
 
     def likelihood(weights, row, target):
         return jax.nn.log_softmax(outputs(weights, row[None])[0])[target]

@@ -52,7 +52,8 @@ def collected(title, each, methods, own):
 
 def _baselines(base):
     """Label -> scores (zoos, tasks), or None."""
-    best = [int(np.argmax(np.mean(np.divide(*map(np.array, _tuning(b))), axis=1))) for b in base]
+    tuning = [np.divide(b["models"]["tuning"], b["individual"]["tuning"]) for b in base]
+    best = [int(np.argmax(np.mean(shares, axis=1))) for shares in tuning]
     models = [np.array(b["models"]["test"]) for b in base]
     votes = [b["ensemble"] for b in base]
     return {
@@ -62,10 +63,6 @@ def _baselines(base):
         "single model, mean": [m.mean(axis=0) for m in models],
         "base": None if None in [b["base"] for b in base] else [b["base"] for b in base],
     }
-
-
-def _tuning(base):
-    return base["models"]["tuning"], base["individual"]["tuning"]
 
 
 def _row(scores, individual):
@@ -226,7 +223,7 @@ def markdown(found):
             f"{100 * one['baselines'][label]['mean']:.1f}" if label in one["baselines"] else "-" for one in collections
         ]
         lines.append(f"| *{label}* | {' | '.join(cells)} |")
-    labels = [label for label in collections[0]["methods"]]
+    labels = list(collections[0]["methods"])
     done = {
         label: [one["methods"][label]["mean"] for one in collections if label in dict(_done(one))] for label in labels
     }

@@ -5,15 +5,15 @@ import os
 import jax
 import numpy as np
 
-from jaxsub import errors, formats, lineup
+from jaxsub import errors, formats, lineup, rows
 from jaxsub.formats import _files, _rewrite
-from jaxsub.merges import _branches
+from jaxsub.merges import _branches, _partitions
 from jaxsub.pipelines import layers as layer_loop, merge_store, merge_whole, progress, tracing
 from jaxsub.rows import lora
 
 
 def run(ready, config, module, options, part, of, stream):
-    """(folder of the new models in `part`, records of the layers).
+    """(folder of the new models in `part`, records of the layers, what the models take together).
 
     Args:
         ready: what `merge.py` knows of the models before weights are read.
@@ -81,19 +81,18 @@ def _learner(found, sources, config, module, options, sizes):
 
 def _layer(layer, groups, sources, stores, gram):
     """Gives every model the mean of its group and returns the layer's record."""
-    rows, lost = sources.of(layer), 0.0
+    own, lost = sources.of(layer), 0.0
     if layer.is_lora and not sources.cut.rank:
-        rows.cut = lora.Cut(max(int(rows.ranks.max()), 1), sources.cut.energy)
+        own.cut = lora.Cut(max(int(own.ranks.max()), 1), sources.cut.energy)
     for members in groups:
         waiting = [n for n in members if stores[n].kept(layer) is None]
-        part = gram[np.ix_(members, members)]
-        lost += max(float(np.trace(part) - part.sum() / len(members)), 0.0)
+        lost += _partitions.within(gram, members)
         if waiting:
-            c = np.zeros(rows.num_models)
+            c = np.zeros(own.num_models)
             c[list(members)] = 1 / len(members)
-            result = rows.combination(c)
+            result = own.combination(c)
             if not layer.is_lora:
-                result = rows.values(result.array(rows.shape))
+                result = rows.Values.of_array(result.array(own.shape))
             for n in waiting:
                 stores[n].put(layer, result, {})
     ids = [[sources.ids[n] for n in members] for members in groups]

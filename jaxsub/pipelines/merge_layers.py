@@ -58,6 +58,11 @@ class Lineup:
     copied: dict
     said: tuple[str, ...]
 
+    @property
+    def merged(self):
+        """Names of all tensors that get a result, twins too."""
+        return {name for layer in self.layers for name in (layer.name, *layer.twins)}
+
 
 def line_up(opened, base, policy, chosen):
     """The Lineup of a Collection.

@@ -42,7 +42,6 @@ def _layer(layer, sources, module, template, has_loss):
     size, bytes_read = math.prod(group.shape), group.num_bytes
     item = 8 if precision.widest(group.dtypes) == "float64" else 4
     most = getattr(module, "READS", 1)
-    kept = 0
     if layer.is_lora:
         o, i = group.shape[0], size // group.shape[0]
         factors = count * max(e.rank for e in group.entries) * (o + i)

@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import os
 
+import jax
 import numpy as np
 
-from jaxsub import bundle as bundles, collection, errors, formats, lineup, reading, rows
+from jaxsub import bundle as bundles, collection, errors, formats, lineup, plugins, reading, rows
 from jaxsub.formats import _rewrite
 from jaxsub.rows import files, lora
 
@@ -155,6 +156,19 @@ def weights_of(texts, opened):
     return np.array([named[name] for name in ids])
 
 
+def merged(own, module, options, key):
+    """(result of a method on Rows, whether it is the mean of weights that a method for updates cannot take).
+
+    Full values beside low-rank updates, such as a classifier's head, are such: there is nothing that they update.
+    """
+    is_mean = module.NEEDS_UPDATES and not own.is_update
+    if is_mean:
+        module = plugins.load("merges", "mean")
+        options = module.Options()
+    with jax.enable_x64(True):
+        return module.merge(own, options, key), is_mean
+
+
 class CoefficientRows(rows.ArrayRows):
     """Coefficients of the models of one layer in a bundle; results are rebuilt to the layer."""
 
@@ -185,7 +199,7 @@ class CoefficientRows(rows.ArrayRows):
         if self.origin is not None:
             nothing = np.asarray(space.reconstruct(np.zeros_like(c)))[0].reshape(-1)
             whole = self.origin.reshape(-1) + (whole - nothing)
-        return rows.Values(lambda: iter([(0, whole)]))
+        return rows.Values.of_array(whole)
 
     @property
     def is_centred(self):

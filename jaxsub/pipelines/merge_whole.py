@@ -66,7 +66,7 @@ def read(found, sources):
                 origin = None if space.origin is None else jnp.asarray(space.origin)
                 rebuild[layer.name] = _whole.rebuilder(space.layer.subspace, layer.group.shape, origin)
     template = sources.opened.models[found.template]
-    merged = {name for layer in found.layers for name in (layer.name, *layer.twins)}
+    merged = found.merged
     others = {n: np.asarray(formats.read(template, t)) for n, t in template.tensors.items() if n not in merged}
     others |= {name: _mean(own).array(own.shape) for name, own in means.items()}
     return Models(_whole.Whole(layers, stacks, rebuild, _traceable(others)), spaces, means)

@@ -66,6 +66,12 @@ class Values:
 
         return cls(blocks, piece, width)
 
+    @classmethod
+    def of_array(cls, array):
+        """Values of an array of weights as they are, to be run through any number of times."""
+        flat = np.asarray(array).reshape(-1)
+        return cls(lambda: iter([(0, flat)]))
+
     def array(self, shape):
         """All of it in one array."""
         return np.concatenate([part for _, part in self.blocks()]).reshape(shape)
@@ -200,11 +206,6 @@ class Rows:
     def summed(self, found):
         """The row of what `times_right` added up."""
         return self.result(found)
-
-    def values(self, array):
-        """Values of an array (`shape`) of weights as they are, to be run through any number of times."""
-        flat = np.asarray(array).reshape(-1)
-        return Values(lambda: iter([(0, flat)]))
 
     def result(self, array):
         """The row with these numbers (`shape`) of the update, or of the weights where there is no base."""

@@ -5,8 +5,6 @@ import typing
 
 import numpy as np
 
-from jaxsub.models import _trees
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -38,6 +36,3 @@ def stacked(data):
     for mask, one in zip(used, data, strict=True):
         mask[np.asarray(one.rows)[: int(one.num_rows)]] = True
     return np.stack([np.asarray(d.inputs) for d in data]), np.stack([np.asarray(d.targets) for d in data]), used
-
-
-nested = _trees.nested

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsub import errors, plugins, rows
+from jaxsub import errors, plugins, rows, subspace
 from jaxsub.merges import _descent, _whole, concrete
 from tests.merges import stacks, twins
 
@@ -114,7 +114,6 @@ def test_masks_are_those_of_torch_given_the_same_uniform_numbers():
     torch = pytest.importorskip("torch")
     logits = torch.linspace(-3, 3, 7)
     uniforms = torch.tensor([0.01, 0.2, 0.4, 0.5, 0.7, 0.9, 0.99])
-    original = torch.distributions.relaxed_bernoulli.LogitRelaxedBernoulli.rsample
     for temperature in (0.5, 1.5):
         own = torch.distributions.RelaxedBernoulli(torch.tensor(temperature), logits=logits)
         saved, torch.rand = torch.rand, lambda *a, **k: uniforms
@@ -124,13 +123,31 @@ def test_masks_are_those_of_torch_given_the_same_uniform_numbers():
             torch.rand = saved
         found = concrete.relaxed(jnp.asarray(logits.numpy()), jnp.asarray(uniforms.numpy()), temperature)
         np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-7)
-    assert original is not None
 
 
 def test_a_cold_mask_is_binary():
     rng = np.random.default_rng(0)
     m = concrete.relaxed(rng.standard_normal(1000).astype("f4"), rng.uniform(0.01, 0.99, 1000).astype("f4"), 1e-4)
     assert np.mean((np.asarray(m) < 1e-3) | (np.asarray(m) > 1 - 1e-3)) > 0.99
+
+
+@pytest.mark.parametrize("origin", [None, stacks.dense((4, 3), 1, 8)[0]], ids=["mean", "base"])
+@pytest.mark.parametrize("kind", ["linear", "tucker"])
+def test_a_loss_sees_the_layer_that_coefficients_stand_for(kind, origin):
+    rng = np.random.default_rng(0)
+    mean, u, v = (rng.standard_normal(shape).astype("f4") for shape in ((4, 3), (2, 4), (2, 3)))
+    if kind == "linear":
+        basis, c = rng.standard_normal((2, 12)).astype("f4"), rng.standard_normal(2).astype("f4")
+        space = subspace.LinearSubspace(jnp.asarray(mean.reshape(-1)), jnp.asarray(basis), None, (4, 3), None, None)
+        update = (c @ basis).reshape(4, 3)
+    else:
+        c = rng.standard_normal((2, 2)).astype("f4")
+        factors = {0: jnp.asarray(u), 1: jnp.asarray(v)}
+        space = subspace.TuckerSubspace(jnp.asarray(mean), factors, {}, (4, 3), None, None)
+        update = u.T @ c @ v
+    found = jax.jit(_whole.rebuilder(space, (4, 3), None if origin is None else jnp.asarray(origin)))(c)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, update + (mean if origin is None else origin), atol=2e-6)
 
 
 def test_a_mask_needs_entries():
