@@ -89,7 +89,7 @@ def run(config, opened, bundle, pairs, values):
     means = {name: jnp.asarray(space.mean) for name, space in spaces.items()}
     starts = [{name: means[name] if name in means else jnp.asarray(w[name]) for name in shapes} for w in originals]
     begun = [module.init(jax.random.key(0), start, spaces, module.Options()) for start in starts]
-    frozen, frozen_axes = steps.stacked([_shared(begun[0][1], pair[1]) for pair in begun])
+    frozen, frozen_axes = steps.stacked([steps.shared(begun[0][1], pair[1]) for pair in begun])
     rows = np.random.RandomState(0).permutation(np.asarray(train.rows)[: int(train.num_rows)])[: config.calibrate_rows]
     rows, count = rows.astype(np.int32), np.int32(len(rows))
 
@@ -138,10 +138,6 @@ def _back(values, space):
     if values.ndim == 2:
         return values
     return values.transpose(0, *(space.order.index(a) + 1 for a in range(values.ndim - 1)))
-
-
-def _shared(first, tree):
-    return jax.tree.map(lambda a, b: a if a.shape == b.shape and bool(jnp.array_equal(a, b)) else b, first, tree)
 
 
 def _figures(task, data, original, before, after):

@@ -95,7 +95,7 @@ class Training:
             for seed in self.seeds:
                 pair = self._begin(variation, number, seed)
                 first = first or pair
-                pairs.append((pair[0], _shared(first[1], pair[1])))
+                pairs.append((pair[0], steps.shared(first[1], pair[1])))
         each = [pair for pair in pairs for _ in self.rates]
         frozen, frozen_axes = steps.stacked([pair[1] for pair in each])
         self.count = steps.count(each[0][0])
@@ -289,16 +289,6 @@ class Metrics:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def _shared(first, tree):
-    """`tree` with the leaves of `first` where they are equal, so that they are kept once."""
-
-    def same(a, b):
-        is_equal = a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(jnp.array_equal(a, b)))
-        return a if is_equal else b
-
-    return jax.tree.map(same, first, tree)
 
 
 def _optimizer_options(config):
