@@ -90,10 +90,10 @@ class Training:
             accumulate=config.accumulate,
             batch_axis=mesh.axis_names[0] if mesh is not None and config.shard == "batch" else "",
         )
-        pairs, first = [], None
+        pairs, first, drawn = [], None, {seed: self._drawn(seed) for seed in self.seeds}
         for number, variation in enumerate(setup.variations):
             for seed in self.seeds:
-                pair = self._begin(variation, number, seed)
+                pair = self._begin(variation, number, seed, *drawn[seed])
                 first = first or pair
                 pairs.append((pair[0], steps.shared(first[1], pair[1])))
         each = [pair for pair in pairs for _ in self.rates]
@@ -118,20 +118,24 @@ class Training:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
         return jax.random.fold_in(key, number)
 
-    def _begin(self, variation, number, seed):
-        """(trainable, frozen) of one task and seed."""
-        method, setup, kind = self.method, self.setup, self.config.initial
-        spaces = setup.spaces if method.spaces == "given" else {}
-        if method.spaces.startswith("random"):  # a seed's random subspaces are the same for all tasks
+    def _drawn(self, seed):
+        """(spaces, start) of one seed, the same for all tasks; a fresh start is the same for all methods too."""
+        method, setup = self.method, self.setup
+        spaces, start = setup.spaces if method.spaces == "given" else {}, setup.start
+        if method.spaces.startswith("random"):
             key, is_matched = self._key("random subspaces", 0, seed), method.spaces == "random_matched"
             spaces = {
                 name: _spaces.random_like(space, jax.random.fold_in(key, i), is_matched=is_matched)
                 for i, (name, space) in enumerate(setup.spaces.items())
             }
-        start, key = setup.start, self._key("initial", number, seed)
-        if kind == "fresh":  # of a seed, the same for all tasks and methods
-            example = variation.fit.inputs[:2]
+        if self.config.initial == "fresh":
+            example = setup.variations[0].fit.inputs[:2]
             start = networks.fresh(setup.network.module, example, self._key("fresh", 0, seed))
+        return spaces, start
+
+    def _begin(self, variation, number, seed, spaces, start):
+        """(trainable, frozen) of one task and seed."""
+        method, kind, key = self.method, self.config.initial, self._key("initial", number, seed)
         if kind in initial.BY_EXAMPLES and method.spaces != "given":
             start = self._weights_by_examples(variation, number, seed)
         trainable, frozen = method.parametrisation.init(key, start, spaces, method.options)
