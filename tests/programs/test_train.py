@@ -157,6 +157,8 @@ def test_trained_adapters_give_the_same_outputs_in_peft(made, tmp_path, layout):
         ({"parametrisation": "core"}, "no factors of its axes.*hosvd"),
         ({"initial": "ridge", "parametrisation": "lora"}, "no coefficients of the bundle"),
         ({"sweep": (2,), "write_models": "x"}, "leave out write_models"),
+        ({"sweep": (8, 4)}, "increasing"),
+        ({"devices": 99}, "devices=99, but JAX sees"),
         ({"learning_rates": (float("inf"),)}, "finite"),
         ({"rank": 9}, "rank=9, but the bundle holds 4"),
         ({"task": "digts"}, "did you mean 'digits'"),
