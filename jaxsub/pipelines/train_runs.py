@@ -24,12 +24,12 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is trained, and in which subspaces: the bundle's ("given"), random ones of their sizes, or none."""
+    """What is trained, and in which subspaces: the bundle's ("given"), random ones of their sizes, or its own."""
 
     name: str
     parametrisation: object
     options: object
-    spaces: str = "none"  # given, random, random_matched or none
+    spaces: str = "own"  # given, random, random_matched or own
 
 
 def methods(config, setup):
@@ -46,7 +46,12 @@ def methods(config, setup):
     options = parse_options(module.Options, (*rank, *config.options))
     if module.NEEDS_SPACES and not setup.spaces:
         raise errors.ConfigError(f"parametrisation={config.parametrisation}: give --bundle=FOLDER that fit wrote")
-    found = [Method(config.parametrisation, module, options, "given" if module.NEEDS_SPACES else "none")]
+    if config.initial in initial.BY_EXAMPLES and not module.NEEDS_SPACES:
+        raise errors.ConfigError(
+            f"initial={config.initial}: what parametrisation={config.parametrisation} trains are no coefficients of "
+            "the bundle; start from mean or base"
+        )
+    found = [Method(config.parametrisation, module, options, "given" if module.NEEDS_SPACES else "own")]
     full = plugins.load("parametrisations", "full")
     lora = plugins.load("parametrisations", "lora")
     for name in config.baselines:
@@ -121,7 +126,7 @@ class Training:
     def _drawn(self, seed):
         """(spaces, start) of one seed, the same for all tasks; a fresh start is the same for all methods too."""
         method, setup = self.method, self.setup
-        spaces, start = setup.spaces if method.spaces == "given" else {}, setup.start
+        spaces, start = setup.spaces, setup.start
         if method.spaces.startswith("random"):
             key, is_matched = self._key("random subspaces", 0, seed), method.spaces == "random_matched"
             spaces = {

@@ -83,7 +83,7 @@ def _most(setup):
     return sum(len(s.basis) for s in setup.spaces.values() if s.basis is not None)
 
 
-def _method(module, name, spaces="none", **options):
+def _method(module, name, spaces="own", **options):
     module = plugins.load("parametrisations", module)
     return train_runs.Method(name, module, module.Options(**options), spaces)
 
