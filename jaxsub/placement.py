@@ -12,15 +12,15 @@ from jaxsub.linalg.gram import FEATURES
 from jaxsub.linalg.modes import MIXTURES
 
 
-def make_mesh(num_devices=None, *, is_local=False):
-    """One-dimensional mesh over the first `num_devices` devices (all by default), axis "features"; `is_local`: ours."""
+def make_mesh(num_devices=None, *, is_local=False, axis=FEATURES):
+    """One-dimensional mesh over the first `num_devices` devices (all by default), by its axis; `is_local`: ours."""
     devices = jax.local_devices() if is_local else jax.devices()
     count = len(devices) if num_devices in (None, 0) else num_devices
     if count > len(devices):
         raise errors.ConfigError(f"devices={count}, but JAX sees {len(devices)} ({devices[0].platform})")
     if count < len(devices) and jax.process_count() > 1 and not is_local:
         raise errors.ConfigError(f"devices={count}: a run of several processes takes all {len(devices)} devices")
-    return jax.sharding.Mesh(np.asarray(devices[:count]), (FEATURES,))
+    return jax.sharding.Mesh(np.asarray(devices[:count]), (axis,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,6 @@
     params(trainable, frozen, options)   -> {layer: array or one of `_values`}     all weights of the network
 
 `start` is where training begins, {layer: array} with every layer of the network; what is not parametrised stays there.
-`spaces` are those of a bundle, {layer: Space}; a module that uses them has NEEDS_SPACES = True. With `trainable` as
-`init` gives it the network is the one at `start`, unless a module says otherwise.
+`spaces` are those of a bundle, {layer: Space}; a module that cannot do without them has NEEDS_SPACES = True. With
+`trainable` as `init` gives it the network is the one at `start`, unless a module says otherwise.
 """

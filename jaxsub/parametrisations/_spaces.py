@@ -7,6 +7,7 @@ once, by their names (`hidden.weight`, or `hidden` of a low-rank update, for the
 import math
 import typing
 
+import jax
 import numpy as np
 
 from jaxsub import errors, subspace
@@ -133,8 +134,6 @@ def augmented(rows, count, key):
 
     Source: EigenLoRAx (Kaushik et al. 2025), which draws positive numbers, without a seed, and subtracts once.
     """
-    import jax
-
     k, size = rows.shape
     if not 0 <= count <= size - k:
         raise errors.ConfigError(f"augment={count}: {k} directions of {size}, at most {size - k} more are orthogonal")
@@ -148,8 +147,6 @@ def augmented(rows, count, key):
 
 def orthonormal(key, k, size):
     """(k, D) orthonormal rows drawn uniformly, float32."""
-    import jax
-
     return np.asarray(orth.qr(jax.random.normal(key, (size, k)))[0]).T
 
 
@@ -163,8 +160,6 @@ def random_like(space, key, *, is_matched=False):
             singular values, before they are made orthonormal: x_1 A_1^(1/2) x_2 A_2^(1/2) ... of Gaussian entries.
             What then still differs is which of such directions they are. Factors of weight axes have none to match.
     """
-    import jax
-
     if space.basis is not None:
         k, shape = len(space.basis), space.basis.shape[1:]
         if not is_matched:

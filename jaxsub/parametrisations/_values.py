@@ -43,11 +43,6 @@ class Combination(typing.NamedTuple):
     basis: typing.Any  # (k, ...)
 
 
-def is_value(w):
-    """Whether `w` is one layer's weights, not a tree of them."""
-    return isinstance(w, (Factored, Sparse, Combination)) or not isinstance(w, (dict, list, tuple))
-
-
 def dense(w):
     """W, multiplied out."""
     if isinstance(w, Factored):

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import errors, formats, plugins
+from jaxsub import errors, plugins
 from jaxsub.parametrisations import _spaces
-from jaxsub.pipelines import hooks
+from jaxsub.pipelines import train_setup
 from jaxsub.pipelines.zoo import parse_options
 from jaxsub.tasks import _data
 from jaxsub.training import network as networks, steps
@@ -62,13 +62,11 @@ def run(config, opened, bundle, pairs, values):
     Raises:
         ConfigError: low-rank updates, layers that not all models have, or a network that is not theirs.
     """
-    is_own = ":" in config.calibrate
-    task = hooks.load("calibrate", config.calibrate) if is_own else plugins.load("tasks", config.calibrate)
+    task = train_setup.task_of(config.calibrate, "calibrate")
     options = parse_options(task.Options, config.calibrate_options)
     train, held_out = task.load(options)
-    spec = config.calibrate_model or task.MODEL
-    made = hooks.load("calibrate_model", spec) if ":" in spec else plugins.load("models", spec).Model
-    network, shapes = networks.of(made(outputs=task.OUTPUTS), train.inputs[:2])
+    module = train_setup.module_of(config.calibrate_model, task, option="calibrate_model")
+    network, shapes = networks.of(module, train.inputs[:2])
     layers = {_spaces.flax_name(layer.name, layer.parametrisation == "lora")[0]: layer for _, layer in pairs}
     for group, layer in pairs:
         if layer.parametrisation == "lora" or len(group.members) < len(opened.models):
@@ -80,16 +78,16 @@ def run(config, opened, bundle, pairs, values):
     linear = [space.basis is not None for space in spaces.values()]
     if not all(linear) and any(linear):
         raise errors.ConfigError("calibrate: a bundle of components or one of cores; this one has both")
-    module = plugins.load("parametrisations", "scalar" if all(linear) else "core")
+    own = plugins.load("parametrisations", "scalar" if all(linear) else "core")
     plan = steps.Plan(
-        network, Answers(), _Size(min(config.calibrate_rows, 256)), module, module.Options(), steps.optimizer("adam")
+        network, Answers(), _Size(min(config.calibrate_rows, 256)), own, own.Options(), steps.optimizer("adam")
     )
     asked = [np.asarray(jax.jit(network)(w, train.inputs)) for w in originals]
     answered = [np.asarray(jax.jit(network)(w, held_out.inputs)) for w in originals]
     means = {name: jnp.asarray(space.mean) for name, space in spaces.items()}
     starts = [{name: means[name] if name in means else jnp.asarray(w[name]) for name in shapes} for w in originals]
-    begun = [module.init(jax.random.key(0), start, spaces, module.Options()) for start in starts]
-    frozen, frozen_axes = steps.stacked([_shared(begun[0][1], pair[1]) for pair in begun])
+    begun = [own.init(jax.random.key(0), start, spaces, own.Options()) for start in starts]
+    frozen, frozen_axes = steps.stacked([steps.shared(begun[0][1], pair[1]) for pair in begun])
     rows = np.random.RandomState(0).permutation(np.asarray(train.rows)[: int(train.num_rows)])[: config.calibrate_rows]
     rows, count = rows.astype(np.int32), np.int32(len(rows))
 
@@ -116,15 +114,11 @@ def run(config, opened, bundle, pairs, values):
 
 
 def _weights(model, shapes):
-    found = {}
-    for tensor in model.tensors.values():
-        name, _ = _spaces.flax_name(tensor.name)
-        if name in shapes:
-            found[name] = _spaces.turned(formats.read(model, tensor), shapes[name], tensor.name).astype(np.float32)
+    found, _ = train_setup.weights_of(model, shapes)
     missing = [name for name in shapes if name not in found]
     if missing:
         raise errors.InputError(model.path, "lacks a layer of the network", key=missing[0], hint="set calibrate_model")
-    return found
+    return {name: w.astype(np.float32) for name, w in found.items()}
 
 
 def _turned(values, space):
@@ -138,10 +132,6 @@ def _back(values, space):
     if values.ndim == 2:
         return values
     return values.transpose(0, *(space.order.index(a) + 1 for a in range(values.ndim - 1)))
-
-
-def _shared(first, tree):
-    return jax.tree.map(lambda a, b: a if a.shape == b.shape and bool(jnp.array_equal(a, b)) else b, first, tree)
 
 
 def _figures(task, data, original, before, after):

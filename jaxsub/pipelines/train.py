@@ -92,8 +92,8 @@ def validate(config):
     errors.require_known("peft_layout", config.peft_layout, ("portable", "tinylora"))
     if config.initial == "base" and not config.base:
         raise errors.ConfigError("initial=base: give --base=MODEL")
-    if config.sweep and min(config.sweep) < 1:
-        raise errors.ConfigError("sweep: numbers of 1 and more expected")
+    if config.sweep and (min(config.sweep) < 1 or list(config.sweep) != sorted({*config.sweep})):
+        raise errors.ConfigError("sweep: increasing numbers of 1 and more expected")
     if config.sweep and (config.write_models or config.posterior):
         raise errors.ConfigError("sweep: measures dimensions alone; leave out write_models and posterior")
 
@@ -156,9 +156,11 @@ def _written(config, workdir):
 def _forget(workdir):
     import shutil
 
+    from jaxsub.pipelines import train_sweep
+
     for name in ("checkpoints", "metrics"):
         shutil.rmtree(os.path.join(workdir, name), ignore_errors=True)
-    for name in (WRITTEN, "sweep_parts.json"):
+    for name in (WRITTEN, train_sweep.PARTS):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(workdir, name))
 
@@ -220,17 +222,16 @@ def _swept(config, setup, found, workdir, stream):
 
 
 def _mesh(config):
-    import jax
+    from jaxsub import placement
 
     if config.devices == 1:
         return None
-    devices = jax.devices()
-    count = config.devices or len(devices)
-    if count > len(devices):
-        raise errors.ConfigError(f"devices={count}, but JAX sees {len(devices)} ({devices[0].platform})")
-    if config.shard == "batch" and (config.batch_size // config.accumulate) % count:
-        raise errors.ConfigError(f"batch_size={config.batch_size}: {count} devices cannot share a part of it evenly")
-    return jax.sharding.Mesh(np.asarray(devices[:count]), ("features" if config.shard == "features" else "models",))
+    mesh = placement.make_mesh(config.devices, axis="features" if config.shard == "features" else "models")
+    if config.shard == "batch" and (config.batch_size // config.accumulate) % mesh.size:
+        raise errors.ConfigError(
+            f"batch_size={config.batch_size}: {mesh.size} devices cannot share a part of it evenly"
+        )
+    return mesh
 
 
 def _planned(training):

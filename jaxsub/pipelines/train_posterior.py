@@ -57,11 +57,10 @@ def run(training, config):
             raise errors.ConfigError("posterior: predictions of one class a row are needed")
         run_number = number * len(training.seeds) * len(training.rates)
         trainable = jax.tree.map(lambda x, n=run_number: x[n], training.trainable)
-        candidates = initial.members(setup.spaces, trainable)
-        spread = np.maximum(candidates.std(axis=0), 1e-3 * candidates.std(axis=0).max())
+        spread = initial.spread_of(initial.members(setup.spaces, trainable))
         given = {
             "frozen": training.frozen_of(run_number),
-            "spread": jnp.asarray(spread, jnp.float32),
+            "spread": jnp.asarray(spread),
             "data": jax.tree.map(jnp.asarray, variation.fit),
         }
         outputs = _Outputs(training.answers(trainable))

@@ -24,12 +24,12 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is trained, and in which subspaces: the bundle's ("given"), random ones of their sizes, or none."""
+    """What is trained, and in which subspaces: the bundle's ("given"), random ones of their sizes, or its own."""
 
     name: str
     parametrisation: object
     options: object
-    spaces: str = "none"  # given, random, random_matched or none
+    spaces: str = "own"  # given, random, random_matched or own
 
 
 def methods(config, setup):
@@ -46,7 +46,12 @@ def methods(config, setup):
     options = parse_options(module.Options, (*rank, *config.options))
     if module.NEEDS_SPACES and not setup.spaces:
         raise errors.ConfigError(f"parametrisation={config.parametrisation}: give --bundle=FOLDER that fit wrote")
-    found = [Method(config.parametrisation, module, options, "given" if module.NEEDS_SPACES else "none")]
+    if config.initial in initial.BY_EXAMPLES and not module.NEEDS_SPACES:
+        raise errors.ConfigError(
+            f"initial={config.initial}: what parametrisation={config.parametrisation} trains are no coefficients of "
+            "the bundle; start from mean or base"
+        )
+    found = [Method(config.parametrisation, module, options, "given" if module.NEEDS_SPACES else "own")]
     full = plugins.load("parametrisations", "full")
     lora = plugins.load("parametrisations", "lora")
     for name in config.baselines:
@@ -90,12 +95,12 @@ class Training:
             accumulate=config.accumulate,
             batch_axis=mesh.axis_names[0] if mesh is not None and config.shard == "batch" else "",
         )
-        pairs, first = [], None
+        pairs, first, drawn = [], None, {seed: self._drawn(seed) for seed in self.seeds}
         for number, variation in enumerate(setup.variations):
             for seed in self.seeds:
-                pair = self._begin(variation, number, seed)
+                pair = self._begin(variation, number, seed, *drawn[seed])
                 first = first or pair
-                pairs.append((pair[0], _shared(first[1], pair[1])))
+                pairs.append((pair[0], steps.shared(first[1], pair[1])))
         each = [pair for pair in pairs for _ in self.rates]
         frozen, frozen_axes = steps.stacked([pair[1] for pair in each])
         self.count = steps.count(each[0][0])
@@ -118,20 +123,24 @@ class Training:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
         return jax.random.fold_in(key, number)
 
-    def _begin(self, variation, number, seed):
-        """(trainable, frozen) of one task and seed."""
-        method, setup, kind = self.method, self.setup, self.config.initial
-        spaces = setup.spaces if method.spaces == "given" else {}
-        if method.spaces.startswith("random"):  # a seed's random subspaces are the same for all tasks
+    def _drawn(self, seed):
+        """(spaces, start) of one seed, the same for all tasks; a fresh start is the same for all methods too."""
+        method, setup = self.method, self.setup
+        spaces, start = setup.spaces, setup.start
+        if method.spaces.startswith("random"):
             key, is_matched = self._key("random subspaces", 0, seed), method.spaces == "random_matched"
             spaces = {
                 name: _spaces.random_like(space, jax.random.fold_in(key, i), is_matched=is_matched)
                 for i, (name, space) in enumerate(setup.spaces.items())
             }
-        start, key = setup.start, self._key("initial", number, seed)
-        if kind == "fresh":  # of a seed, the same for all tasks and methods
-            example = variation.fit.inputs[:2]
+        if self.config.initial == "fresh":
+            example = setup.variations[0].fit.inputs[:2]
             start = networks.fresh(setup.network.module, example, self._key("fresh", 0, seed))
+        return spaces, start
+
+    def _begin(self, variation, number, seed, spaces, start):
+        """(trainable, frozen) of one task and seed."""
+        method, kind, key = self.method, self.config.initial, self._key("initial", number, seed)
         if kind in initial.BY_EXAMPLES and method.spaces != "given":
             start = self._weights_by_examples(variation, number, seed)
         trainable, frozen = method.parametrisation.init(key, start, spaces, method.options)
@@ -289,16 +298,6 @@ class Metrics:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def _shared(first, tree):
-    """`tree` with the leaves of `first` where they are equal, so that they are kept once."""
-
-    def same(a, b):
-        is_equal = a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(jnp.array_equal(a, b)))
-        return a if is_equal else b
-
-    return jax.tree.map(same, first, tree)
 
 
 def _optimizer_options(config):

@@ -53,33 +53,48 @@ def of(config):
     Raises:
         ConfigError, InputError: what is missing or does not fit.
     """
-    task = _task(config.task)
+    task = task_of(config.task)
     options = parse_options(task.Options, (*config.task_options, f"batch_size={config.batch_size}"))
     bundle = files.load(config.bundle) if config.bundle else None
     seen = _seen(config, bundle)
     variations, skipped = _variations(task, options, config, seen or {})
-    network, shapes, module = _network(config, task, variations[0].fit.inputs[:2])
+    module, example = module_of(config.model, task, config.model_options), variations[0].fit.inputs[:2]
+    network, shapes = networks.of(module, example, config.compute)
     spaces = _spaces.of_bundle(bundle, shapes) if bundle is not None else {}
-    start, names = _start(config, bundle, spaces, shapes, module, variations[0].fit.inputs[:2])
+    start, names = _start(config, bundle, spaces, shapes, module, example)
     return Setup(task, network, variations, spaces, start, names, bundle, skipped, bundle is not None and seen is None)
 
 
-def _task(spec):
+def task_of(spec, option="task"):
+    """The task that an option names: a module of `tasks`, or the user's own `module:name`.
+
+    Raises:
+        ConfigError: no such task, or one that lacks a part.
+    """
     if ":" not in spec:
         return plugins.load("tasks", spec)
-    found = hooks.load("task", spec)
+    found = hooks.load(option, spec)
     lacks = [n for n in ("Options", "load", "batches", "loss", "score", "OUTPUTS") if not hasattr(found, n)]
     if lacks:
-        raise errors.ConfigError(f"task={errors.quote(spec)}: has no {', '.join(lacks)}; see jaxsub/tasks/__init__.py")
+        raise errors.ConfigError(
+            f"{option}={errors.quote(spec)}: has no {', '.join(lacks)}; see jaxsub/tasks/__init__.py"
+        )
     return found
 
 
-def _network(config, task, example):
-    spec = config.model or getattr(task, "MODEL", "")
+def module_of(spec, task, texts=(), option="model"):
+    """The flax module that an option names: of `models`, or the user's own `module:name`; the task's for an empty one.
+
+    Raises:
+        ConfigError: no such model, or options `texts` that it does not have.
+    """
+    spec = spec or getattr(task, "MODEL", "")
     if not spec:
-        raise errors.ConfigError("model: the task names none; give --config.model=mlp, or module:name of your own")
-    made = hooks.load("model", spec) if ":" in spec else plugins.load("models", spec).Model
-    given = dict(text.partition("=")[::2] for text in config.model_options)
+        raise errors.ConfigError(
+            f"{option}: the task names none; give --config.{option}=mlp, or module:name of your own"
+        )
+    made = hooks.load(option, spec) if ":" in spec else plugins.load("models", spec).Model
+    given = dict(text.partition("=")[::2] for text in texts)
     try:
         known = {f.name: f.type for f in dataclasses.fields(made) if f.init and f.name not in ("parent", "name")}
     except TypeError:
@@ -92,8 +107,22 @@ def _network(config, task, example):
             values[name] = text if known[name] in (str, "str") else int(text)
         except ValueError:
             raise errors.ConfigError(f"model_options: {errors.quote(name)}={errors.quote(text)}, a number") from None
-    module = made(**values) if callable(made) and not hasattr(made, "apply_weights") else made
-    return (*networks.of(module, example, config.compute), module)
+    return made(**values) if callable(made) else made
+
+
+def weights_of(model, shapes):
+    """({layer: array}, {layer: what the file calls it}) of the network's layers that a model has, as they are stored.
+
+    Raises:
+        ConfigError: another shape than the network's.
+    """
+    found, names = {}, {}
+    for tensor in model.tensors.values():
+        name, _ = _spaces.flax_name(tensor.name)
+        if name in shapes:
+            found[name] = _spaces.turned(formats.read(model, tensor), shapes[name], tensor.name)
+            names[name] = tensor.name
+    return found, names
 
 
 def _seen(config, bundle):
@@ -189,12 +218,8 @@ def _start(config, bundle, spaces, shapes, module, example):
     names = {name: name for name in shapes}
     found = {}
     if config.base:
-        model = formats.open_model(config.base, allow_roots=config.allow_roots)
-        for tensor in model.tensors.values():
-            name, _ = _spaces.flax_name(tensor.name)
-            if name in shapes:
-                found[name] = _spaces.turned(formats.read(model, tensor), shapes[name], tensor.name)
-                names[name] = tensor.name
+        found, own = weights_of(formats.open_model(config.base, allow_roots=config.allow_roots), shapes)
+        names |= own
     if bundle is not None:
         if config.initial not in ("base", "fresh"):
             found |= _mean_of_whole(bundle, {n: s for n, s in shapes.items() if n not in found}, names)

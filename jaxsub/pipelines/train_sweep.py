@@ -31,12 +31,10 @@ def run(config, setup, stream=None, folder=None):
     {"dimensions", "full", "curves": {name: {"scores": (sizes, seeds), "d_int90": ...}}}.
 
     Raises:
-        ConfigError: sizes that are not increasing, or more than the bundle or the network holds.
+        ConfigError: sizes larger than the network.
         WorkdirError: what was kept is damaged.
     """
     sizes = list(config.sweep)
-    if sizes != sorted({*sizes}) or sizes[0] < 1:
-        raise errors.ConfigError("sweep: increasing numbers of 1 and more expected")
     fresh, has_mean, kept = dataclasses.replace(config, initial="fresh"), bool(setup.spaces), _Kept(folder)
     full = kept.scores("full", lambda: _scores(_method("full", "full"), setup, fresh))
     goal = SHARE * float(full.mean())
@@ -85,7 +83,7 @@ def _most(setup):
     return sum(len(s.basis) for s in setup.spaces.values() if s.basis is not None)
 
 
-def _method(module, name, spaces="none", **options):
+def _method(module, name, spaces="own", **options):
     module = plugins.load("parametrisations", module)
     return train_runs.Method(name, module, module.Options(**options), spaces)
 

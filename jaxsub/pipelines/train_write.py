@@ -11,7 +11,7 @@ import re
 import jax
 import numpy as np
 
-from jaxsub import errors, subspace
+from jaxsub import errors
 from jaxsub.formats import _files, _portable, _tinylora, peft, safetensors
 from jaxsub.parametrisations import _spaces
 
@@ -24,41 +24,6 @@ def coefficients(training, trainable, chosen, folder):
         found[name] = np.ascontiguousarray(leaf.reshape(*training.scores_shape, *leaf.shape[1:])[:, :, chosen])
     _files.make_folder(folder)
     safetensors.write(os.path.join(folder, f"{training.method.name}.safetensors"), found)
-
-
-def in_bundle(training, trainable, runs):
-    """Coefficients of the bundle that runs were trained to, for `Bundle.reconstruct`.
-
-    Raises:
-        ConfigError: what was trained are no coefficients of the bundle (other directions, or another start).
-    """
-    setup, found = training.setup, {}
-    for layer in setup.bundle.layers:
-        name, _ = _spaces.flax_name(layer.name, layer.parametrisation == "lora")
-        values = (
-            np.asarray(trainable[name])[runs] if name in trainable and not isinstance(trainable[name], dict) else None
-        )
-        wanted = layer.values.shape[1:]
-        if (
-            values is None
-            or values.ndim != len(wanted) + 1
-            or training.config.initial == "base"
-            and not _is_update(layer)
-        ):
-            raise errors.ConfigError(
-                f"layer {errors.quote(layer.name)}: its coefficients in the bundle were not trained"
-            )
-        if values.ndim > 2:  # cores have the axes of the network's layer
-            order = setup.spaces[name].order
-            values = values.transpose(0, *(order.index(a) + 1 for a in range(len(order))))
-        padded = np.zeros((len(values), *wanted), np.float32)  # of fewer components than the bundle has
-        padded[(slice(None), *(slice(k) for k in values.shape[1:]))] = values
-        found[setup.bundle.key(layer)] = padded
-    return subspace.Coefficients(tuple(labels(training)), found)
-
-
-def _is_update(layer):
-    return layer.parametrisation == "lora"
 
 
 def labels(training):

@@ -94,7 +94,7 @@ def ridge(outputs, given, candidates, *, strength=1.0):
     Returns:
         (K,) float32.
     """
-    spread = _spread(candidates)
+    spread = jnp.asarray(spread_of(candidates))
     jacobian, at, targets = _linear(jnp.zeros_like(spread), given, outputs=outputs)
     count = at.shape[1]
     asked = (targets >= 0)[:, None].astype(jnp.float32)
@@ -165,10 +165,10 @@ def _rows(found, given):
     return found.reshape(-1, found.shape[-1]), given["targets"].reshape(-1)
 
 
-def _spread(candidates):
-    """(K,) standard deviation of the members' coefficients, at least a thousandth of the largest."""
+def spread_of(candidates):
+    """(K,) float32 standard deviation of the members' coefficients, at least a thousandth of the largest."""
     spread = np.asarray(candidates, np.float64).std(axis=0)
-    return jnp.asarray(np.maximum(spread, 1e-3 * spread.max(initial=0.0) or 1.0), jnp.float32)
+    return np.maximum(spread, 1e-3 * spread.max(initial=0.0) or 1.0).astype(np.float32)
 
 
 def _covariance(own):

@@ -81,6 +81,16 @@ def stacked(trees):
     return jax.tree.unflatten(structure, leaves), tuple(axes)
 
 
+def shared(first, tree):
+    """`tree` with the leaves of `first` where they are equal, so that `stacked` keeps them once."""
+
+    def same(a, b):
+        is_equal = a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(jnp.array_equal(a, b)))
+        return a if is_equal else b
+
+    return jax.tree.map(same, first, tree)
+
+
 def begin(trainables, rates, plan):
     """The State before the first step.
 

@@ -63,7 +63,6 @@ def make(options, seed, folder, *, same_start, split_task):
     """
     require(options)
     params, classes, reached = trained(options, seed, same_start=same_start, split_task=split_task)
-    layers = {f"{layer}/{name}": array for layer, arrays in params.items() for name, array in arrays.items()}
     labels = [
         {
             "task": "digits " + "".join(str(c) for c in np.flatnonzero(classes[i])),
@@ -73,7 +72,7 @@ def make(options, seed, folder, *, same_start, split_task):
         }
         for i in range(options.num_models)
     ]
-    _files.write_models(folder, layers, labels)
+    _files.write_models(folder, _trees.flat(params), labels)
     if same_start:
         example, model = digits.load()[0].inputs[:1], network(options)
         key, _ = _training.numbered(seed, *STREAMS)

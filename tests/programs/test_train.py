@@ -74,6 +74,12 @@ def test_trained_coefficients_are_those_of_the_bundle(made, tmp_path):
 
 
 @pytest.mark.slow
+def test_random_directions_are_as_many_as_the_bundle_holds_of_its_layers(made):
+    (found,) = run(made, parametrisation="random_subspace", baselines=(), steps=1, evaluate_every=1)["methods"]
+    assert found["numbers"] == 2 * 4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("initial", ["nearest", "ridge", "posterior"])
 def test_all_methods_begin_where_examples_say(made, initial):
     found = run(made, initial=initial, baselines=("random", "full"), steps=1, evaluate_every=1)
@@ -156,7 +162,10 @@ def test_trained_adapters_give_the_same_outputs_in_peft(made, tmp_path, layout):
         ({"initial": "base"}, "give --base"),
         ({"parametrisation": "core"}, "no factors of its axes.*hosvd"),
         ({"initial": "ridge", "parametrisation": "lora"}, "no coefficients of the bundle"),
+        ({"initial": "ridge", "parametrisation": "random_subspace"}, "no coefficients of the bundle"),
         ({"sweep": (2,), "write_models": "x"}, "leave out write_models"),
+        ({"sweep": (8, 4)}, "increasing"),
+        ({"devices": 99}, "devices=99, but JAX sees"),
         ({"learning_rates": (float("inf"),)}, "finite"),
         ({"rank": 9}, "rank=9, but the bundle holds 4"),
         ({"task": "digts"}, "did you mean 'digits'"),
