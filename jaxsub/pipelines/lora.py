@@ -61,7 +61,7 @@ def statistics(group, models, mesh, options, meter, key):
     # Of this process' own models; what is known of each goes to the others as a few numbers.
     own = slice(*(dealt.own * k for k in placement.span(mesh)))
     own_scales = np.pad(scales, (0, dealt.padded - len(scales)))[own]
-    a_gram, b_gram = (placement.rows_here(x) for x in sums[3:])
+    a_gram, b_gram = (placement.part_here(x) for x in sums[3:])
     roots_a, roots_b = _roots(a_gram), _roots(b_gram)
     at = np.searchsorted(here, np.arange(own.start, own.stop))
     entry_sums = [x[at].sum(axis=2, dtype=np.float64) for x in (a, bt)]
@@ -73,7 +73,7 @@ def statistics(group, models, mesh, options, meter, key):
     stats.row_sums, stats.b_norms, stats.model_singular_values = each[:, 0], each[:, 1], each[:, 2:]
     transposed, sizes = int(pairs[0].transposed), pairs[0].a.shape[1:]
     weights = [
-        placement.put_dealt(roots * own_scales[:, None, None], (dealt.padded, rank, rank), mesh)
+        placement.put(roots * own_scales[:, None, None], (dealt.padded, rank, rank), mesh, axis=0)
         for roots in (roots_b, roots_a)
     ]
     count = len(pairs) * rank
