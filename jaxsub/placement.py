@@ -140,9 +140,9 @@ def columns_here(width, mesh):
     return tuple(at * width // mesh.size for at in span(mesh))
 
 
-def put(local, shape, mesh):
-    """An array of `shape` on the mesh, its last axis sharded, from the columns of this process."""
-    sharding = NamedSharding(mesh, P(*[None] * (len(shape) - 1), FEATURES))
+def put(local, shape, mesh, axis=-1):
+    """An array of `shape` on the mesh, one axis sharded, from the columns or rows of this process."""
+    sharding = NamedSharding(mesh, P(*[None] * (axis % len(shape)), FEATURES))
     if not mesh.is_multi_process:
         return jax.device_put(local, sharding)
     return jax.make_array_from_process_local_data(sharding, local, shape)
@@ -167,20 +167,12 @@ def deal(x, models, dealt, mesh):
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, P(FEATURES)), parts)
 
 
-def put_dealt(local, shape, mesh):
-    """An array of `shape` on the mesh, its first axis sharded, from the rows of this process."""
-    sharding = NamedSharding(mesh, P(FEATURES))
-    if not mesh.is_multi_process:
-        return jax.device_put(local, sharding)
-    return jax.make_array_from_process_local_data(sharding, local, shape)
-
-
 def whole(x):
     """An array with a sharded first axis as one host array, on every process; each holds as many rows as another."""
-    return distributed.gather(rows_here(x)).reshape(x.shape)
+    return distributed.gather(part_here(x)).reshape(x.shape)
 
 
-def rows_here(x):
-    """The rows of an array with a sharded first axis that this process' devices hold, on the host."""
-    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in shards])
+def part_here(x, axis=0):
+    """The part of an array with one sharded axis that this process' devices hold, on the host."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[axis].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards], axis=axis)

@@ -45,10 +45,10 @@ def widest(dtypes):
     return "float64" if "float64" in names else "float32"
 
 
-def exponent_of(largest):
-    """Power of two that brings a number near 1; 0 where its square is safe as it is."""
+def exponent_of(largest, safe=SAFE_EXPONENT):
+    """Power of two that brings a number near 1; 0 up to `safe`, where its square is safe as it is."""
     exponent = math.frexp(largest)[1] if largest else 0
-    return 0 if abs(exponent) <= SAFE_EXPONENT else exponent
+    return 0 if abs(exponent) <= safe else exponent
 
 
 def has_room(exponent, dtype):

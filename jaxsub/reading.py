@@ -236,21 +236,6 @@ def read_factor(model, tensor, member, *, transposed):
     return part.reshape(tensor.shape[0], -1).T if transposed else part.reshape(tensor.shape[0], -1)
 
 
-def read_columns(model, tensor, member, first, end, *, leading):
-    """(r, columns) of A (r, width), of B (width, r) if `leading`: columns first to end, fewer where it ends before."""
-    rank = tensor.shape[1] if leading else tensor.shape[0]
-    first, end = (min(at, tensor.size // rank) for at in (first, end))
-    source = Source(model, tensor)
-    part = np.empty((end - first, rank) if leading else (rank, end - first), source.dtype)
-    if leading or end - first == tensor.size // rank:
-        source.read(first * rank, part.size, part.reshape(-1))
-    else:
-        for row, out in enumerate(part):
-            source.read(row * (tensor.size // rank) + first, out.size, out)
-    part = require_finite(part, member, model, tensor)
-    return part.T if leading else part
-
-
 class Source:
     """Rows of one model's tensor; tensors without an extent are loaded once and kept while the layer lasts."""
 

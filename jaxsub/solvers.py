@@ -44,7 +44,7 @@ def singular_values(matrix):
 
 
 def svd(matrix):
-    """(u, s, vt), thin, of one matrix; raises as `eigh`."""
+    """(u, s, vt), thin, of matrices (..., m, n); raises as `eigh`."""
     return _solved(
         "singular vectors",
         lambda x: tuple(np.linalg.svd(x, full_matrices=False)),

@@ -187,13 +187,16 @@ class Statistics:
         known = known[np.isfinite(known)]
         return float(np.mean(known)) ** 2 / self.num_features if len(known) else 0.0
 
+    def is_heavy(self):
+        """Whether a few entries carry so much of a model that nulls must count with it."""
+        return self.tails() > HEAVY
+
     def keep(self, x):
         """Keeps the entries x (N, D) of a small stack with heavy tails, for nulls that permute them."""
-        if x is not None and self.tails() > HEAVY:
-            rows = np.asarray(x, np.float64)
-            norms = np.sqrt(np.square(rows).sum(1, keepdims=True))
-            unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
-            self.entries = (unit * math.sqrt(self.num_features)).astype(np.float16)
+        rows = np.asarray(x, np.float64)
+        norms = np.sqrt(np.square(rows).sum(1, keepdims=True))
+        unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+        self.entries = (unit * math.sqrt(self.num_features)).astype(np.float16)
 
     def zero(self):
         """(N,) bool, rows that are zero throughout: told from small ones by sums that are of each row alone."""

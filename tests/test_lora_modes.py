@@ -24,7 +24,7 @@ def sides(case, devices):
     roots = np.zeros((dealt.padded, rank, rank))
     roots[:count] = rng.standard_normal((count, rank, rank))
     with jax.enable_x64(True):
-        return deal_factors(x, dealt, mesh), placement.put_dealt(roots, roots.shape, mesh), count * rank, mesh
+        return deal_factors(x, dealt, mesh), placement.put(roots, roots.shape, mesh, axis=0), count * rank, mesh
 
 
 def unfoldings(case):

@@ -8,6 +8,7 @@ import scipy.linalg
 
 import jaxsub
 from jaxsub import errors, plugins, solvers
+from jaxsub.bundle import cores
 from jaxsub.decompositions import _again
 from jaxsub.formats import peft, safetensors
 from jaxsub.linalg import factored
@@ -68,6 +69,19 @@ def test_a_second_algorithm_takes_over(monkeypatch, name, fault):
     else:
         again = found[0] * found[1] @ found[2]
     np.testing.assert_allclose(again, matrix, atol=1e-12)
+
+
+@pytest.mark.parametrize("fault", [gives_up, "nan"])
+def test_cores_of_updates_are_halved_by_the_second_algorithm(monkeypatch, fault):
+    rng = np.random.default_rng(2)
+    values = rng.random((3, 5, 2)) @ rng.random((3, 2, 6))
+    a, b, scales = rng.random((3, 2, 6)), rng.random((3, 5, 2)), np.ones(3)
+    wanted = cores.energies(a, b, scales)
+    monkeypatch.setattr(np.linalg, "svd", not_numbers(np.linalg.svd) if fault == "nan" else fault)
+    solvers.retries()
+    np.testing.assert_allclose(cores.joined(cores.halves(values, 2)), values, atol=1e-12)
+    np.testing.assert_allclose(cores.energies(a, b, scales), wanted, rtol=1e-10)
+    assert len(solvers.retries()) == 1 + 3
 
 
 def test_what_works_is_not_tried_twice(monkeypatch):

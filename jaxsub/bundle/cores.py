@@ -8,6 +8,7 @@ the truncated SVD of every update by itself, so that what has nothing in common 
 
 import numpy as np
 
+from jaxsub import solvers
 from jaxsub.bundle import storage
 
 HALVES = (".left", ".right")  # endings of their names
@@ -23,7 +24,7 @@ def halves(values, inner):
     _, rank_out, rank_in = values.shape
     if inner * (rank_out + rank_in) >= rank_out * rank_in:
         return ()
-    u, s, vt = np.linalg.svd(values.astype(np.float64), full_matrices=False)
+    u, s, vt = solvers.svd(values)
     root = np.sqrt(s[:, :inner])
     pair = u[:, :, :inner] * root[:, None, :], root[:, :, None] * vt[:, :inner]
     return tuple(np.ascontiguousarray(half.astype(values.dtype)) for half in pair)
@@ -40,7 +41,7 @@ def energies(a, b, scales):
     total = np.zeros(a.shape[1])
     for one_a, one_b, scale in zip(a, b, np.asarray(scales, np.float64), strict=True):
         short = scale * np.linalg.qr(one_b, mode="r") @ np.linalg.qr(one_a.T, mode="r").T
-        found = np.linalg.svd(short, compute_uv=False)
+        found = solvers.singular_values(short)
         total[: len(found)] += np.square(found)
     return total
 

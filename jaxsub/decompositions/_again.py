@@ -18,6 +18,7 @@ from jaxsub import errors, solvers, stacks, subspace
 from jaxsub.decompositions import _fit
 
 FLAG = "solved_again"
+CENTRING = {"col_svd": "none", "lora_tucker": "none", "lora_cov": "columns", "lora_col_svd": "columns"}
 
 
 def fit(plugin, stack, options, key):
@@ -41,7 +42,7 @@ def fit(plugin, stack, options, key):
     name = plugin.__name__.rpartition(".")[2]
     solvers.note(f"{errors.quote(stack.name)}: {name} gave numbers that are not finite; fitted again by NumPy's SVD")
     try:
-        found = _fitted(stack, options, name)
+        found = _fitted(plugin, stack, options, name)
     except (np.linalg.LinAlgError, errors.SolverError) as error:
         raise errors.SolverError(f"{name} and NumPy's SVD: {error}").of(stack.name) from error
     if not _is_finite(found):
@@ -57,21 +58,20 @@ def _is_finite(space):
     return all(map(math.isfinite, numbers)) and all(bool(jnp.isfinite(x).all()) for x in arrays)
 
 
-def _fitted(stack, options, name):
+def _fitted(plugin, stack, options, name):
     """The subspace of a plug-in's kind, by singular vectors of unfoldings."""
     with jax.enable_x64(True):
+        if hasattr(plugin, "BY_ROWS"):
+            return _linear(stack, options, name)
         if isinstance(stack, stacks.LoraStack):
             rows = {axis: _lora_rows(stack, axis) for axis in (0, 1)}
             mean, centring, tall = np.zeros((1, 1)), "none", stack.a.dtype
             ranks = tuple(options.ranks) or None
         else:
-            centring = "none" if name in ("col_svd", "lora_tucker") else "columns" if _is_by_column(name) else "models"
-            axes = _axes(stack, options, name)
+            axes, centring = _axes(stack, options, name), CENTRING.get(name, "models")
             y, mean = stack.centred(centring, axes[0] if centring == "columns" else None)
             y, mean, tall = np.asarray(y, np.float64), np.asarray(mean), y.dtype
             y = y if stack.present is None else y[stack.present]
-            if axes == ("models",):
-                return _linear(stack, options, y.reshape(len(y), -1), mean.reshape(-1), tall, name)
             rows = {axis: np.moveaxis(y, axis + 1, -1).reshape(-1, stack.shape[axis]) for axis in axes}
             ranks = tuple(getattr(options, "ranks", ())) or ((options.rank,) if getattr(options, "rank", 0) else None)
         factors, spectra, tails = {}, {}, 0.0
@@ -91,9 +91,7 @@ def _fitted(stack, options, name):
 
 
 def _axes(stack, options, name):
-    """The axes that a plug-in for dense stacks reduces; ("models",) for principal components of rows."""
-    if name in ("gram", "flat_pca", "randomized"):
-        return ("models",)
+    """The axes that a plug-in for dense stacks reduces."""
     if name == "col_svd":
         return (0,)
     if name == "row_pca":
@@ -103,19 +101,17 @@ def _axes(stack, options, name):
     return tuple(options.axes) or tuple(range(len(stack.shape)))
 
 
-def _is_by_column(name):
-    return name in ("lora_cov", "lora_col_svd")
-
-
-def _linear(stack, options, y, mean, dtype, name):
-    s, vectors, spectrum = _axis(y)
+def _linear(stack, options, name):
+    y, mean = stack.rows()
+    s, vectors, spectrum = _axis(np.asarray(y, np.float64))
     cap = _fit.row_cap(stack)
     spectrum = dataclasses.replace(spectrum, values=spectrum.values[:cap])
     wanted = {"rank": min(options.rank, cap), "energy": getattr(options, "energy", 0.9)}
     rank, procedure, certificate = _fit.rows_of(spectrum, cap, "gram", f"in place of {name}", **wanted)
     procedure = dataclasses.replace(procedure, flags=(FLAG,))
-    basis = np.where((s[:rank] > spectrum.floor)[:, None], vectors[:rank], 0.0).astype(dtype)
-    return subspace.LinearSubspace(jnp.asarray(mean), jnp.asarray(basis), spectrum, stack.shape, procedure, certificate)
+    basis = np.where((s[:rank] > spectrum.floor)[:, None], vectors[:rank], 0.0).astype(y.dtype)
+    mean = jnp.asarray(np.asarray(mean))  # of several devices' features, on one
+    return subspace.LinearSubspace(mean, jnp.asarray(basis), spectrum, stack.shape, procedure, certificate)
 
 
 def _axis(rows):
@@ -142,8 +138,9 @@ def _signed(rows):
 
 def _lora_rows(stack, axis):
     """(N r, d) rows with the right singular vectors of the updates' axis, from their factors."""
-    found = []
-    for a, b, scale in zip(np.asarray(stack.a, np.float64), np.asarray(stack.b, np.float64), stack.scales, strict=True):
+    found, count = [], stack.num_models  # updates of zero behind these only fill the devices
+    sides = (np.asarray(x[:count], np.float64) for x in (stack.a, stack.b))
+    for a, b, scale in zip(*sides, stack.scales[:count], strict=True):
         right, left = (a, b) if axis else (b.T, a.T)
         found.append(scale * np.linalg.qr(left, mode="r") @ right)
     return np.concatenate(found)

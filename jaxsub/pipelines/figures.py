@@ -12,7 +12,6 @@ import numpy as np
 from jaxsub import heldout, hostmemory, lineage, plugins, precision, spectrum, verdict
 from jaxsub.nulls import _observed
 from jaxsub.report import words
-from jaxsub.statistics import HEAVY
 
 HELD_OUT = (1, 2, 4, 8, 16, 32)
 STABILITY = (1, 2, 4, 8, 16)
@@ -225,7 +224,7 @@ class _Layer:
                 inner = waiting.submit(self._null_within, within, leverage)
         hostmemory.trim()
         found = {name: {**pending[source].result(), "drawn_as": source} for name, source in drawn.items()}
-        if "permutation" in found and self.stats.tails() > HEAVY:
+        if "permutation" in found and self.stats.is_heavy():
             spread = plugins.load("nulls", "permutation").spread(observed)
             wider = {k: sd * spread for k, sd in found["permutation"]["held_out_sd"].items()}
             found["permutation"] |= {"held_out_sd": wider, "spread": spread}
@@ -322,7 +321,7 @@ class _Layer:
             flags.append("rank_deficient")
         if self.one_lineage:
             flags.append("one_lineage")
-        if self.stats.tails() > HEAVY:
+        if self.stats.is_heavy():
             flags.append("heavy_tails")
         shuffle = nulls.get("shuffle")
         if k and shuffle and held_out.get(str(k)) is not None:

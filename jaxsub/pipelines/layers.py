@@ -14,7 +14,7 @@ from jaxsub import distributed, hostmemory, placement, precision, reading, solve
 from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes, lora
-from jaxsub.statistics import HEAVY, KEPT_ENTRIES, Statistics
+from jaxsub.statistics import KEPT_ENTRIES, Statistics
 
 HELD_BLOCKS = 2.5  # resident beyond what was before a pass: more is freed memory, which is handed back
 
@@ -152,7 +152,7 @@ def _dense(group, models, mesh, options, ahead, meter, key):
         meter.compute_seconds += ready - started + time.perf_counter() - read
         if block is None:
             break
-    if whole is not None and stats.tails() > HEAVY:
+    if whole is not None and stats.is_heavy():
         stats.keep(_rows(whole, math.prod(plan.shape)))
     hostmemory.trim()
     meter.bytes_read += plan.bytes_read // plan.num_processes
@@ -174,8 +174,7 @@ def _dense(group, models, mesh, options, ahead, meter, key):
 
 def _rows(x, width):
     """The first columns of rows on the mesh, on the host of every process."""
-    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[1].start or 0)
-    own = np.concatenate([np.asarray(shard.data, np.float64) for shard in shards], axis=1)
+    own = placement.part_here(x, axis=1).astype(np.float64)
     return np.concatenate(distributed.gather(own), axis=1)[:, :width]
 
 

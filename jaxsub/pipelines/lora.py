@@ -33,10 +33,10 @@ def statistics(group, models, mesh, options, meter, key):
     wide = descriptors.numpy_dtype("float64" if storage == "float64" else "float32")
     a, bt = (_read(side, shape, here, pairs, models, mesh, wide) for side, shape in zip("ab", shapes, strict=True))
     scales = np.array([e.scale for e in pairs])
-    common = math.frexp(float(np.abs(scales).max()))[1]
-    common = common if abs(common) > precision.SAFE_EXPONENT else 0
+    common = precision.exponent_of(precision.largest(scales))
     scales = np.ldexp(scales, -common)
-    powers = [_safe_exponent(x) for x in distributed.gather([_largest(a), _largest(bt)]).max(axis=0).tolist()]
+    largest = distributed.gather([precision.largest(x) for x in (a, bt)]).max(axis=0).tolist()
+    powers = [precision.exponent_of(x, precision.SAFE_EXPONENT // 2) for x in largest]
     for x, power in zip((a, bt), powers, strict=True):
         if power:
             np.ldexp(x, -power, out=x)
@@ -61,7 +61,7 @@ def statistics(group, models, mesh, options, meter, key):
     # Of this process' own models; what is known of each goes to the others as a few numbers.
     own = slice(*(dealt.own * k for k in placement.span(mesh)))
     own_scales = np.pad(scales, (0, dealt.padded - len(scales)))[own]
-    a_gram, b_gram = (placement.rows_here(x) for x in sums[3:])
+    a_gram, b_gram = (placement.part_here(x) for x in sums[3:])
     roots_a, roots_b = _roots(a_gram), _roots(b_gram)
     at = np.searchsorted(here, np.arange(own.start, own.stop))
     entry_sums = [x[at].sum(axis=2, dtype=np.float64) for x in (a, bt)]
@@ -73,7 +73,7 @@ def statistics(group, models, mesh, options, meter, key):
     stats.row_sums, stats.b_norms, stats.model_singular_values = each[:, 0], each[:, 1], each[:, 2:]
     transposed, sizes = int(pairs[0].transposed), pairs[0].a.shape[1:]
     weights = [
-        placement.put_dealt(roots * own_scales[:, None, None], (dealt.padded, rank, rank), mesh)
+        placement.put(roots * own_scales[:, None, None], (dealt.padded, rank, rank), mesh, axis=0)
         for roots in (roots_b, roots_a)
     ]
     count = len(pairs) * rank
@@ -230,15 +230,6 @@ def _along(rows, sizes, position):
 def _roots(grams):
     values, vectors = solvers.eigh(grams)
     return np.einsum("nij,nj,nkj->nik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
-
-
-def _largest(x):
-    return max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
-
-
-def _safe_exponent(largest):
-    exponent = math.frexp(largest)[1]
-    return exponent if largest and abs(exponent) > precision.SAFE_EXPONENT // 2 else 0
 
 
 def plan(group, mesh, options):

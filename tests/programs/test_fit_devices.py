@@ -1,11 +1,16 @@
 """Large stacks are shared by the devices: the bundle of one device, and no device holds all of a stack."""
 
+import dataclasses
+import os
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 import jaxsub
-from jaxsub import config as configs, stacks
+from jaxsub import config as configs, plugins, stacks
+from jaxsub.decompositions import _again
 from jaxsub.formats import peft, safetensors
 from jaxsub.pipelines import project, sharing
 
@@ -69,7 +74,7 @@ def require_alike(one, many):
         np.testing.assert_allclose(np.asarray(b.subspace.mean), np.asarray(a.subspace.mean), atol=1e-6)
         for x, y in zip(spectra(a), spectra(b), strict=True):
             np.testing.assert_allclose(y.values, x.values, rtol=1e-5, atol=1e-5 * x.values[0])
-        for n in range(N):  # components may differ in sign, what is rebuilt may not
+        for n in range(len(a.values)):  # components may differ in sign, what is rebuilt may not
             again = [np.asarray(x.subspace.reconstruct(x.values[n : n + 1])) for x in (a, b)]
             np.testing.assert_allclose(*again, atol=2e-4)
         for name in ("energy_kept", "held_out", "error_mean", "error_max"):
@@ -129,6 +134,42 @@ def test_the_bundle_of_low_rank_updates_is_that_of_one_device(adapters, monkeypa
     many, shared = run(adapters, monkeypatch, devices, decomposition=decomposition, energy=0.95)
     used = {2: 2, 4: 4, 8: 6}[devices]
     assert alone == {} and shared == {"q": (used, 1 / used)}
+    require_alike(one, many)
+
+
+def spoil(monkeypatch, decomposition):
+    """Every fit of a decomposition ends in NaN."""
+    module = plugins.load("decompositions", decomposition)
+    whole = module.fit
+
+    def spoilt(*given):
+        found = whole(*given)
+        return dataclasses.replace(found, mean=found.mean * np.nan)
+
+    monkeypatch.setattr(module, "fit", spoilt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decomposition", OPTIONS)
+def test_fits_that_fail_on_devices_are_made_again_as_on_one(folder, monkeypatch, decomposition):
+    os.remove(os.path.join(folder, "m11.safetensors"))  # eleven models on four devices: the last has one that is none
+    spoil(monkeypatch, decomposition)
+    options = {"decomposition": decomposition, **OPTIONS[decomposition]}
+    one, _ = run(folder, monkeypatch, 1, **options)
+    many, shared = run(folder, monkeypatch, 4, **options)
+    assert shared["w"] == (4, 1 / 4)
+    assert {layer.subspace.procedure.flags for layer in many.layers} == {(_again.FLAG,)}
+    require_alike(one, many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decomposition", ["hooi", "hosvd"])
+def test_fits_of_low_rank_updates_that_fail_on_devices_are_made_again(adapters, monkeypatch, decomposition):
+    shutil.rmtree(os.path.join(adapters, "m11"))
+    spoil(monkeypatch, decomposition)
+    one, _ = run(adapters, monkeypatch, 1, decomposition=decomposition, energy=0.95)
+    many, shared = run(adapters, monkeypatch, 4, decomposition=decomposition, energy=0.95)
+    assert shared == {"q": (4, 1 / 4)} and many.layers[0].subspace.procedure.flags == (_again.FLAG,)
     require_alike(one, many)
 
 
