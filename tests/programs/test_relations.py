@@ -14,6 +14,7 @@ from jaxsub.formats import safetensors
 from tests.figures_log import record
 from tests.folders import contents
 from tests.programs import worlds
+from tests.selected import first
 
 SHAPES = {"wide": (9, 7), "narrow": (4,), "kernel": (3, 2, 2, 2)}
 FIGURES = ("singular_values", "uncentred_singular_values", "floor", "total_energy")
@@ -116,7 +117,7 @@ def test_sixteen_bits_are_their_upcast(tmp_path, stacks):
     done("bfloat16 and its float32 upcast, to the bit")
 
 
-@pytest.mark.parametrize("layer", ["wide", *(pytest.param(n, marks=pytest.mark.slow) for n in ("narrow", "kernel"))])
+@pytest.mark.parametrize("layer", first(["wide", "narrow", "kernel"]))
 def test_fewer_layers_are_the_same_layers(tmp_path, stacks, layer):
     whole = {one["name"]: one for one in analyse(tmp_path / "c", stacks).layers}
     (alone,) = jaxsub.analyze(str(tmp_path / "c"), draws=2, splits=1, layers=(layer,)).layers
