@@ -15,9 +15,9 @@ import pytest
 
 import jaxsub
 from jaxsub import plugins
-from jaxsub.formats import safetensors
 from tests.linalg.matrices import LAPACK, planted, spectrum
 from tests.linalg.test_ratios import DTYPES, norm, require, ulp
+from tests.programs import worlds
 
 SHAPES = [(3, (1, 1)), (9, (1, 1)), (3, (3, 3)), (6, (8, 8)), (50, (20, 20)), (100, (10, 5)), (500, (64, 64))]
 ENDS = {  # largest entries: 1, near overflow, near underflow (float32: subnormal)
@@ -45,14 +45,7 @@ def stacks(dtype, scale, count, shape):
 
 @pytest.fixture
 def collection(tmp_path):
-    def write(given):
-        (tmp_path / "c").mkdir()
-        for n in range(len(next(iter(given.values())))):
-            layers = {name: x[n] for name, x in given.items()}
-            safetensors.write(tmp_path / "c" / f"m{n:03d}.safetensors", layers)
-        return str(tmp_path / "c")
-
-    return write
+    return lambda given: str(worlds.write(tmp_path / "c", given))
 
 
 def centred(x):

@@ -54,8 +54,8 @@ def done(name):
 
 @pytest.mark.slow
 def test_a_second_run_is_the_same(tmp_path, stacks):
-    first = analyse(tmp_path / "c", stacks)
-    require_equal(first, jaxsub.analyze(str(tmp_path / "c"), draws=2, splits=1))
+    once = analyse(tmp_path / "c", stacks)
+    require_equal(once, jaxsub.analyze(str(tmp_path / "c"), draws=2, splits=1))
     done("a second analysis")
     jaxsub.fit(str(tmp_path / "c"), tmp_path / "a", rank=2)
     jaxsub.fit(str(tmp_path / "c"), tmp_path / "b", rank=2)
@@ -71,7 +71,7 @@ def test_the_order_of_models(tmp_path, stacks):
     done("order of the models")
 
 
-@pytest.mark.parametrize("power", [pytest.param(-20, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("power", first([5, -20]))
 def test_a_power_of_two(tmp_path, stacks, power):
     a = analyse(tmp_path / "a", stacks)
     b = analyse(tmp_path / "b", {name: np.ldexp(x, power) for name, x in stacks.items()})

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -10,8 +9,8 @@ import jaxsub
 from jaxsub import bundle as bundles, errors, formats, plugins
 from jaxsub.formats import peft, safetensors
 from jaxsub.pipelines import fit_streamed, project, update
+from tests.linalg.test_ratios import DTYPES
 
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 SCALES = [
     ("float32", 3.4e38), ("float32", 1e-37), ("float32", 1e-41), ("bfloat16", 3.3e38), ("bfloat16", 1e-38),
     ("bfloat16", 1e30), ("float16", 65000.0), ("float16", 1e-5), ("float64", 1e280), ("float64", 1e-280),
