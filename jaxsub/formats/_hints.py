@@ -27,7 +27,7 @@ def explain(head, size):
         size: of the whole file, in bytes.
     """
     if size == 0:
-        return "it is empty, an interrupted download: get it again"
+        return "it is empty (0 bytes), an interrupted download: get it again"
     for magic, words in _MAGIC:
         if head.startswith(magic):
             return words
