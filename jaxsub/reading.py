@@ -38,7 +38,7 @@ class NonFiniteError(errors.InputError):
 
     def __init__(self, member, path, key, count, first):
         self.member, self.found = member, (member, count, first)
-        found = f"entries that are not finite: {count}, the first at flat index {first}"
+        found = f"holds NaN or Inf, in {count} of its entries, the first at flat index {first}"
         super().__init__(path, found, key=key, hint="repair or remove the model", rule="N1")
 
 

@@ -10,6 +10,7 @@ from jaxsub.pipelines import layers, lora
 from tests.linalg.compiled import collective_bytes
 from tests.linalg.matrices import deal_factors
 from tests.linalg.test_modes import kinds
+from tests.selected import first
 
 # models, rank, sizes of a side's weight axes: few rows and a wide axis, many and a narrow one; and convolutions
 SIDES = [(3, 2, (50,)), (9, 3, (20,)), (5, 2, (6, 3, 3)), (3, 1, (40, 2))]
@@ -36,9 +37,9 @@ def unfoldings(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, *(pytest.param(d, marks=pytest.mark.slow) for d in (3, 8))])
+@pytest.mark.parametrize("devices", [1, 3, 8])
 @pytest.mark.parametrize("case", SIDES)
-@pytest.mark.parametrize("is_exact", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_exact", [True, False])
 def test_energies_do_not_depend_on_the_mesh(case, devices, is_exact):
     x, roots, count, mesh = sides(case, devices)
     options = layers.Options() if is_exact else layers.Options(mode_work=0)
@@ -63,9 +64,7 @@ SENT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "times"), [SENT[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in SENT if one is not SENT[0])]
-)
+@pytest.mark.parametrize(("case", "times"), first(SENT))
 def test_what_devices_send_each_other(case, times):
     """The smaller Gram matrix, and where the axis is the longer side their share of the rows once: never a gather."""
     x, roots, count, mesh = sides(case, 8)

@@ -83,7 +83,8 @@ def _read(path, root, allow_roots):
     limit = min(MAX_HEADER, file.size - 8)
     if not 0 < length <= limit:
         reason = f"says its header has {length} bytes, 1 to {limit} are possible"
-        raise _files.damaged(file, reason, rule="H1", hint="the download is incomplete, or this is no safetensors file")
+        hint = "the download is incomplete, or this is no safetensors file: get it again, or move it elsewhere"
+        raise _files.damaged(file, reason, rule="H1", hint=hint)
     data = _files.read_bytes(file, 8, length)
     layout = _cached(data, file)
     if layout.size != file.size:

@@ -27,7 +27,7 @@ def explain(head, size):
         size: of the whole file, in bytes.
     """
     if size == 0:
-        return "it is empty (0 bytes): an interrupted download"
+        return "it is empty (0 bytes), an interrupted download: get it again"
     for magic, words in _MAGIC:
         if head.startswith(magic):
             return words
@@ -38,7 +38,7 @@ def explain(head, size):
     if len(head) > 1 and head[0] == 0x80 and 1 <= head[1] <= 5:
         return _PICKLE
     if head.count(0) == len(head):
-        return "it begins with zeros only: an interrupted download"
+        return "it begins with zeros only, an interrupted download: get it again"
     return ""
 
 

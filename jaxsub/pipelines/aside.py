@@ -56,11 +56,13 @@ def require_few(error, aside, total, left, config, least=lineup.SMALLEST_GROUP):
     """
     limit = config.max_quarantined if config.max_quarantined >= 0 else max(1, total // 20)
     if config.strict or aside > limit or left < least:
+        others = " (`jaxsub inspect` lists those that cannot be read)" if aside > 1 else ""
+        hint = f"remove them{others}, or allow more with --max_quarantined={aside}"
         raise errors.InputError(
             error.file,
-            f"{aside} of {total} models set aside, the last because {error.reason}",
+            f"{aside} of {total} models set aside, the last because it {error.reason}",
             key=error.key,
-            hint=f"remove them, or allow more with --max_quarantined={aside}" if left >= least else "too few are left",
+            hint=hint if left >= least else "too few are left",
             rule="N2",
         )
 
@@ -99,7 +101,7 @@ def kept(folder, opened, config):
 
 def error_of(one, opened):
     """An InputError of a model that `kept` gave."""
-    return errors.InputError(opened.models[one["member"]].path, "it holds NaN or Inf", key=one["layer"])
+    return errors.InputError(opened.models[one["member"]].path, "holds NaN or Inf", key=one["layer"])
 
 
 def going_on(work, opened, config, least=lineup.SMALLEST_GROUP):

@@ -198,6 +198,7 @@ class _Work:
         more = f"; and {len(self.misfits) - MOST_SHOWN} more" if len(self.misfits) > MOST_SHOWN else ""
         crop = ", --config.mismatched=crop merges the rows they share" if any(c for *_, c in self.misfits) else ""
         hint = (
+            "move models of another architecture out of the collection; "
             f"--config.mismatched=copy takes those of {self._template_id()}{crop}, --exclude_layers leaves layers out"
         )
         name = self.misfits[0][0]

@@ -46,7 +46,7 @@ def test_without_a_bound_nothing_is_kept(folder):
     assert bundle.accounting()["corrections"] == 0 and all(one.corrections is None for one in bundle.layers)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, pytest.param(np.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", first([np.float16, np.float32]))
 def test_a_bound_of_zero_gives_the_weights_to_the_bit(tmp_path, dtype):
     folder = test_bundle.collection(tmp_path / "m", dtype=dtype)
     bundle = jaxsub.fit(folder, rank=1, layers=["weight"], max_error=0.0, basis_dtype="int8")

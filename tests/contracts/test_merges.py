@@ -11,7 +11,6 @@ from jaxsub import plugins, rows
 from tests.merges import stacks
 from tests.selected import first
 
-SLOW = pytest.mark.slow
 NAMES = [n for n in plugins.available("merges") if hasattr(plugins.load("merges", n), "merge")]
 TWO = ("slerp",)  # take two models
 DRAWS = ("dare_linear", "dare_ties", "knots_dare", "subspace_dare")
@@ -62,8 +61,8 @@ def test_a_method_says_what_it_is(name):
     "shape",
     [
         pytest.param((12, 9), id="matrix"),
-        pytest.param((60,), id="vector", marks=SLOW),
-        pytest.param((4, 3, 3, 3), id="kernel", marks=SLOW),
+        pytest.param((60,), id="vector", marks=pytest.mark.slow),
+        pytest.param((4, 3, 3, 3), id="kernel", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("name", first(NAMES, 8))
@@ -92,7 +91,7 @@ def test_the_order_of_low_rank_updates_does_not_matter(name):
     assert stacks.relative(found[0], found[1].astype(float)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["matrix", pytest.param("vector", marks=SLOW), pytest.param("low-rank", marks=SLOW)])
+@pytest.mark.parametrize("kind", first(["matrix", "vector", "low-rank"]))
 @pytest.mark.parametrize("name", AVERAGES)
 def test_a_merge_of_copies_is_the_model(name, kind):
     number = count(name)
@@ -113,7 +112,7 @@ def test_copies_come_back_to_the_last_digit_from_a_mean(name):
     assert np.array_equal(merge(name, stacks.of_arrays(x), **AVERAGES[name]), x[0])
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in TWO and n != "model_stock"])
 def test_one_model(name):
     x = stacks.dense(count=1)
@@ -131,7 +130,7 @@ def test_the_base_is_put_back(name):
     assert stacks.relative(found, alone.astype(float) + base) < 1e-6
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_do_not_show(name, monkeypatch):
     x = stacks.dense((40, 30), count(name))
@@ -144,7 +143,7 @@ def test_blocks_do_not_show(name, monkeypatch):
     assert stacks.relative(merge(name, stacks.of_arrays(x)), whole.astype(float)) < 1e-6
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_of_low_rank_updates_do_not_show(name, monkeypatch):
     parts = stacks.factors(ranks=(2, 3) if name in TWO else (2, 2, 2, 2))
@@ -153,7 +152,7 @@ def test_blocks_of_low_rank_updates_do_not_show(name, monkeypatch):
     assert stacks.relative(merge(name, stacks.of_factors(*parts)), whole.astype(float)) < 1e-6
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "low-rank"])
 @pytest.mark.parametrize("name", NAMES)
 def test_updates_of_zero(name, kind):
@@ -164,7 +163,7 @@ def test_updates_of_zero(name, kind):
     assert np.abs(merge(name, own)).max(initial=0.0) == 0.0
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_float64_stays_float64(name):
     x = stacks.dense(count=count(name), dtype=np.float64)

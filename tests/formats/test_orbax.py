@@ -16,6 +16,7 @@ import pytest
 
 from jaxsub import errors, finding, formats
 from tests.figures_log import record
+from tests.selected import first
 
 checkpoint = pytest.importorskip("orbax.checkpoint")
 import jax
@@ -203,7 +204,7 @@ BOMBS = {  # of 256 MiB
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("codec", [n if n == "zstd" else pytest.param(n, marks=pytest.mark.slow) for n in BOMBS])
+@pytest.mark.parametrize("codec", first(BOMBS))
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not say")
 def test_pieces_that_expand_are_refused_without_the_memory(folder, codec):
     store, name = database(folder), "params.dense.kernel"

@@ -10,6 +10,7 @@ from jaxsub import heldout, spectrum
 from jaxsub.formats import peft, safetensors
 from jaxsub.linalg import modes
 from tests.programs import worlds
+from tests.selected import first
 
 
 @pytest.mark.slow
@@ -165,9 +166,7 @@ def test_a_common_offset_changes_the_mean_alone(tmp_path):
     assert moved["mean_energy"] > 0.8 > plain["mean_energy"]
 
 
-@pytest.mark.parametrize(
-    "collection", ["sb3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wakewords", "megnet"))]
-)
+@pytest.mark.parametrize("collection", first(["sb3", "wakewords", "megnet"]))
 def test_real_collections(shared, collection):
     """Figures computed in NumPy float64 from the files themselves: mean share, k90, k95, LOO at 4, 8, 16."""
     options = {"match": "order"} if collection == "megnet" else {}

@@ -10,9 +10,9 @@ from jaxsub import errors, placement, stacks
 from jaxsub.linalg import dealt, factored, mode_gram, rebuild, tucker, unfold
 from jaxsub.pipelines import sharing
 from tests.linalg.compiled import executed
+from tests.selected import first
 
 pytestmark = pytest.mark.usefixtures("x64")
-slow = pytest.mark.slow
 N, D, R = 10, (40, 30, 3), 4
 
 
@@ -45,7 +45,7 @@ def test_an_array_says_what_its_first_axis_is_dealt_to(x):
 
 FITS = [(tucker.hosvd, {"ranks": (None, 4, None, None), "certify": "norms"}, 4)]
 FITS += [
-    pytest.param(fit, rule, devices, marks=slow)
+    (fit, rule, devices)
     for fit in (tucker.hosvd, tucker.sthosvd, tucker.hooi)
     for rule in ({"ranks": (None, 4, 3, 2)}, {"energy": 0.8, "axes": (1, 2)}, {"error": 0.3, "axes": (1, 2, 3)})
     for devices in (2, 4, 8)
@@ -70,7 +70,7 @@ def test_a_fit_is_that_of_one_device(x, fit, rule, devices):
     assert left == pytest.approx(float(many.error), abs=1e-3) and not np.abs(whole[N:]).max(initial=0)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("fit", [factored.hosvd, factored.hooi])
 def test_a_fit_of_low_rank_updates_is_that_of_one_device(fit, devices):
@@ -106,8 +106,8 @@ def sent(lowered):
     return executed(lowered.compile().as_text())
 
 
-@pytest.mark.parametrize("axis", [2, *(pytest.param(a, marks=slow) for a in (1, 3))])
-@pytest.mark.parametrize("devices", [8, *(pytest.param(d, marks=slow) for d in (2, 4))])
+@pytest.mark.parametrize("axis", first([2, 1, 3]))
+@pytest.mark.parametrize("devices", first([8, 2, 4]))
 def test_mode_grams_are_summed_and_products_send_nothing(axis, devices):
     mesh, y = placement.make_mesh(devices), shape((16, *D), devices)
     size = y.shape[axis]
@@ -156,7 +156,9 @@ def test_means_of_columns_are_small_sums_and_rebuilds_send_nothing():
 # Stacks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("centring, axis", [("models", None), pytest.param("columns", 1, marks=slow), ("none", None)])
+@pytest.mark.parametrize(
+    "centring, axis", [("models", None), pytest.param("columns", 1, marks=pytest.mark.slow), ("none", None)]
+)
 def test_a_dealt_stack_is_centred_as_one_on_one_device(x, centring, axis):
     x = x + 100
     chosen = [0, 3, 4, 8]

@@ -71,7 +71,7 @@ def test_hosvd_equals_the_dense_one(mixed, centred, dtype, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("centred", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("centred", [False, True])
 def test_hooi_equals_the_dense_one_and_beats_its_start(centred):
     a, b, scales = stack()
     w = dense(a, b, scales, centred)

@@ -20,6 +20,7 @@ from jaxsub import placement
 from jaxsub.linalg import gram, incremental, moments, orth, reference_tucker, selection, single_pass, svd, tucker
 from tests.figures_log import record
 from tests.linalg.matrices import LAPACK, place, planted, spectrum
+from tests.selected import first
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -40,10 +41,6 @@ DEVICES = [*((*case, 1) for case in [*GRID, *LARGE_GRID]), *((*case, 8) for case
 
 def names_of(shapes, devices):
     return FEW if devices > 1 and min(shapes[0]) >= 50 else LAPACK
-
-
-def slow(cases):
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def with_products(cases):
@@ -118,10 +115,8 @@ def gram64(x):
 SVDS = {"thin": svd.thin_svd, "gram": gram64, "randomized": full, "krylov": krylov}
 
 
-@pytest.mark.parametrize("dtype, scale, shapes", [GRID[0], *slow([*GRID[1:], *LARGE_GRID])])
-@pytest.mark.parametrize(
-    "method", ["thin", "gram", *(pytest.param(m, marks=pytest.mark.slow) for m in ("randomized", "krylov"))]
-)
+@pytest.mark.parametrize("dtype, scale, shapes", first([*GRID, *LARGE_GRID]))
+@pytest.mark.parametrize("method", first(["thin", "gram", "randomized", "krylov"], 2))
 def test_singular_value_decompositions(method, dtype, scale, shapes):
     if method == "gram" and dtype == "float64":
         pytest.skip("out of its range: see test_values_over_the_floor_are_true")
@@ -145,7 +140,7 @@ def test_thin_svd_takes_more_scales(scale):
 
 @pytest.mark.parametrize(
     "products, dtype, scale, shapes",
-    [*with_products(GRID[:1]), *slow(with_products([*GRID[1:], *LARGE_GRID]))],
+    first([*with_products(GRID[:1]), *with_products([*GRID[1:], *LARGE_GRID])], 2),
 )
 def test_values_over_the_floor_are_true(products, dtype, scale, shapes):
     """Energies of a Gram matrix are right to the ulp of its products; a value over the floor is one of x."""

@@ -11,17 +11,8 @@ import pytest
 from jaxsub import placement
 from jaxsub.linalg import factored, reference_tucker, tucker
 from tests.linalg.matrices import LAPACK, frame, lora_sums, spectrum
-from tests.linalg.test_ratios import (
-    DTYPES,
-    FITS,
-    SCALES,
-    TENSORS,
-    norm,
-    orthonormality,
-    require,
-    slow,
-    ulp,
-)
+from tests.linalg.test_ratios import DTYPES, FITS, SCALES, TENSORS, norm, orthonormality, require, ulp
+from tests.selected import first
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -54,10 +45,10 @@ def relative(got, true, size, products):
 
 # Dtype, scale, shapes, products.
 QUICK_UPDATES = (*QUICK, UPDATES[3:4], "float32")
-UPDATE_GRID = [QUICK_UPDATES, *slow([(*case, UPDATES, p) for case in GRID for p in ("float32", "float64")])]
+UPDATE_GRID = [(*case, UPDATES, p) for case in GRID for p in ("float32", "float64")]
 
 
-@pytest.mark.parametrize("dtype, scale, shapes, products", UPDATE_GRID)
+@pytest.mark.parametrize("dtype, scale, shapes, products", first([QUICK_UPDATES, *UPDATE_GRID]))
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_gram_matrices_of_updates(devices, dtype, scale, shapes, products):
     require_range(dtype, products)
@@ -78,7 +69,7 @@ def test_gram_matrices_of_updates(devices, dtype, scale, shapes, products):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("dtype, scale, shapes, products", UPDATE_GRID[1:])
+@pytest.mark.parametrize("dtype, scale, shapes, products", UPDATE_GRID)
 def test_mode_grams_of_updates(dtype, scale, shapes, products, centred):
     """In units of what is summed: of updates as they are, also where their mean is taken off."""
     require_range(dtype, products)
@@ -97,7 +88,7 @@ def test_mode_grams_of_updates(dtype, scale, shapes, products, centred):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("dtype, scale, shapes, products", UPDATE_GRID[1:])
+@pytest.mark.parametrize("dtype, scale, shapes, products", UPDATE_GRID)
 @pytest.mark.parametrize("method", ["hosvd", "hooi"])
 def test_shared_factors_of_updates(method, dtype, scale, shapes, products, centred):
     """At half the rank, and at all of it: orthonormal, cores are the contraction, error and certificate are true."""
@@ -147,7 +138,7 @@ TENSOR_GRID = [(*case, TENSORS, p) for case in GRID for p in ("float32", "float6
     "method, ranks, dtype, scale, shapes, products",
     [
         ("hooi", "half", *QUICK, TENSORS[2:3], "float32"),
-        *slow([(method, ranks, *case) for method in FITS for ranks in TRUNCATIONS for case in TENSOR_GRID]),
+        *((method, ranks, *case) for method in FITS for ranks in TRUNCATIONS for case in TENSOR_GRID),
     ],
 )
 def test_truncated_tucker_decompositions(method, ranks, dtype, scale, shapes, products):

@@ -15,8 +15,8 @@ SHORT = [pytest.param(k, marks=() if k == "gaussian" else pytest.mark.slow) for 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SHORT)
-@pytest.mark.parametrize("columns", [7, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 48))])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [7, 1, 48])
 def test_rows_do_not_depend_on_where_the_matrix_is_cut(kind, columns):
     draw, key = sketch.named(kind), jax.random.key(3)
     whole = np.asarray(draw(key, 300, columns))
@@ -25,7 +25,7 @@ def test_rows_do_not_depend_on_where_the_matrix_is_cut(kind, columns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize("kind", KINDS)
 def test_eight_devices_draw_what_one_draws(kind):
     draw, key = sketch.named(kind), jax.random.key(4)
     mesh = placement.make_mesh(8)

@@ -236,9 +236,7 @@ def test_strength_pair_variance_and_fourth_moment(frames):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["random B", "narrow", *(pytest.param(c, marks=pytest.mark.slow) for c in ("shared B", "half shared B"))]
-)
+@pytest.mark.parametrize("case", ["random B", "narrow", "shared B", "half shared B"])
 def test_fresh_init_agrees_with_drawing_the_a_factors(case):
     rng = np.random.default_rng(10)
     width = {"random B": 100, "shared B": 100, "half shared B": 100, "narrow": 20}[case]

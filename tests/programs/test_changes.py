@@ -17,8 +17,8 @@ from tests.folders import contents
 from tests.formats.test_input_files import append, overwrite, remove, replace, shorten, touch
 from tests.programs.test_disk_faults import Analysis, Fit
 from tests.programs.test_resume import QUICK, dense, report_of
+from tests.selected import first
 
-SLOW = pytest.mark.slow
 CHANGES = [replace, overwrite, append, touch, shorten, remove]
 
 
@@ -160,7 +160,7 @@ ENVIRONMENT = (
 
 
 @pytest.mark.parametrize("program", [Analysis, Fit])
-@pytest.mark.parametrize("item", ["version.jax", *(pytest.param(item, marks=SLOW) for item in ENVIRONMENT)])
+@pytest.mark.parametrize("item", first(["version.jax", *ENVIRONMENT]))
 def test_another_version_or_machine_is_named(tmp_path, quick, monkeypatch, program, item):
     made, known = program(dense(tmp_path / "c")), workdir.machine()
     made.run(tmp_path / "out")
@@ -261,7 +261,7 @@ def test_a_folder_that_is_no_result_is_no_result(tmp_path):
 # Permissions and links
 
 
-@pytest.mark.parametrize("umask", [pytest.param(0o022, marks=SLOW), 0o027, pytest.param(0o077, marks=SLOW)])
+@pytest.mark.parametrize("umask", first([0o027, 0o022, 0o077]))
 def test_modes_follow_the_umask(tmp_path, quick, umask):
     models = dense(tmp_path / "c")
     before = os.umask(umask)

@@ -71,8 +71,9 @@ def child(folder, num_layers, num_models, shape, dtype):
 
 @pytest.mark.slow
 @resident.needs_high_water_mark
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_the_plan_is_within_a_quarter_and_never_a_tenth_short(tmp_path, case):
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_within_a_quarter_and_of_one_layer_never_a_tenth_short(tmp_path, name):
+    case = CASES[name]
     environment = {n: v for n, v in os.environ.items() if n not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     script = f"from tests.programs import test_memory_plan as t; t.child({str(tmp_path)!r}, *{case!r})"
     try:
@@ -86,5 +87,4 @@ def test_the_plan_is_within_a_quarter_and_never_a_tenth_short(tmp_path, case):
     print(f"planned {planned:.0f} MiB, measured {measured:.0f} MiB, {planned / measured:.2f}")
     # Figures of several layers at once overlap as threads happen to run: 105 to 148 MiB of three of 300 models.
     assert (0.9 if case[0] == 1 else 0.8) <= planned / measured <= 1.25
-    name = next(name for name, value in CASES.items() if value == case)
     record("BUDGET, plan", f"planned over measured, {name}", round(planned / measured, 3))

@@ -11,6 +11,7 @@ import jaxsub
 from jaxsub import errors, formats
 from jaxsub.formats import _rewrite, peft, safetensors
 from jaxsub.pipelines import project
+from tests.selected import first
 
 
 def weights(folder, *, count=9, dtype=np.float32, seed=0):
@@ -57,7 +58,7 @@ def products_of(folder):
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", first(["float32", "float16"]))
 def test_reconstructions_are_files_like_the_originals(tmp_path, dtype):
     folder = weights(tmp_path / "m", dtype=dtype)
     jaxsub.fit(folder, tmp_path / "b", rank=2, layers=["w"])
@@ -79,8 +80,8 @@ def test_reconstructions_are_files_like_the_originals(tmp_path, dtype):
     np.testing.assert_allclose(saved["w"], bundle.coefficients().values["w"], atol=1e-4)
 
 
-@pytest.mark.parametrize("transposed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
 def test_rebuilt_adapters_keep_scale_orientation_and_sidecars(tmp_path, transposed):
     folder, products = adapters(tmp_path / "m", transposed=transposed, rslora=True)
     jaxsub.fit(folder, tmp_path / "b", rank=3)

@@ -3,17 +3,16 @@
 import json
 
 import hypothesis
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import strategies
 
 import jaxsub
-from jaxsub.formats import safetensors
 from tests.figures_log import record
+from tests.linalg.test_ratios import DTYPES
+from tests.programs import worlds
 
 EXAMPLES = 300
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 SHAPES = [(4, (1,)), (5, (3, 2)), (9, (2, 2)), (7, (12, 5)), (12, (3, 2, 2, 2))]  # few: each is compiled
 SPECTRA = ["noise", "low", "mean", "graded"]
 SPECIALS = ["zeros", "copy", "large", "small", "zero model", "nan", "inf", "negative zero", "zero layer"]
@@ -86,13 +85,11 @@ def require_true(layer, rows, dtype):
 def check(folder, case):
     """The ratio of one case; None where too few models are left, and that is said."""
     x, bad = made(case)
-    folder.mkdir()
     # A second layer tells models apart that are alike in the first one, but for the copy.
     tag = np.arange(len(x), dtype=np.float32)
     if "copy" in case["specials"]:
         tag[-1] = tag[1]
-    for n in range(len(x)):
-        safetensors.write(folder / f"m{n:02d}.safetensors", {"w": x[n], "tag": np.array([tag[n], 1], np.float32)})
+    worlds.write(folder, {"w": x, "tag": np.stack([tag, np.ones_like(tag)], 1)})
     kept = [n for n in range(len(x)) if n not in bad]
     if "copy" in case["specials"] and {1, len(x) - 1} <= {*kept}:
         kept.remove(len(x) - 1)
@@ -102,7 +99,7 @@ def check(folder, case):
         assert len(kept) < 3 or bad, error
         return None
     json.dumps(report.data, allow_nan=False)
-    assert [one["id"] for one in report["collection"]["quarantined"]] == [f"m{n:02d}" for n in bad]
+    assert [one["id"] for one in report["collection"]["quarantined"]] == [f"m{n:03d}" for n in bad]
     if len(kept) < 3:  # two distinct models are not analysed, and that is said
         assert not report.layers and "w" in json.dumps(report["collection"]["skipped_layers"])
         return None

@@ -15,9 +15,9 @@ import pytest
 
 import jaxsub
 from jaxsub import plugins
-from jaxsub.formats import safetensors
 from tests.linalg.matrices import LAPACK, planted, spectrum
 from tests.linalg.test_ratios import DTYPES, norm, require, ulp
+from tests.programs import worlds
 
 SHAPES = [(3, (1, 1)), (9, (1, 1)), (3, (3, 3)), (6, (8, 8)), (50, (20, 20)), (100, (10, 5)), (500, (64, 64))]
 ENDS = {  # largest entries: 1, near overflow, near underflow (float32: subnormal)
@@ -25,7 +25,6 @@ ENDS = {  # largest entries: 1, near overflow, near underflow (float32: subnorma
     "float64": (1.0, 1e280, 1e-280),
 }  # fmt: skip
 CASES = [(dtype, scale, *shape) for dtype in DTYPES for scale in ENDS[dtype] for shape in SHAPES]
-QUICK = ("float32", 1e-40, 6, (8, 8))
 ROWS = ("gram", "randomized")
 FACTORS = ("hosvd", "sthosvd", "hooi", "row_pca", "col_svd")
 
@@ -46,14 +45,7 @@ def stacks(dtype, scale, count, shape):
 
 @pytest.fixture
 def collection(tmp_path):
-    def write(given):
-        (tmp_path / "c").mkdir()
-        for n in range(len(next(iter(given.values())))):
-            layers = {name: x[n] for name, x in given.items()}
-            safetensors.write(tmp_path / "c" / f"m{n:03d}.safetensors", layers)
-        return str(tmp_path / "c")
-
-    return write
+    return lambda given: str(worlds.write(tmp_path / "c", given))
 
 
 def centred(x):
@@ -71,12 +63,8 @@ def singular_values(y, count):
     return values
 
 
-def slow(cases, quick):
-    return [case if case == quick else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, scale, count, shape", slow(CASES, QUICK))
+@pytest.mark.parametrize("dtype, scale, count, shape", CASES)
 def test_an_analysis(collection, dtype, scale, count, shape):
     """Values over the floor to the ulp of the stored weights, and none over it that the models lack."""
     given = stacks(dtype, scale, count, shape)
@@ -116,8 +104,8 @@ def rebuilt_ratios(made, opened, given, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m != "gram" else m for m in ROWS])
-@pytest.mark.parametrize("dtype, scale, count, shape", slow(CASES, QUICK))
+@pytest.mark.parametrize("method", ROWS)
+@pytest.mark.parametrize("dtype, scale, count, shape", CASES)
 def test_principal_components(collection, method, dtype, scale, count, shape):
     given = stacks(dtype, scale, count, shape)
     width, folder = int(np.prod(shape)), collection(given)

@@ -14,6 +14,7 @@ from jaxsub.formats import safetensors
 from tests.figures_log import record
 from tests.folders import contents
 from tests.programs import worlds
+from tests.selected import first
 
 SHAPES = {"wide": (9, 7), "narrow": (4,), "kernel": (3, 2, 2, 2)}
 FIGURES = ("singular_values", "uncentred_singular_values", "floor", "total_energy")
@@ -53,8 +54,8 @@ def done(name):
 
 @pytest.mark.slow
 def test_a_second_run_is_the_same(tmp_path, stacks):
-    first = analyse(tmp_path / "c", stacks)
-    require_equal(first, jaxsub.analyze(str(tmp_path / "c"), draws=2, splits=1))
+    once = analyse(tmp_path / "c", stacks)
+    require_equal(once, jaxsub.analyze(str(tmp_path / "c"), draws=2, splits=1))
     done("a second analysis")
     jaxsub.fit(str(tmp_path / "c"), tmp_path / "a", rank=2)
     jaxsub.fit(str(tmp_path / "c"), tmp_path / "b", rank=2)
@@ -70,7 +71,7 @@ def test_the_order_of_models(tmp_path, stacks):
     done("order of the models")
 
 
-@pytest.mark.parametrize("power", [pytest.param(-20, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("power", first([5, -20]))
 def test_a_power_of_two(tmp_path, stacks, power):
     a = analyse(tmp_path / "a", stacks)
     b = analyse(tmp_path / "b", {name: np.ldexp(x, power) for name, x in stacks.items()})
@@ -116,7 +117,7 @@ def test_sixteen_bits_are_their_upcast(tmp_path, stacks):
     done("bfloat16 and its float32 upcast, to the bit")
 
 
-@pytest.mark.parametrize("layer", ["wide", *(pytest.param(n, marks=pytest.mark.slow) for n in ("narrow", "kernel"))])
+@pytest.mark.parametrize("layer", first(["wide", "narrow", "kernel"]))
 def test_fewer_layers_are_the_same_layers(tmp_path, stacks, layer):
     whole = {one["name"]: one for one in analyse(tmp_path / "c", stacks).layers}
     (alone,) = jaxsub.analyze(str(tmp_path / "c"), draws=2, splits=1, layers=(layer,)).layers

@@ -158,7 +158,7 @@ def test_models_that_the_basis_holds_are_only_projected(places, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decomposition", ["gram", pytest.param("hosvd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("decomposition", ["gram", "hosvd"])
 @pytest.mark.parametrize("dtype", ["", "int8"])
 def test_stated_errors_bound_the_true_ones(places, tmp_path, decomposition, dtype):
     """Two of three directions are kept: the rest of the old models is lost, the new ones have one of their own."""
