@@ -61,9 +61,8 @@ class Network:
 
         def product(following, args, kwargs, context):
             name = _kernel(context.module)
-            is_shared = (
-                name in combined and _inputs(args, kwargs) is inputs
-            )  # no weight has touched it: the same in all runs
+            # Inputs that no weight has touched are the same in all runs.
+            is_shared = name in combined and _inputs(args, kwargs) is inputs
             if not (name in factored or is_shared) or context.method_name != "__call__":
                 return following(*args, **kwargs)
             found = _values.linear(_inputs(args, kwargs), weights[name])
