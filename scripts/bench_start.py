@@ -30,7 +30,7 @@ def mark(what, place, name, then):
     setattr(place, name, marked)
 def mark_pass():
     from jaxsub import reading
-    mark("first weights of the pass", reading._Source, "read", lambda: os._exit(0))
+    mark("first weights of the pass", reading.Source, "read", lambda: os._exit(0))
 mark("first header", formats, "open_model", lambda: None)
 mark("first weights, samples that tell copies", formats, "read_into", mark_pass)
 cli.entry(["jaxsub", *sys.argv[1:]])

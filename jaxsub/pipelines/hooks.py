@@ -1,6 +1,7 @@
 """What a user names as `module:name`: a function, a model or a task of their own. Only that module is run."""
 
 import contextlib
+import hashlib
 import importlib
 import os
 import sys
@@ -34,3 +35,17 @@ def load(option, spec):
     if found is None:
         raise errors.ConfigError(f"{option}={spec}: {module} has nothing called {name}")
     return found
+
+
+def digest(option, spec):
+    """SHA-256 of the file that `module:name` is in, "" where there is none; what that file imports is not looked at.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    load(option, spec)
+    path = getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
+    if path is None:
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()

@@ -1,8 +1,8 @@
 """Whether models share a start, from a sample of their weights: those that do not have no mean that is a model.
 
-Cosines of a million weights a model, the same places of all, tell kin from strangers: models of one start keep a
-cosine of .19 and more, strangers have one of about 0 (`lineage`). Low-rank updates say nothing of their start; there
-the names of their base models are compared.
+Cosines of a quarter of a million weights a model, the same places of all, tell kin from strangers: models of one
+start keep a cosine of .19 and more, strangers have one of about 0 (`lineage`). Low-rank updates say nothing of their
+start; there the names of their base models are compared.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from jaxsub import errors, lineage, lineup, reading
 from jaxsub.rows import files
 
-SAMPLED = 2**20  # weights of each model that are looked at, over all layers
+SAMPLED = 2**18  # weights of each model that are looked at, over all layers
 LEAST = 4096  # of each layer
 ALIGN = "models of different starts have their hidden units in another order: align them first, or merge kin"
 

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from jaxsub import errors
+from jaxsub import collection, errors, formats
 from jaxsub.pipelines import plan, workdir as workdirs
 from jaxsub.report import _write
 
@@ -134,6 +134,8 @@ def identity(config, setup):
         from jaxsub.bundle import files
 
         models["bundle"] = files.identity(manifest)["sha256"]
+    if config.base:
+        models["base"] = collection.digest(formats.open_model(config.base, allow_roots=config.allow_roots))
     found = {f"config.{name}": value for name, value in workdirs.options(config).items() if name != "write_models"}
     return {"program": "train", "jaxsub_version": __version__, **workdirs.machine(), **found, "models": models}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import zlib
 
 import jax
@@ -63,10 +64,25 @@ def methods(config, setup):
         elif name == "lora" and config.parametrisation != "lora":
             found.append(Method("lora", lora, lora.Options(config.lora_rank, 2.0 * config.lora_rank)))
         elif name == "last_layer":
-            found.append(Method("last_layer", full, full.Options(config.last_layer or LAST_LAYER)))
+            found.append(Method("last_layer", full, full.Options(_last_layer(config, setup))))
         elif name == "full" and config.parametrisation != "full":
             found.append(Method("full", full, full.Options()))
     return found
+
+
+def _last_layer(config, setup):
+    pattern = config.last_layer or LAST_LAYER
+    try:
+        is_there = any(re.search(pattern, layer) for layer in setup.start)
+    except re.error as error:
+        raise errors.ConfigError(f"last_layer={errors.quote(pattern)}: no regular expression: {error}") from error
+    if not is_there:
+        layers = ", ".join(map(errors.quote, [*setup.start][-4:]))
+        raise errors.ConfigError(
+            f"last_layer={errors.quote(pattern)}: no layer of the network matches (it ends with {layers}); give "
+            "--config.last_layer, or --config.baselines without last_layer"
+        )
+    return pattern
 
 
 class Training:
@@ -105,6 +121,7 @@ class Training:
         frozen, frozen_axes = steps.stacked([pair[1] for pair in each])
         self.count = steps.count(each[0][0])
         self.trainable = jax.tree.map(lambda *x: jnp.stack(x), *(pair[0] for pair in each))
+        self._try_optimizer(each[0][0])
         keys = jnp.stack([
             self._key("batches", number, seed)
             for number in range(len(setup.variations)) for seed in self.seeds for _ in self.rates
@@ -113,6 +130,21 @@ class Training:
         rates = jnp.asarray(np.tile(np.float32(self.rates), len(pairs)))
         self._frozen, self._keys, self._rates, self._frozen_axes = frozen, keys, rates, frozen_axes
         self.runs, self.axes = self._given("fit")
+
+    def _try_optimizer(self, trainable):
+        """Raises ConfigError where the optimizer cannot make a step with its options."""
+
+        def step(trainable):
+            with jax.numpy_dtype_promotion("standard"):
+                return self.plan.optimizer.update(trainable, self.plan.optimizer.init(trainable), trainable)
+
+        try:
+            jax.eval_shape(step, trainable)
+        except (TypeError, ValueError) as error:
+            said = errors.quote(error, 200)
+            raise errors.ConfigError(
+                f"optimizer_options: optimizer={self.config.optimizer} fails with them: {said}"
+            ) from error
 
     @property
     def scores_shape(self):

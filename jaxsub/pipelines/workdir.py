@@ -11,6 +11,7 @@ import time
 
 from jaxsub import collection, config as configs, errors
 from jaxsub.formats import _files
+from jaxsub.pipelines import hooks
 from jaxsub.report import _write
 
 LOCK, RECORD = ".jaxsub.lock", "run.json"
@@ -23,13 +24,16 @@ NEUTRAL = {
     "max_quarantined": -1, "coordinator": "", "num_processes": 0, "process_id": -1, "stall_timeout": 0,
     "profile": False, "max_device_bytes": 0,
 }  # fmt: skip
+HOOKS = ("task", "model", "loss", "score", "calibrate", "calibrate_model")  # may name code of the user's own
 MOST_SHOWN = 3  # differences in one message
 
 
 def options(config):
     """The options of a Config that decide what a run finds, as JSON holds them."""
     own = {f.name for f in dataclasses.fields(config)}
-    return configs.to_dict(dataclasses.replace(config, **{k: v for k, v in NEUTRAL.items() if k in own}))
+    found = configs.to_dict(dataclasses.replace(config, **{k: v for k, v in NEUTRAL.items() if k in own}))
+    code = {name: found[name] for name in HOOKS if ":" in (found.get(name) or "")}
+    return found | {f"{name} (code)": hooks.digest(name, spec) for name, spec in code.items()}
 
 
 def machine():
@@ -261,7 +265,7 @@ def _require_same(path, found, wanted, flag):
         more = f", and {len(said) - MOST_SHOWN} more" if len(said) > MOST_SHOWN else ""
         raise errors.WorkdirError(
             f"{errors.quote(path)}: belongs to a different run ({'; '.join(said[:MOST_SHOWN])}{more}); use another "
-            f"{flag}, or --restart (layers that still fit are used again)"
+            f"{flag}, or --restart (what still fits is used again)"
         )
 
 

@@ -28,7 +28,7 @@ from jaxsub.linalg import gram as grams, products
 
 CHUNK = 65536  # columns of a model that random draws come in: blocks hold whole ones
 BLOCK_BYTES = 8 * 2**20  # of one block of all models: kernels that draw hold several times as much beside it
-PIECE_BYTES = 8 * 2**20  # of a piece of all models: what is summed should still be in the cache
+PIECE_BYTES = 4 * 2**20  # of a piece of all models: what is summed should still be in the cache
 
 
 @dataclasses.dataclass(frozen=True)

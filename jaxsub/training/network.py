@@ -65,8 +65,10 @@ class Network:
             is_shared = name in combined and _inputs(args, kwargs) is inputs
             if not (name in factored or is_shared) or context.method_name != "__call__":
                 return following(*args, **kwargs)
-            found = _values.linear(_inputs(args, kwargs), weights[name])
-            bias = weights.get(name.removesuffix("kernel") + "bias")
+            x, w, bias = _inputs(args, kwargs), weights[name], weights.get(name.removesuffix("kernel") + "bias")
+            if context.module.dtype is not None:
+                x, w, bias = _values.cast((x, w, bias), context.module.dtype)
+            found = _values.linear(x, w)
             return found if bias is None else found + _values.dense(bias)
 
         rest = _formed({name: w for name, w in weights.items() if name not in factored})

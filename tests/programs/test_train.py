@@ -13,7 +13,7 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from jaxsub.formats import safetensors
-from jaxsub.pipelines import intervals, train, train_setup, train_table, zoo
+from jaxsub.pipelines import intervals, train, train_setup, train_table, workdir, zoo
 from jaxsub.tasks import _data, digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -174,6 +174,9 @@ def test_trained_adapters_give_the_same_outputs_in_peft(made, tmp_path, layout):
         ({"shard": "rows"}, "expected one of"),
         ({"task_options": ("variant=plain",), "tasks": 2}, "the task has 1 variations"),
         ({"baselines": ("randm",)}, "did you mean 'random'"),
+        ({"last_layer": "top/", "baselines": ("last_layer",)}, "no layer of the network matches.*output/kernel"),
+        ({"last_layer": "(", "baselines": ("last_layer",)}, "no regular expression"),
+        ({"optimizer_options": ("b1=fast",)}, "optimizer=adam fails with them"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(made, options, said):
@@ -303,6 +306,29 @@ class Net(nn.Module):
     assert scores["full"] > 0.75 and [m["numbers"] for m in found["methods"]] == [147, 4 * (5 + 16 + 16 + 3), 51]
     with pytest.raises(errors.ConfigError, match="has no OUTPUTS|has nothing called"):
         train.run(train.Config(task="own_training:Missing"))
+
+
+def test_a_run_of_edited_code_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = train.Config(task="edited_task:Task")
+    found = []
+    for text in ("class Task: pass", "class Task: pass", "class Task: rate = 2"):
+        (tmp_path / "edited_task.py").write_text(text)
+        found.append(workdir.options(config))
+    assert found[0] == found[1] != found[2] and "task (code)" in found[0]
+    assert not any("(code)" in name for name in workdir.options(train.Config()))
+
+
+@pytest.mark.slow
+def test_a_run_from_another_base_is_another_run(tmp_path, made):
+    base = tmp_path / "base.safetensors"
+    options = {"base": str(base), "baselines": (), "initial": "base"}
+    for value in (0.0, 0.5):
+        safetensors.write(base, {"hidden/bias": np.full(64, value, np.float32), "output/bias": np.zeros(10, np.float32)})
+        if not value:
+            run(made, str(tmp_path / "work"), **options)
+    with pytest.raises(errors.WorkdirError, match="model base changed"):
+        run(made, str(tmp_path / "work"), **options)
 
 
 @pytest.mark.slow

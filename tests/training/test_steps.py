@@ -297,3 +297,16 @@ def test_layers_called_by_keyword_are_multiplied_by_their_factors():
     found, other = (net({"a/kernel": update, "a/bias": jnp.ones(3)}, x) for net in nets)
     close(found, other, 1e-6)
     close(found, x @ _values.dense(update) + 1, 1e-5)
+
+
+def test_the_dtype_of_a_layer_is_that_of_its_products_of_factors_too():
+    import flax.linen as nn
+
+    x = jnp.asarray(np.random.RandomState(0).randn(50, 4), jnp.float32)
+    parts = jax.random.normal(jax.random.key(0), (4, 3)), jnp.ones((4, 2)), jnp.full((2, 3), 0.3)
+    net, _ = networks.of(nn.Sequential([nn.Dense(3, dtype=jnp.bfloat16)]), x)
+    bias = {"layers_0/bias": jnp.ones(3)}
+    found = net({"layers_0/kernel": _values.Factored(*parts), **bias}, x)
+    wanted = net({"layers_0/kernel": _values.dense(_values.Factored(*parts)), **bias}, x)
+    close(found, found.astype(jnp.bfloat16).astype(jnp.float32), 0)
+    close(found, wanted, 0.02)
