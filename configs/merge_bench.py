@@ -2,9 +2,9 @@
 
     jaxsub merge --bench=configs/merge_bench.py --workdir=runs/merge_bench
 
-2 shared cores of a Zen 4: 1075 s of processor time, compiling included; peak 1.9 GB, before compiled kernels were
-dropped after each world. Expect the table of the README: no method is best in all worlds, the mean is hard to beat but
-where networks learned halves of one task, and Concrete beats task arithmetic but not training on its loss.
+Two free cores of a Zen 4: 9 min 51 s, compiling included; peak 2.8 GB. Expect the table of the README: no method is
+best in all worlds, the mean is hard to beat but where networks learned halves of one task, and Concrete beats task
+arithmetic but not training on its loss.
 """
 
 from jaxsub import config

@@ -38,8 +38,12 @@ def of(rows, rank, energy):
         raise errors.ConfigError(f"rank={rank}, energy={energy}: a rank of 1 or more, or 0 < energy <= 1")
     found = matrices.of(rows)
     left, right = (_leading(gram, rank, energy) for gram in (found.left_gram(), found.right_gram()))
+    c = None
     with jax.enable_x64(True):
-        c = np.stack([np.asarray(_core(w, left, right)) for w in found])
+        for n, w in enumerate(found):
+            if c is None:
+                c = np.empty((rows.num_models, left.shape[1], right.shape[1]), w.dtype)
+            c[n] = _core(w, left, right)
     ids = rows.model_ids
     return Shared(found, left, right, core.ArrayRows(c, rows.name, ids, is_update=True, weights=rows.weights))
 
@@ -61,4 +65,4 @@ def _core(w, left, right):
 def held(shape, count, itemsize):
     """Bytes that are held at most: the larger eigenproblem, bases, and coefficients."""
     o, i = shape
-    return 8 * (6 * max(o, i) ** 2 + (count + 2) * o * i)
+    return 8 * (6 * max(o, i) ** 2 + 2 * o * i) + count * o * i * itemsize
