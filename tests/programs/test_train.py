@@ -323,10 +323,9 @@ def test_a_run_of_edited_code_is_another_run(tmp_path, monkeypatch):
 def test_a_run_from_another_base_is_another_run(tmp_path, made):
     base = tmp_path / "base.safetensors"
     options = {"base": str(base), "baselines": (), "initial": "base"}
+    shapes = {"hidden/kernel": (64, 64), "hidden/bias": (64,), "output/kernel": (64, 10), "output/bias": (10,)}
     for value in (0.0, 0.5):
-        safetensors.write(
-            base, {"hidden/bias": np.full(64, value, np.float32), "output/bias": np.zeros(10, np.float32)}
-        )
+        safetensors.write(base, {name: np.full(shape, value, np.float32) for name, shape in shapes.items()})
         if not value:
             run(made, str(tmp_path / "work"), **options)
     with pytest.raises(errors.WorkdirError, match="model base changed"):
