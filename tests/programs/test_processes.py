@@ -135,7 +135,7 @@ def test_a_file_that_one_process_cannot_read_ends_all(folder, broken):
 def test_processes_of_one_machine_share_its_memory(folder, tmp_path, program, mebibytes):
     """So much is enough for one process, and not for two."""
     memory = f'lambda field: {mebibytes} << 20 if field == "MemAvailable" else 1 << 40'
-    scarce = f"import jaxsub.pipelines.plan as p; p._memory = {memory}"
+    scarce = f"from jaxsub import hostmemory as h; assert h.meminfo; h.meminfo = {memory}"
     for count, code in ((1, 0), (2, 6)):
         given = f"--collection={folder}", f"--workdir={tmp_path / str(count)}", *(QUICK if program == "analyze" else ())
         ended = processes.run(count, program, *given, before=dict.fromkeys(range(count), scarce))
