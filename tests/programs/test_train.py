@@ -23,17 +23,24 @@ HALF = {"task_options": ("variant=half",)}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A small zoo from one start, with a bundle of its kernels; and adapters of a base, with theirs."""
+    """A small zoo from one start, with a bundle of its kernels."""
     folder = tmp_path_factory.mktemp("zoo")
     models = zoo.make("same_start_split_task", folder, num_models=12, steps=30)
     jaxsub.fit(models, str(folder / "bundle"), rank=4, layers=("kernel",))
-    adapters = zoo.make("lora", folder, num_models=6, steps=20, base_steps=60)
-    jaxsub.fit(adapters, str(folder / "cores"), rank=3)
     return folder
 
 
-def run(made, workdir=None, bundle="bundle", **options):
-    config = train.Config(bundle=str(made / bundle), **{**QUICK, **HALF, **options})
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """Adapters of a base, with their bundle."""
+    folder = tmp_path_factory.mktemp("adapted")
+    adapters = zoo.make("lora", folder, num_models=6, steps=20, base_steps=60)
+    jaxsub.fit(adapters, str(folder / "bundle"), rank=3)
+    return folder
+
+
+def run(made, workdir=None, **options):
+    config = train.Config(bundle=str(made / "bundle"), **{**QUICK, **HALF, **options})
     return train.run(config, workdir)
 
 
@@ -119,11 +126,11 @@ def test_killed_training_goes_on_to_the_bit(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["portable", "tinylora"])
-def test_trained_adapters_give_the_same_outputs_in_peft(made, tmp_path, layout):
+def test_trained_adapters_give_the_same_outputs_in_peft(adapted, tmp_path, layout):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    base = str(made / "lora" / "base.safetensors")
+    base = str(adapted / "lora" / "base.safetensors")
     config = train.Config(
-        bundle=str(made / "cores"), base=base, parametrisation="core", baselines=(), peft_layout=layout,
+        bundle=str(adapted / "bundle"), base=base, parametrisation="core", baselines=(), peft_layout=layout,
         write_models=str(tmp_path / "adapters"), **{**QUICK, "steps": 40, "task_options": ("variant=names", "draw=90")},
     )  # fmt: skip
     found = train.run(config, str(tmp_path / "work"))
@@ -380,13 +387,17 @@ def test_crossing_is_between_sizes_on_a_log_scale():
 
 
 @pytest.mark.slow
-def test_runs_on_the_same_batches_score_alike_and_cores_have_no_covariance_to_match(made, tmp_path):
+def test_runs_on_the_same_batches_score_alike(made, tmp_path):
     found = run(made, str(tmp_path), same_batches=True, initial="mean", baselines=("random_matched",))
     scores = np.asarray(found["methods"][0]["scores"])  # (tasks, seeds)
     assert np.ptp(scores) == 0  # the mean is the same start, and now the batches are too
     assert np.ptp(run(made, initial="mean", baselines=())["methods"][0]["scores"]) > 0
-    adapters = {"base": str(made / "lora" / "base.safetensors"), "task_options": ("variant=names", "draw=1000")}
-    cores = run(made, bundle="cores", parametrisation="core", baselines=("random", "random_matched"), **adapters)
+
+
+@pytest.mark.slow
+def test_cores_have_no_covariance_to_match(adapted):
+    adapters = {"base": str(adapted / "lora" / "base.safetensors"), "task_options": ("variant=names", "draw=1000")}
+    cores = run(adapted, parametrisation="core", baselines=("random", "random_matched"), **adapters)
     assert [m["name"] for m in cores["methods"]] == ["core", "random"]
 
 

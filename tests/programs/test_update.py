@@ -199,6 +199,7 @@ def test_low_rank_updates_are_added_by_their_factors(tmp_path):
     np.testing.assert_allclose(made.reconstruct(made.coefficients())["layer.q"], updates, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_adding_reads_the_new_models_alone(places, tmp_path):
     shutil.copytree(places["old"], tmp_path / "gone")
     jaxsub.fit(str(tmp_path / "gone"), tmp_path / "b", rank=2)

@@ -8,6 +8,7 @@ from safetensors import numpy as safetensors
 
 from jaxsub.tasks import digits
 from jaxsub.worlds import lora, shared_init
+from tests.selected import first
 from tests.worlds import oracles
 
 TINY = {"num_models": 8, "steps": 60, "base_steps": 100, "learning_rate": 1e-2, "rank": 4, "alpha": 8}
@@ -24,7 +25,7 @@ def read(folder):
     }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["own", "shared"])
+@pytest.fixture(scope="module", params=first([True, False]), ids=["shared", "own"])
 def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     lora.make(lora.Options(shared_start=request.param, **TINY), 0, folder)
