@@ -156,6 +156,7 @@ def test_break_even_is_the_smallest_number_of_models_that_gains(folder):
     assert gains(number) and not gains(number - 1)
 
 
+@pytest.mark.slow
 def test_no_number_of_models_is_enough_where_coefficients_outweigh_them(tmp_path):
     made = collection(tmp_path / "m", 12)
     bundle = jaxsub.fit(made, energy=1.0, layers=["b.weight"])

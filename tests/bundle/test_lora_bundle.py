@@ -160,6 +160,7 @@ def test_a_bound_and_a_budget_hold_for_convolutions(tmp_path):
     assert jaxsub.fit(folder, budget_bytes=5600).accounting()["total"] <= 5600
 
 
+@pytest.mark.slow
 def test_cores_that_do_not_fit_are_refused_before_they_are_made(tmp_path, monkeypatch):
     folder, _ = adapters(tmp_path / "m")
     monkeypatch.setattr(subspace.TuckerSubspace, "project_factors", lambda *_: pytest.fail("cores were made"))

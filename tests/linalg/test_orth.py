@@ -37,7 +37,7 @@ def sharded(function, x, devices=8):
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", first(["float32", "float64"]))
 @pytest.mark.parametrize("condition", first([1e3, 1e14, 1, 1e6, 1e9], 2))
 @pytest.mark.parametrize("method", ["cholesky_qr2", "tsqr", "cholesky_lq2"])
 def test_orthonormal_and_exact_at_every_condition(method, condition, dtype):

@@ -91,6 +91,7 @@ def test_permutation_agrees_with_permuting_entries():
     assert_same(*compare(permutation, observe(rows), lambda rng: rng.permuted(rows, axis=1)))
 
 
+@pytest.mark.slow
 def test_permutation_of_heavy_tails_keeps_the_means_and_some_of_the_spread():
     """Student t entries with 2.5 degrees of freedom."""
     rows = np.random.default_rng(2).standard_t(2.5, (NUM_MODELS, NUM_FEATURES))
@@ -98,6 +99,7 @@ def test_permutation_of_heavy_tails_keeps_the_means_and_some_of_the_spread():
     assert_same(shift, ratio, ratio_slack=0.4)
 
 
+@pytest.mark.slow
 def test_permutation_of_a_few_entries_has_too_little_spread():
     """About nine nonzero entries of 300: means still agree, but errors vary more than twice as much as drawn."""
     rng = np.random.default_rng(2)

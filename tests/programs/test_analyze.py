@@ -63,6 +63,7 @@ def test_figures_equal_plain_numpy(tmp_path):
         assert mode["energy_at"]["4"] == pytest.approx(energies[:4].sum() / energies.sum())
 
 
+@pytest.mark.slow
 def test_copies_leave_the_figures_as_they_are_without_them(tmp_path):
     x = worlds.planted(14)
     plain = analyze(worlds.write(tmp_path / "a", {"w": x}))

@@ -302,7 +302,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [0, 1, 3, 4])
+@pytest.mark.parametrize("at", first([0, 3, 1, 4], 2))
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, at):
     collection(tmp_path)
     config = {"base": str(tmp_path / "base.safetensors"), "options": ("density=0.4",)}

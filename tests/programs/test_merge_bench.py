@@ -393,6 +393,7 @@ def test_merges_of_a_zoo_are_those_of_the_program(place, tmp_path):
             np.testing.assert_allclose(array, written[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ensemble_is_the_average_of_predictions(place):
     case = zoo_case("same_start_split_task", place).case()
     found = merge_bench.baselines(case)

@@ -8,11 +8,12 @@ from safetensors import numpy as safetensors
 
 from jaxsub.tasks import digits
 from jaxsub.worlds import lora, shared_init
-from tests.selected import first
 from tests.worlds import oracles
 
 TINY = {"num_models": 8, "steps": 60, "base_steps": 100, "learning_rate": 1e-2, "rank": 4, "alpha": 8}
 PREFIX = "base_model.model."
+
+pytestmark = pytest.mark.slow
 
 
 def read(folder):
@@ -25,7 +26,7 @@ def read(folder):
     }
 
 
-@pytest.fixture(scope="module", params=first([True, False]), ids=["shared", "own"])
+@pytest.fixture(scope="module", params=[True, False], ids=["shared", "own"])
 def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     lora.make(lora.Options(shared_start=request.param, **TINY), 0, folder)
@@ -63,7 +64,6 @@ def test_files_describe_networks_that_answer_as_recorded(made):
     assert right > 0.6  # the base alone is right on .1 or so of the renamed digits
 
 
-@pytest.mark.slow
 def test_peft_loads_an_adapter_and_agrees(made):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
@@ -118,7 +118,6 @@ def test_shared_init_shows_in_a_and_not_in_the_update(tmp_path):
     assert oracles.mean_share(update) < 2 / 50
 
 
-@pytest.mark.slow
 def test_shared_init_at_full_size_gives_the_published_figures():
     a, _ = shared_init.factors(shared_init.Options(), 0)
     share, k90 = top_share(a[:242], 16)
