@@ -21,6 +21,7 @@ from jaxsub.pipelines import (
     merge_branched,
     merge_kin,
     merge_layers,
+    merge_options,
     merge_plan,
     merge_rows,
     merge_store,
@@ -129,6 +130,7 @@ def validate(config):
         raise errors.ConfigError(f"no method: give --method=, one of {', '.join(plugins.available('merges'))}")
     module = plugins.load("merges", config.method)
     options = zoo.parse_options(module.Options, config.options, f"method {config.method}")
+    merge_options.require(module, options)
     errors.require_known("mismatched", config.mismatched, merge_layers.POLICIES)
     errors.require_known("peft_layout", config.peft_layout, LAYOUTS)
     if config.rank < 0 or not 0 <= config.energy <= 1 or config.max_host_bytes < 0:

@@ -609,6 +609,8 @@ def test_options_are_checked_before_anything_is_read(tmp_path):
         ({"method": "tie"}, "no merges called 'tie'.*did you mean 'ties'"),
         ({"method": ""}, "no method: give --method="),
         ({"method": "ties", "options": ("densty=1",)}, "unknown option 'densty' of method ties.*density"),
+        ({"method": "ties", "options": ("density=2",)}, "density=2.0: a share in"),
+        ({"method": "iso_cts", "options": ("common=0",)}, "common=0.0: a share in"),
         ({"method": "mean", "mismatched": "skip"}, "mismatched"),
         ({"method": "mean", "statistics": "x"}, "takes none"),
         ({"method": "mean", "rank": -1}, "rank"),
