@@ -311,6 +311,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     original = module.merge
 
     def counted(rows, options, key, fails):
+        if not rows.name:  # made up, to try the options
+            return original(rows, options, key)
         if len(merged) == fails:
             raise Killed
         merged.append(rows.name)
