@@ -11,12 +11,15 @@ from jaxsub.rows import matrices
 def merge(rows, inner):
     """The row U @ inner(rotated rows); `inner` is a function of ArrayRows (N, k, i).
 
-    U is of the directions of all updates that are more than rounding: the eigenvectors of sum_n W_n W_n.T, float64.
+    U is of the directions of all updates that are more than rounding: the eigenvectors of sum_n W_n W_n.T, found in
+    float64.
     """
     found = matrices.of(rows)
     values, vectors = np.linalg.eigh(found.left_gram())
     floor = max(found.shape) * np.finfo(np.float64).eps * max(float(values[-1]), 0.0)
-    u = np.ascontiguousarray(vectors[:, values > floor][:, ::-1])
+    dtype = rows.dtype if rows.factors() is None else np.float64  # that of the rows it turns, and half the memory
+    u = np.ascontiguousarray(vectors[:, values > floor][:, ::-1], dtype)
+    del vectors
     if not u.size:
         return found.result(np.zeros(found.shape))
     turned = found.rows_of(u)
