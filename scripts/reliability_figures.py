@@ -40,7 +40,10 @@ TESTS = {  # name -> (what is promised, files that hold it)
     "RESUME": ("A run does not go on with other options.", "programs/test_changes.py"),
     "LOCK": ("Of two runs in one folder one wins, and the other says whose it is.", "programs/test_locks.py"),
     "SIGNAL": ("SIGINT and SIGTERM end a run soon; it can go on.", "programs/test_kills.py programs/test_locks.py"),
-    "DIST": ("Processes of one run end together, and none waits for ever.", "programs/test_processes.py"),
+    "DIST": (
+        "Processes of one run end together, none waits for ever, and the next run gives the same bytes.",
+        "programs/test_processes.py programs/test_process_kills.py",
+    ),
     "PERM": ("Modes follow the umask; links planted in the output are not followed.", "programs/test_changes.py"),
     "DET-1": (
         "Other folder, zone, locale, hash seed and order of files: the same bytes.",
