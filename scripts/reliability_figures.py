@@ -78,7 +78,7 @@ def merged(figure, values):
     if any(figure.startswith(word) for word in ("verdicts", "refusals", "configurations refused", "relations")):
         return str(len({*map(str, values)}))
     if all(isinstance(v, int | float) for v in values):
-        value = sum(values) if figure.endswith(": stops") else max(values)
+        value = sum(values) if figure.endswith((": stops", ": kills")) else max(values)
         return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
     last = values[-1]
     if isinstance(last, str):
