@@ -67,8 +67,8 @@ def test_after_the_death_of_one_of_four_the_bytes_are_those_of_a_whole_run(model
         assert result_of(place) == wanted
     slowest = {who: max(times, default=0.0) for who, times in gone.items()}
     sys.stdout.write(
-        f"\n{test_kills.KILLS} kills with {kept_at} layers kept; slowest end {slowest[False]:.1f} s after a worker's death, "
-        f"{slowest[True]:.1f} s after the coordinator's; layers done again at most {max(redone)}\n"
+        f"\n{test_kills.KILLS} kills with {kept_at} layers kept; layers done again at most {max(redone)}; slowest end "
+        f"{slowest[False]:.1f} s after a worker's death, {slowest[True]:.1f} s after the coordinator's\n"
     )
     for is_first, who in ((False, "worker"), (True, "coordinator")):
         record("DIST", f"{who} of {COUNT} processes killed, bytes of a whole run after: kills", len(gone[is_first]))
