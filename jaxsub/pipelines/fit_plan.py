@@ -14,6 +14,7 @@ import jax
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
 from jaxsub.pipelines import estimate, fit_streamed, memory, plan, sharing
 
+COMPILING = 600 * 2**20  # most that compiling took beside, of all fits that were measured
 COPIES, TUCKER_COPIES = 5, 7  # of a stack in the dtype of its products, on the device: measured
 
 
@@ -156,6 +157,7 @@ def text(plans, groups, opened, config, *, most=None):
             f"{count} processes share the layers, each fits whole ones: one reads {plan.size(num_bytes)} at most"
         )
     lines += plan.memory_lines(peak(plans), plan.device_peak(plans), mesh)
+    lines.append(f"  (kernels that were not compiled here before: up to {plan.size(COMPILING)} more, while they are)")
     lines.append(_to_write(plans, groups, opened, config))
     rates = estimate.measure(groups, opened.models, mesh)
     if rates.read:
