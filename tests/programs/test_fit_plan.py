@@ -43,7 +43,7 @@ def test_a_bound_on_device_memory_refuses_the_worst_layer_by_name_before_reading
 
 def test_the_plan_says_what_is_read_held_and_written(folder):
     text = jaxsub.fit(folder, dry_run=True, exclude_layers=["kept"], rank=3)
-    assert "compiled here before: up to 600 MiB more" in text
+    assert "compiled here before: up to 600.0 MiB more" in text
     assert f"to read: {plan.size(9 * 4 * (12 + 300))}\n" in text and "time, an estimate: reading" in text
     assert text.count("on CPU a part of the host's") == 1
     assert f"at most {plan.size(9 * 4 * 35)} of tensors kept whole" in text
