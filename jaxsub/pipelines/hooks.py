@@ -38,14 +38,22 @@ def load(option, spec):
 
 
 def digest(option, spec):
-    """SHA-256 of the file that `module:name` is in, "" where there is none; what that file imports is not looked at.
+    """SHA-256 of the file that `module:name` is in, an archive's part too; what that file imports is not looked at.
+
+    "" where there is no file, or where it is gone since it was imported.
 
     Raises:
         ConfigError: as `load`.
     """
     load(option, spec)
-    path = getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
+    module = sys.modules[spec.partition(":")[0]]
+    path, loader = getattr(module, "__file__", None), getattr(module, "__loader__", None)
     if path is None:
         return ""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    try:
+        if hasattr(loader, "get_data"):
+            return hashlib.sha256(loader.get_data(path)).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return ""
