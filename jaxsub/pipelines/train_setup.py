@@ -5,6 +5,7 @@ task         --> variations that no member of the bundle was trained on: rows to
 """
 
 import dataclasses
+import inspect
 import json
 import os
 
@@ -99,7 +100,7 @@ def module_of(spec, task, texts=(), option="model"):
         known = {f.name: f.type for f in dataclasses.fields(made) if f.init and f.name not in ("parent", "name")}
     except TypeError:
         known = {}
-    values = {"outputs": task.OUTPUTS} if "outputs" in known else {}
+    values = {"outputs": task.OUTPUTS} if "outputs" in known or _takes_outputs(made) else {}
     for name, text in given.items():
         if name not in known:
             raise errors.ConfigError(f"model_options: no {errors.quote(name)!r}{errors.nearest(name, known)}")
@@ -108,6 +109,14 @@ def module_of(spec, task, texts=(), option="model"):
         except ValueError:
             raise errors.ConfigError(f"model_options: {errors.quote(name)}={errors.quote(text)}, a number") from None
     return made(**values) if callable(made) else made
+
+
+def _takes_outputs(made):
+    """Whether what makes a model is a function of `outputs`, and does not have them yet."""
+    try:
+        return "outputs" in inspect.signature(made).parameters and "outputs" not in getattr(made, "keywords", ())
+    except (TypeError, ValueError):
+        return False
 
 
 def weights_of(model, shapes):
