@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsub import errors
+
 REFERENCE = "Modoranu et al. 2025, SVD-free low-rank adaptive optimisation"
+KINDS = ("dct2", "dct3", "identity")
 WIDEST = 32000
 
 
@@ -63,6 +66,7 @@ def make(
         kind: see `basis`.
         b1, b2, eps, weight_decay: as of AdamW.
     """
+    errors.require_known("kind", kind, KINDS)
 
     def is_matrix(p):
         return p.ndim == 2 and min(p.shape) <= WIDEST
