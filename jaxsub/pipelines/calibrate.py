@@ -62,7 +62,7 @@ def run(config, opened, bundle, pairs, values):
     Raises:
         ConfigError: low-rank updates, layers that not all models have, or a network that is not theirs.
     """
-    task = train_setup.task_of(config.calibrate, "calibrate")
+    task = train_setup.task_of(config.calibrate, "calibrate", parts=("Options", "load", "score", "OUTPUTS"))
     options = parse_options(task.Options, config.calibrate_options)
     train, held_out = task.load(options)
     module = train_setup.module_of(config.calibrate_model, task, option="calibrate_model")

@@ -66,8 +66,11 @@ def of(config):
     return Setup(task, network, variations, spaces, start, names, bundle, skipped, bundle is not None and seen is None)
 
 
-def task_of(spec, option="task"):
-    """The task that an option names: a module of `tasks`, or the user's own `module:name`.
+PARTS = ("Options", "load", "batches", "loss", "score", "OUTPUTS")  # of a task, to be trained on
+
+
+def task_of(spec, option="task", parts=PARTS):
+    """The task that an option names: a module of `tasks`, or the user's own `module:name` with these parts.
 
     Raises:
         ConfigError: no such task, or one that lacks a part.
@@ -75,7 +78,7 @@ def task_of(spec, option="task"):
     if ":" not in spec:
         return plugins.load("tasks", spec)
     found = hooks.load(option, spec)
-    lacks = [n for n in ("Options", "load", "batches", "loss", "score", "OUTPUTS") if not hasattr(found, n)]
+    lacks = [n for n in parts if not hasattr(found, n)]
     if lacks:
         raise errors.ConfigError(
             f"{option}={errors.quote(spec)}: has no {', '.join(lacks)}; see jaxsub/tasks/__init__.py"
