@@ -331,6 +331,7 @@ def test_a_folder_that_exists_is_not_touched(saved, folder):
     assert files._manifest(saved) == before
 
 
+@pytest.mark.slow
 def test_nothing_is_left_where_writing_fails(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -196,6 +196,7 @@ def test_real_collections(shared, collection):
         assert report["collection"]["lineages"] == []
 
 
+@pytest.mark.slow
 def test_copies_of_one_file_under_other_names(tmp_path):
     folder = worlds.write(tmp_path / "c", {"w": worlds.noise(10)})
     for n in (1, 2):

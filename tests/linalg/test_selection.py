@@ -59,6 +59,7 @@ def test_selected_models_span_the_collection(decay, rank):
         assert found.error < 8 * found.best < np.square(x - c @ x[kept]).sum()
 
 
+@pytest.mark.slow
 def test_a_collection_of_few_distinct_models_is_spanned_exactly():
     rng = np.random.default_rng(1)
     x = rng.standard_normal((20, 4)) @ rng.standard_normal((4, 50))

@@ -156,6 +156,7 @@ def test_a_mask_needs_entries():
         fit("concrete", own, lambda w: 0.0)
 
 
+@pytest.mark.slow
 def test_a_loss_may_take_a_key_and_gets_a_new_one_every_step():
     _, _, models = problem()
     assert _descent.takes_key(lambda w, key: 0) and not _descent.takes_key(lambda w, factor=2: 0)

@@ -240,6 +240,7 @@ def test_a_bound_on_errors_holds_for_new_members(places, tmp_path):
             update.run(config)
 
 
+@pytest.mark.slow
 def test_update_from_the_command_line(places, tmp_path, capsys):
     jaxsub.fit(places["old"], tmp_path / "b", rank=2)
     wanted = (f"--bundle={tmp_path / 'b'}", f"--collection={places['new']}", "--remove=m00")
