@@ -184,7 +184,7 @@ def _measured(space, x):
         distances and models times 2**-exponent, which brings them near 1.
     """
     if isinstance(x, tuple):  # low-rank updates have no mean
-        values = subspace.project(space, x)
+        values = sharing.projected(space, *x)
         energies, left = subspace.missed(space, x, values)
         return values, energies, left, energies, x, 0
     space, x, _, exponent = subspace.unit(space, x, np.zeros(0))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import placement, subspace
+from jaxsub import placement, precision, subspace
 from jaxsub.linalg.gram import FEATURES
 
 SHARED_BYTES = 2**26  # of a stack as stored: smaller ones are not worth an exchange between devices
@@ -59,6 +59,17 @@ def updates(stack, mesh):
     a, b = (placed(x, mesh, by_rows=False) for x in (stack.a, stack.b))
     scales = np.pad(stack.scales, (0, len(a) - len(stack.scales)))
     return dataclasses.replace(stack, a=a, b=b, scales=scales, count=stack.num_models)
+
+
+def projected(space, a, b, scales):
+    """`subspace.project` of low-rank updates in memory, many of them dealt to the devices, which send nothing."""
+    count, own = len(a), mesh(len(a), (), a.nbytes + b.nbytes, by_rows=False)
+    if own.size == 1:
+        return subspace.project(space, (a, b, scales))
+    a, b, scales, power = precision.unit_factors(a, b, scales)
+    a, b = (placed(x, own, by_rows=False) for x in (a, b))
+    values = subspace.project(space, (a, b, np.pad(scales, (0, len(a) - count))))
+    return precision.scaled(values[:count], power)
 
 
 def spread(space, mesh):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import jaxsub
-from jaxsub import config as configs, plugins, stacks
+from jaxsub import config as configs, placement, plugins, stacks
 from jaxsub.decompositions import _again
 from jaxsub.formats import peft, safetensors
+from jaxsub.linalg import factored
 from jaxsub.pipelines import project, sharing
+from tests.linalg import compiled
 
 N = 12
 CREATE, UPDATES = stacks.DenseStack.create.__func__, sharing.updates
@@ -191,3 +193,32 @@ def test_projections_are_those_of_one_device(folder, tmp_path, monkeypatch, deco
         np.testing.assert_allclose(used[1][name], used[0][name], rtol=1e-5)
     one, many = (safetensors.read(str(tmp_path / f"out{count}" / project.COEFFICIENTS)) for count in (1, devices))
     np.testing.assert_allclose(many["w"], one["w"], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
+def test_projections_of_low_rank_updates_are_those_of_one_device(adapters, tmp_path, monkeypatch, devices):
+    shutil.rmtree(os.path.join(adapters, "m11"))  # eleven: the last device has some of zeros
+    jaxsub.fit(adapters, tmp_path / "bundle", rank=3)
+    config = configs.freeze(project.Config, {"bundle": str(tmp_path / "bundle"), "collection": [adapters]})
+    monkeypatch.setattr(sharing, "SHARED_BYTES", 0)
+    spread, cores, found = [], factored.cores, []
+    monkeypatch.setattr(
+        factored, "cores", lambda a, *more: spread.append(len(a.sharding.device_set)) or cores(a, *more)
+    )
+    for count in (1, devices):
+        monkeypatch.setattr(jax, "local_device_count", lambda count=count: count)
+        found.append(project.run(config, str(tmp_path / f"out{count}")))
+    assert spread == [1, devices if devices < 8 else 6]  # eleven models in shares of two
+    np.testing.assert_allclose(found[1]["layers"][0]["error"], found[0]["layers"][0]["error"], rtol=1e-6)
+    one, many = (safetensors.read(str(tmp_path / f"out{count}" / project.COEFFICIENTS)) for count in (1, devices))
+    for name in one:
+        np.testing.assert_allclose(many[name], one[name], atol=1e-5 * np.abs(one[name]).max())
+
+
+def test_projections_of_low_rank_updates_exchange_nothing():
+    own, rng = placement.make_mesh(8), np.random.default_rng(0)
+    a, b, u, v = (rng.standard_normal(s).astype(np.float32) for s in ((16, 2, 40), (16, 30, 2), (3, 30), (4, 40)))
+    a, b = (sharing.placed(x, own, by_rows=False) for x in (a, b))
+    text = factored._cores.lower(a, b, np.ones(16), u, v, centred=False, mesh=factored._mesh(a, False)).compile()
+    assert compiled.executed(text.as_text()) == []
