@@ -203,9 +203,12 @@ def test_projections_of_low_rank_updates_are_those_of_one_device(adapters, tmp_p
     config = configs.freeze(project.Config, {"bundle": str(tmp_path / "bundle"), "collection": [adapters]})
     monkeypatch.setattr(sharing, "SHARED_BYTES", 0)
     spread, cores, found = [], factored.cores, []
-    monkeypatch.setattr(
-        factored, "cores", lambda a, *more: spread.append(len(a.sharding.device_set)) or cores(a, *more)
-    )
+
+    def noted(a, *more):
+        spread.append(len(a.sharding.device_set))
+        return cores(a, *more)
+
+    monkeypatch.setattr(factored, "cores", noted)
     for count in (1, devices):
         monkeypatch.setattr(jax, "local_device_count", lambda count=count: count)
         found.append(project.run(config, str(tmp_path / f"out{count}")))
