@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import inspect
 import os
 import sys
 
@@ -38,22 +39,21 @@ def load(option, spec):
 
 
 def digest(option, spec):
-    """SHA-256 of the file that `module:name` is in, an archive's part too; what that file imports is not looked at.
+    """SHA-256 of the files that `module:name` is named in and defined in; what these import is not looked at.
 
-    "" where there is no file, or where it is gone since it was imported.
+    Files in archives too. "" where there are none, or they are gone since they were imported.
 
     Raises:
         ConfigError: as `load`.
     """
-    load(option, spec)
-    module = sys.modules[spec.partition(":")[0]]
-    path, loader = getattr(module, "__file__", None), getattr(module, "__loader__", None)
-    if path is None:
-        return ""
+    found = load(option, spec)
+    modules = dict.fromkeys((sys.modules[spec.partition(":")[0]], inspect.getmodule(found)))
+    texts = [_content(module) for module in modules]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest() if any(texts) else ""
+
+
+def _content(module):
     try:
-        if hasattr(loader, "get_data"):
-            return hashlib.sha256(loader.get_data(path)).hexdigest()
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except OSError:
-        return ""
+        return module.__loader__.get_data(module.__file__)
+    except (AttributeError, TypeError, OSError):
+        return b""

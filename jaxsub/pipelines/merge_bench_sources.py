@@ -1,11 +1,10 @@
 """What a bench merges: zoos of worlds, trained when they are first needed, or a collection of the user's."""
 
 import hashlib
-import inspect
 import os
 
 from jaxsub import collection, errors, formats, lineup, plugins
-from jaxsub.pipelines import aside, merge_bench_case as cases, merge_kin, merge_rows, scoring, zoo
+from jaxsub.pipelines import aside, hooks, merge_bench_case as cases, merge_kin, merge_rows, scoring, zoo
 
 
 def parse(text):
@@ -63,7 +62,8 @@ class User:
         case = cases.User(opened, base, chosen, config.mismatched, statistics, function, config.score, loss)
         merge_kin.require(case.found, case.sources, config)
         digests = {r.id: collection.digest(m) for r, m in zip(opened.refs, opened.models, strict=True)}
-        digests |= {f"function of --{n}": _source(f) for n, f in (("score", function), ("loss", loss)) if f is not None}
+        specs = {"score": config.score, "loss": config.loss}
+        digests |= {f"function of --{name}": hooks.digest(name, spec) for name, spec in specs.items() if spec}
         others = {"its base": base, **{f"statistics {n}": m for n, m in enumerate(statistics)}}
         digests |= {name: collection.digest(m) for name, m in others.items() if m is not None}
         return cls(case, digests, config)
@@ -71,12 +71,3 @@ class User:
     def case(self):
         """The User."""
         return self._case
-
-
-def _source(function):
-    """sha256 of the file that a function is written in, so that scores of an earlier one are not taken for its own."""
-    try:
-        with open(inspect.getsourcefile(inspect.unwrap(function)), "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except (OSError, TypeError, ValueError):
-        return ""
