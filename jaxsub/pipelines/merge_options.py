@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from jaxsub import errors, rows
+from jaxsub.pipelines import merge_rows
 
 SHAPE = (2, 8, 8)  # made-up updates
 
@@ -32,5 +33,5 @@ def require(module, options):
 
 def _try(module, options):
     x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
-    with jax.enable_x64(True):
-        module.merge(rows.ArrayRows(x, is_update=True, weights=np.full(len(x), 0.5)), options, jax.random.key(0))
+    own = rows.ArrayRows(x, is_update=True, weights=np.full(len(x), 0.5))
+    merge_rows.merged(own, module, options, jax.random.key(0))
