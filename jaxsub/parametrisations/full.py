@@ -19,10 +19,26 @@ class Options:
 def init(key, start, spaces, options):
     """See `parametrisations`; {layer: its weights}."""
     del key, spaces
-    found = {name: w for name, w in start.items() if re.search(options.layers, name)}
-    if not found:
-        raise errors.ConfigError(f"layers={errors.quote(options.layers)!r}: no layer of the network matches")
+    names = chosen(start, options.layers)
+    found = {name: w for name, w in start.items() if name in names}
     return found, {"start": {name: w for name, w in start.items() if name not in found}}
+
+
+def chosen(layers, pattern):
+    """Names of the layers that a regular expression is found in.
+
+    Raises:
+        ConfigError: there are none, or it is no regular expression.
+    """
+    what = f"layers={errors.quote(pattern)!r}"
+    try:
+        found = {name for name in layers if re.search(pattern, name)}
+    except re.error as error:
+        raise errors.ConfigError(f"{what}: no regular expression: {error}") from error
+    if not found:
+        last = ", ".join(map(errors.quote, [*layers][-4:]))
+        raise errors.ConfigError(f"{what}: no layer of the network matches; it ends with {last}")
+    return found
 
 
 def params(trainable, frozen, options):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import zlib
 
 import jax
@@ -64,24 +63,19 @@ def methods(config, setup):
         elif name == "lora" and config.parametrisation != "lora":
             found.append(Method("lora", lora, lora.Options(config.lora_rank, 2.0 * config.lora_rank)))
         elif name == "last_layer":
-            found.append(Method("last_layer", full, full.Options(_last_layer(config, setup))))
+            found.append(Method("last_layer", full, full.Options(_last_layer(config, setup, full))))
         elif name == "full" and config.parametrisation != "full":
             found.append(Method("full", full, full.Options()))
     return found
 
 
-def _last_layer(config, setup):
+def _last_layer(config, setup, full):
+    """Pattern of the layers of the baseline `last_layer`."""
     pattern = config.last_layer or LAST_LAYER
     try:
-        is_there = any(re.search(pattern, layer) for layer in setup.start)
-    except re.error as error:
-        raise errors.ConfigError(f"last_layer={errors.quote(pattern)}: no regular expression: {error}") from error
-    if not is_there:
-        layers = ", ".join(map(errors.quote, [*setup.start][-4:]))
-        raise errors.ConfigError(
-            f"last_layer={errors.quote(pattern)}: no layer of the network matches (it ends with {layers}); give "
-            "--config.last_layer, or --config.baselines without last_layer"
-        )
+        full.chosen(setup.start, pattern)
+    except errors.ConfigError as error:
+        raise errors.ConfigError(f"last_layer: {error}; give another, or --config.baselines without it") from error
     return pattern
 
 

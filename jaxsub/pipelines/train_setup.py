@@ -103,7 +103,7 @@ def module_of(spec, task, texts=(), option="model"):
         known = {f.name: f.type for f in dataclasses.fields(made) if f.init and f.name not in ("parent", "name")}
     except TypeError:
         known = {}
-    values = {"outputs": task.OUTPUTS} if "outputs" in known or _takes_outputs(made) else {}
+    values = {"outputs": task.OUTPUTS} if _takes_outputs(made) else {}
     for name, text in given.items():
         if name not in known:
             raise errors.ConfigError(f"model_options: no {errors.quote(name)!r}{errors.nearest(name, known)}")
@@ -115,7 +115,7 @@ def module_of(spec, task, texts=(), option="model"):
 
 
 def _takes_outputs(made):
-    """Whether what makes a model is a function of `outputs`, and does not have them yet."""
+    """Whether what makes a model, a class or a function, is one of `outputs` and does not have them yet."""
     try:
         return "outputs" in inspect.signature(made).parameters and "outputs" not in getattr(made, "keywords", ())
     except (TypeError, ValueError):
