@@ -377,7 +377,7 @@ def test_tuning_and_test_rows_are_apart_and_the_same_for_all_tasks(place):
 def test_merges_of_a_zoo_are_those_of_the_program(place, tmp_path):
     one = zoo_case("same_start_split_task", place)
     case = one.case()
-    models = next(place.rglob("models"))
+    models = next(place.rglob("same_start_split_task/models"))
     for text in ("ties density=.3", "dare_linear density=.4", "tsv", "mean"):
         method = space.parse(text)
         (options,) = method.candidates(5, 0)
