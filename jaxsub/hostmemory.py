@@ -22,6 +22,13 @@ def zeros(shape, dtype):
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
+def aligned(x, dtype):
+    """A copy of an array in such memory, in C's order."""
+    found = zeros(x.shape, dtype)
+    found[...] = x
+    return found
+
+
 def free_at_once():
     """From now on arrays from WORTHWHILE / 8 on go back to the system when they are freed, whichever thread made them.
 

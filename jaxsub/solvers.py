@@ -13,6 +13,9 @@ import numpy as np
 
 from jaxsub import errors
 
+PANEL = 2**20  # numbers of float64 that are converted at a time
+SUBSET = 0.3  # share of the eigenvectors up to which they are found by bisection, each by itself
+
 log = logging.getLogger("jaxsub")
 _lock, _retries = threading.Lock(), []
 
@@ -51,6 +54,52 @@ def svd(matrix):
         lambda one: _scipy().svd(one, full_matrices=False, lapack_driver="gesvd"),
         matrix,
     )
+
+
+def add_square(total, x, weight=1.0):
+    """Adds weight * x.T @ x, x (m, n), to the upper triangle of `total` (n, n), float64 and Fortran's order."""
+    from scipy.linalg import blas
+
+    step = max(1, PANEL // max(x.shape[1], 1))
+    for start in range(0, len(x), step):
+        part = np.ascontiguousarray(x[start : start + step], np.float64)
+        blas.dsyrk(weight, part.T, beta=1.0, c=total, overwrite_c=True)
+
+
+def descending(make, count=None):
+    """(values (k,), vectors (n, k)) of a symmetric matrix' k largest eigenvalues, largest first; k = n by default.
+
+    For large matrices: beside the matrix itself no other is held but the vectors.
+
+    Args:
+        make: () -> (n, n) float64 in Fortran's order, its upper triangle filled; it is overwritten, and made a second
+            time where the first algorithm fails.
+        count: k.
+
+    Raises:
+        SolverError: as `eigh`.
+    """
+    matrix = make()
+    size = len(matrix)
+    count = size if count is None else min(count, size)
+    if not count:
+        return np.zeros(0), np.zeros((size, 0))
+    more = {"lower": False, "overwrite_a": True, "check_finite": False}
+    if count <= size * SUBSET:
+        more["subset_by_index"] = [size - count, size - 1]
+    found = None
+    with contextlib.suppress(np.linalg.LinAlgError):
+        found = _scipy().eigh(matrix, driver="evr", **more)
+    del matrix
+    if found is None or not is_finite(found):
+        upper = np.triu(make())
+        if np.isfinite(upper).all():
+            note(f"eigenvectors of a {size} x {size} matrix were found by divide and conquer: the first way failed")
+        found = eigh(upper + np.triu(upper, 1).T)
+    values, vectors = (np.asfortranarray(part) for part in found)
+    for i in range(vectors.shape[1] // 2):  # turned round where it lies: a view turned round is copied by every product
+        vectors[:, [i, -1 - i]] = vectors[:, [-1 - i, i]]
+    return values[::-1][:count], vectors[:, :count]
 
 
 def leading(matrix, count):

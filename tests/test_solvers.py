@@ -120,6 +120,41 @@ def test_leading_pairs_without_bisection(monkeypatch):
     np.testing.assert_allclose(np.abs(again[1].T @ vectors), np.eye(3), atol=1e-10)
 
 
+@pytest.mark.parametrize("fault", ["raises", "nan"])
+@pytest.mark.parametrize("count", [2, None])
+def test_the_largest_eigenvalues_of_a_matrix_that_is_made_again(monkeypatch, count, fault):
+    matrix, calls = symmetric(9, 9), []
+    values, vectors = np.linalg.eigh(matrix)
+
+    def make():
+        calls.append(0)
+        return np.triu(matrix).copy(order="F")  # the rest is not looked at
+
+    def check(times):
+        found = solvers.descending(make, count)
+        np.testing.assert_allclose(found[0], values[::-1][:count], rtol=1e-10)
+        np.testing.assert_allclose(np.abs(found[1].T @ vectors[:, ::-1][:, :count]), np.eye(count or 9), atol=1e-10)
+        assert len(calls) == times
+
+    check(1)
+    monkeypatch.setattr(scipy.linalg, "eigh", gives_up if fault == "raises" else not_numbers(scipy.linalg.eigh))
+    solvers.retries()
+    check(3)
+    assert len(solvers.retries()) == 1
+    assert [part.shape for part in solvers.descending(make, 0)] == [(0,), (9, 0)]
+
+
+def test_squares_are_added_a_panel_at_a_time(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((23, 5)).astype(np.float32)
+    monkeypatch.setattr(solvers, "PANEL", 20)
+    for one in (x, np.asfortranarray(x), x[::2]):
+        total = np.zeros((5, 5), order="F")
+        solvers.add_square(total, one, 0.5)
+        solvers.add_square(total, one)
+        wanted = one.astype(float)
+        np.testing.assert_allclose(np.triu(total), np.triu(1.5 * wanted.T @ wanted), rtol=1e-12)
+
+
 @pytest.fixture
 def models(tmp_path):
     rng = np.random.default_rng(3)

@@ -5,29 +5,36 @@
 
 import numpy as np
 
+from jaxsub import hostmemory, rows as core, solvers
+from jaxsub.merges import _matrices
 from jaxsub.rows import matrices
 
 
 def merge(rows, inner):
-    """The row U @ inner(rotated rows); `inner` is a function of ArrayRows (N, k, i).
+    """The row U @ inner(rotated rows); `inner` is a function of ArrayRows (N, k, i) whose result is made in order.
 
     U is of the directions of all updates that are more than rounding: the eigenvectors of sum_n W_n W_n.T, found in
     float64.
     """
     found = matrices.of(rows)
-    values, vectors = np.linalg.eigh(found.left_gram())
-    floor = max(found.shape) * np.finfo(np.float64).eps * max(float(values[-1]), 0.0)
+    values, vectors = solvers.descending(found.left_gram)
+    floor = max(found.shape) * np.finfo(np.float64).eps * max(float(values[0]), 0.0)
     dtype = rows.dtype if rows.factors() is None else np.float64  # that of the rows it turns, and half the memory
-    u = np.ascontiguousarray(vectors[:, values > floor][:, ::-1], dtype)
+    u = hostmemory.aligned(vectors[:, values > floor], dtype)
     del vectors
+    hostmemory.trim()
     if not u.size:
         return found.result(np.zeros(found.shape))
     turned = found.rows_of(u)
-    turned.weights = rows.weights
-    return found.product(u, inner(turned).array(turned.shape))
+    turned.weights, turned.width = rows.weights, min(turned.width, core.CHUNK)  # small blocks: all rows are here
+    # Columns are merged once, in order, and not looked at again: the first model's make room for the result.
+    merged = inner(turned).array(turned.shape, out=turned.x[0])
+    del turned
+    return found.product(u, merged)
 
 
 def held(shape, count, itemsize):
-    """Bytes that are held at most: the eigenproblem of the left side, and all rotated rows."""
+    """Bytes that are held at most: the eigenproblem of the left side, or all rotated rows and the basis."""
     o, i = shape
-    return max(8 * 6 * o * o, (2 * count + 4) * o * i * itemsize + 8 * o * o)
+    turned = (count * o * i + o * o) * itemsize
+    return max(16 * o * o + o * i * itemsize, turned) + _matrices.LIBRARY_BYTES

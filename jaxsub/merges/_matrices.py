@@ -1,13 +1,21 @@
-"""What the methods for matrices share: numerical rank, and what becomes of layers that are none."""
+"""What the methods for matrices share: singular vectors, orthonormal ones nearest to them, and what is no matrix.
 
-import math
+Everything is float64 on the host, a layer at a time. Large float32 matrices are decomposed through their Gram matrix:
 
-import jax
-import jax.numpy as jnp
+    W.T W = V S^2 V.T (float64),  U = W V S^-1        values down to eps32 max(p, q) s_1 are kept
+
+A float64 Gram matrix tells squares apart to n eps64 of the largest, the square of what float32 numbers can mean is
+(n eps32)^2: a value that is kept has a relative error of 1.5e-2 / n at most, at the very floor, and 4e-9 at a hundredth
+of s_1. It takes two matrices beside W where LAPACK's decomposition takes six, and half of its time. Small ones, and
+float64 weights, whose digits a Gram matrix halves, are decomposed as they are.
+"""
+
 import numpy as np
 
-from jaxsub import hostmemory, precision
-from jaxsub.linalg import products
+from jaxsub import hostmemory, solvers
+
+DIRECT = 512  # shorter side up to which a float32 matrix is decomposed as it is
+LIBRARY_BYTES = 2**26  # that BLAS and LAPACK keep for themselves
 
 
 def fallback(rows, scaling):
@@ -15,50 +23,117 @@ def fallback(rows, scaling):
     return rows.combination(np.full(rows.num_models, scaling / rows.num_models))
 
 
-def svd(w):
-    """(u (p, k), s (k,), vt (k, q)) of a matrix, k the number of singular values that are more than rounding.
+def svd(w, most=None):
+    """(u (p, k), s (k,), v (q, k)) of a matrix, k the number of singular values that are more than rounding.
 
-    In float64 where that is cheap: leading vectors hang on gaps between values, which float32 may not tell. Rounding is
-    max(p, q) eps of the largest value, with the eps of w.
+    Rounding is max(p, q) eps of the largest value, with the eps of w's dtype. A matrix that has overflown gives NaN:
+    the one who writes the result tells.
+
+    Args:
+        w: (p, q) float32 or float64.
+        most: largest k.
     """
-    eps = float(jnp.finfo(w.dtype).eps)
-    u, s, vt = _svd(w.astype(_dtype(w.shape, w.dtype)))
-    values = np.asarray(s)
-    floor = max(w.shape) * eps * (values[0] if values.size else 0.0)
-    # An overflow is told by the one who writes the result; no singular value above NaN would make it 0 in silence.
-    count = int(np.sum(values > floor)) if np.isfinite(values).all() else values.size
-    return u[:, :count], s[:count], vt[:count]
+    w = np.asarray(w)
+    eps, most = float(np.finfo(w.dtype).eps), min(w.shape) if most is None else most
+    if not np.isfinite(w).all():
+        return np.full((len(w), 1), np.nan), np.full(1, np.nan), np.full((w.shape[1], 1), np.nan)
+    if w.dtype == np.float64 or min(w.shape) <= DIRECT:
+        u, s, vt = solvers.svd(w)
+        count = min(most, _count(s, max(w.shape) * eps))
+        return u[:, :count], s[:count], vt[:count].T
+    if w.shape[0] < w.shape[1]:
+        v, s, u = svd(w.T, most)
+        return u, s, v
+    s, v = _right(w, max(w.shape) * eps, most)
+    u = np.empty((len(w), len(s)))
+    _multiply(w, v, u)
+    u /= s
+    return u, s, v
 
 
-def leading(w, most):
-    """The first `most` of `svd` as (u (p, k), s (k,), v (q, k))."""
-    u, s, vt = svd(w)
-    found = u[:, :most], s[:most], vt[:most].T
-    del u, vt
+class Sides:
+    """Singular vectors of several matrices (p, q) side by side: at most `most` of them.
+
+    Attributes:
+        left, right: (p, most) and (q, most) float64; the first `count` columns are filled.
+        count: vectors so far.
+    """
+
+    def __init__(self, shape, most):
+        self.left, self.right = (np.empty((size, most)) for size in shape)
+        self.values, self.count = [], 0
+
+    def add(self, u, s, v):
+        """Adds what `svd` gave."""
+        at = slice(self.count, self.count + len(s))
+        self.left[:, at], self.right[:, at] = u, v
+        self.values.append(s)
+        self.count += len(s)
+
+    def orthonormal(self, dtype):
+        """(u (p, k), s (k,), v (q, k)): each side made orthonormal, in place of what was added; s as it was added."""
+        eps = float(np.finfo(dtype).eps)
+        u, v = (_orthonormal(side[:, : self.count], eps) for side in (self.left, self.right))
+        return u, np.concatenate([np.zeros(0), *self.values]), v
+
+
+def _orthonormal(x, eps):
+    """Nearest matrix with orthonormal columns to x (p, k), k <= p, in place of it; rounding is max(p, k) eps.
+
+    Directions that are rounding are left out, so that the rank of the result may be less than k.
+    """
+    if not x.size or not np.isfinite(x).all():
+        return x
+    floor = max(x.shape) * eps
+    if x.shape[1] <= DIRECT or eps < np.finfo(np.float32).eps:
+        u, s, vt = solvers.svd(x)
+        count = _count(s, floor)
+        x[:] = u[:, :count] @ vt[:count]
+        return x
+    s, v = _right(x, floor)
+    v /= np.sqrt(s)
+    turn = v @ v.T
+    del v
+    _multiply(x, turn, x)
+    return x
+
+
+def held(shape, itemsize, beside, sides=0):
+    """Bytes of a layer that a method holds at most.
+
+    Args:
+        shape: (p, q) of a layer.
+        itemsize: of its numbers, 4 or 8.
+        beside: layers in their own dtype while `svd` works.
+        sides: pairs of Sides while it does.
+    """
+    (o, i), small = shape, min(shape)
+    direct = itemsize == 8 or small <= DIRECT
+    solved = 5 * o * i + 4 * small**2 if direct else small**2 + o * i  # LAPACK's; a Gram matrix, then both sides
+    return beside * o * i * itemsize + 8 * (solved + sides * small * (o + i)) + LIBRARY_BYTES
+
+
+def _right(w, floor, most=None):
+    """(s (k,), v (q, k)) of w (p, q), through w.T w; k singular values over floor s_1, `most` at most."""
+
+    def gram():
+        total = np.zeros((w.shape[1],) * 2, order="F")
+        solvers.add_square(total, w)
+        return total
+
+    values, v = solvers.descending(gram, most)
     hostmemory.trim()
-    return found
+    s = np.sqrt(np.maximum(values, 0.0))
+    count = _count(s, floor)
+    return s[:count], v[:, :count]
 
 
-def held(shape, itemsize, more=0):
-    """Bytes of `svd` of a matrix of this shape: ten times the matrix in the dtype of the decomposition, and `more`."""
-    own = _dtype(shape, np.dtype(f"f{itemsize}"))
-    return (10 + more) * math.prod(shape) * np.dtype(own).itemsize + 2 * math.prod(shape) * itemsize
+def _count(s, floor):
+    return int(np.sum(s > floor * s[0])) if s.size else 0
 
 
-def _dtype(shape, dtype):
-    return precision.compute_dtype(np.dtype(dtype).name, math.prod(shape) * min(shape))
-
-
-@jax.jit
-def _svd(w):
-    return jnp.linalg.svd(w, full_matrices=False)
-
-
-def orthonormal(parts):
-    """Nearest matrix with orthonormal columns to the matrices (p, k) of a list side by side; empties the list."""
-    x = jnp.concatenate(parts, axis=1)
-    parts.clear()
-    u, _, vt = svd(x)
-    del x
-    hostmemory.trim()
-    return products.matmul(u, vt)
+def _multiply(w, right, out):
+    """out = w @ right in float64, a few rows at a time; `out` may be `w`."""
+    step = max(1, solvers.PANEL // max(w.shape[1], 1))
+    for start in range(0, len(w), step):
+        out[start : start + step] = np.asarray(w[start : start + step], np.float64) @ right

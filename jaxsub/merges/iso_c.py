@@ -11,9 +11,6 @@ Fails where the sum's small singular values are noise: they are raised like all 
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from jaxsub.linalg import products
 from jaxsub.merges import _matrices
 from jaxsub.rows import matrices
 
@@ -29,9 +26,9 @@ class Options:
 
 
 def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
+    """Bytes of a layer that are held at most."""
     del count
-    return _matrices.held(shape, itemsize)
+    return _matrices.held(shape, itemsize, 2)
 
 
 def merge(rows, options, key):
@@ -40,6 +37,6 @@ def merge(rows, options, key):
     if not rows.is_matrix:
         return _matrices.fallback(rows, options.scaling)
     found = matrices.of(rows)
-    u, s, vt = _matrices.svd(sum(found))
-    level = options.scaling * jnp.mean(s) if s.size else 0.0
-    return found.result(level * products.matmul(u, vt))
+    u, s, v = _matrices.svd(sum(found))
+    u *= options.scaling * s.mean() if s.size else 0.0
+    return found.product(u, v.T, is_wide=False)

@@ -15,6 +15,7 @@ Fails where many updates share few directions: 1 / N of what is left is then les
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from jaxsub.linalg import products
@@ -35,9 +36,9 @@ class Options:
 
 
 def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
+    """Bytes of a layer that are held at most."""
     del count
-    return _matrices.held(shape, itemsize, 4)
+    return _matrices.held(shape, itemsize, 3, sides=1)
 
 
 def merge(rows, options, key):
@@ -50,14 +51,21 @@ def merge(rows, options, key):
     size, count = min(found.shape), rows.num_models
     each = round((size - int(size * options.common)) / count)
     shared = max(size - each * count, 0)
-    parts = [_matrices.leading(sum(found), shared)]
+    sides = _matrices.Sides(found.shape, shared + each * count)
+    total = sum(found)
+    dtype = total.dtype
+    sides.add(*_matrices.svd(total, shared))
+    del total
+    common = jnp.asarray(sides.left[:, : sides.count], dtype)
     for w in found:
-        common = parts[0][0].astype(w.dtype)
-        parts.append(_matrices.leading(w - products.matmul(common, products.matmul(common.T, w)), each))
-    left, values, right = (list(part) for part in zip(*parts, strict=True))
-    del parts
-    s = jnp.concatenate(values)
-    if not s.size:
-        return found.result(jnp.zeros(found.shape))
-    u, v = _matrices.orthonormal(left), _matrices.orthonormal(right)
-    return found.result(options.scaling * jnp.mean(s) * products.matmul(u, v.T))
+        sides.add(*_matrices.svd(_without(w, common), each))
+    del common, w
+    u, s, v = sides.orthonormal(dtype)
+    u *= options.scaling * s.mean() if s.size else 0.0
+    return found.product(u, v.T, is_wide=False)
+
+
+@jax.jit
+def _without(w, common):
+    """w less its part in the span of the columns of `common`."""
+    return w - products.matmul(common, products.matmul(common.T, w))

@@ -34,10 +34,10 @@ class Options:
 
 
 def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
+    """Bytes of a layer that are held at most."""
     del count
     o, i = shape
-    return 8 * (6 * i * i + 4 * o * i)
+    return 8 * (6 * i * i + 4 * o * i) + 3 * o * i * itemsize
 
 
 def merge(rows, options, key):

@@ -33,4 +33,4 @@ def merge(rows, options, key):
     if not rows.is_matrix:
         return _drop.ties(rows, key, *more)
     shared = _subspace.of(rows, options.rank, options.energy)
-    return shared.result(_drop.ties(shared.cores, key, *more).array(shared.cores.shape))
+    return shared.merged(_drop.ties(shared.cores, key, *more))

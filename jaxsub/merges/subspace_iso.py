@@ -8,9 +8,6 @@ the mean of the updates. Fails as `iso_c`, but for directions outside of the sub
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from jaxsub.linalg import products
 from jaxsub.merges import _matrices, _subspace
 
 REFERENCE = "Marczak et al. 2025 (arXiv 2502.04959) in the subspace of Kaushik et al. 2025 (arXiv 2512.05117): E36"
@@ -34,6 +31,8 @@ def merge(rows, options, key):
     if not rows.is_matrix:
         return _matrices.fallback(rows, options.scaling)
     shared = _subspace.of(rows, options.rank, options.energy)
-    u, s, vt = _matrices.svd(jnp.asarray(shared.cores.x.sum(axis=0)))
-    level = options.scaling * jnp.mean(s) if s.size else 0.0
-    return shared.result(level * products.matmul(u, vt))
+    total = shared.cores.x.sum(axis=0)
+    shared = dataclasses.replace(shared, cores=None)
+    u, s, v = _matrices.svd(total)
+    level = options.scaling * s.mean() if s.size else 0.0
+    return shared.result(level * u @ v.T)

@@ -10,6 +10,7 @@ under 1e-6 of the norms).
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -38,8 +39,14 @@ def merge(rows, options, key):
     if not rows.is_matrix:
         return rows.combination(options.scaling * shares)
     shared = _subspace.of(rows, options.rank, options.energy)
-    c = shared.cores.x.astype(np.float64)
-    mean, norm = np.tensordot(shares, c, 1), float(shares @ np.linalg.norm(c.reshape(len(c), -1), axis=1))
-    length = float(np.linalg.norm(mean))
+    norm = float(shares @ [_length(c) for c in shared.cores.x])
+    mean = shared.cores.combination(shares).array(shared.cores.shape, out=shared.cores.x[0])  # made in order
+    length = _length(mean)
     factor = norm / length if length > CANCELLED * norm else 1.0
-    return shared.result(options.scaling * factor * mean)
+    mean *= options.scaling * factor
+    return shared.result(mean)
+
+
+def _length(c):
+    """Norm of a matrix, summed in float64 a row at a time."""
+    return math.sqrt(sum(float(row @ row) for row in map(np.float64, c)))

@@ -33,4 +33,4 @@ def merge(rows, options, key):
     if not rows.is_matrix:
         return rows.combination(weights)
     shared = _subspace.of(rows, options.rank, options.energy)
-    return shared.result(shared.cores.combination(weights).array(shared.cores.shape))
+    return shared.merged(shared.cores.combination(weights))

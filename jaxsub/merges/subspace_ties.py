@@ -34,4 +34,4 @@ def merge(rows, options, key):
     if not rows.is_matrix:
         return _signs.ties(rows, *more)
     shared = _subspace.of(rows, options.rank, options.energy)
-    return shared.result(_signs.ties(shared.cores, *more).array(shared.cores.shape))
+    return shared.merged(_signs.ties(shared.cores, *more))

@@ -13,9 +13,6 @@ Fails where an update needs more than min(o, i) / N directions.
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from jaxsub.linalg import products
 from jaxsub.merges import _matrices
 from jaxsub.rows import matrices
 
@@ -31,9 +28,9 @@ class Options:
 
 
 def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
+    """Bytes of a layer that are held at most."""
     del count
-    return _matrices.held(shape, itemsize, 3)
+    return _matrices.held(shape, itemsize, 1, sides=1)
 
 
 def merge(rows, options, key):
@@ -42,9 +39,11 @@ def merge(rows, options, key):
     if not rows.is_matrix:
         return _matrices.fallback(rows, options.scaling)
     found, each = matrices.of(rows), min(rows.shape) // rows.num_models
-    left, values, right = (list(part) for part in zip(*(_matrices.leading(w, each) for w in found), strict=True))
-    s = jnp.concatenate(values)
-    if not s.size:
-        return found.result(jnp.zeros(found.shape))
-    u, v = _matrices.orthonormal(left), _matrices.orthonormal(right)
-    return found.result(options.scaling * products.matmul(u * s, v.T))
+    sides = _matrices.Sides(found.shape, each * rows.num_models)
+    for w in found:
+        sides.add(*_matrices.svd(w, each))
+    dtype = w.dtype
+    del w
+    u, s, v = sides.orthonormal(dtype)
+    u *= options.scaling * s
+    return found.product(u, v.T, is_wide=False)

@@ -18,8 +18,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxsub import errors
+from jaxsub import errors, solvers
 from jaxsub.linalg import products
 from jaxsub.merges import _matrices
 from jaxsub.rows import matrices
@@ -40,10 +41,11 @@ class Options:
 
 
 def held(shape, count, itemsize):
-    """Bytes of a layer that are held at most, beside what is read."""
+    """Bytes of a layer that are held at most."""
     del count
     o, i = shape
-    return 12 * o * i * itemsize + 6 * i * i * max(itemsize, 8)
+    steps, exact = (7 * o * i + 2 * i * i) * itemsize, 3 * o * i * itemsize + 16 * i * i
+    return max(steps, exact) + _matrices.LIBRARY_BYTES
 
 
 def merge(rows, options, key):
@@ -56,36 +58,65 @@ def merge(rows, options, key):
         return _matrices.fallback(rows, options.scaling)
     found = matrices.of(rows)
     is_exact = options.solver == "exact" or rows.factors() is not None
-    total, target, gram = _sums(found, jnp.float64 if is_exact else rows.dtype)
     if is_exact:
-        values, vectors = jnp.linalg.eigh(gram)
-        is_known = values > FLOOR * values[-1]
-        inverse = jnp.where(is_known, 1 / jnp.where(is_known, values, 1), 0)
-        missing = target - products.matmul(total, gram)
-        merged = total + products.matmul(products.matmul(missing, vectors) * inverse, vectors.T)
-    else:
-        merged = _adam(total, target, gram, options.rate, steps=options.steps)
-    return found.result(options.scaling * merged)
-
-
-def _sums(found, dtype):
-    """S (p, q), H (p, q) and G (q, q)."""
-    total = target = jnp.zeros(found.shape, dtype)
-    gram = jnp.zeros((found.shape[1],) * 2, dtype)
+        return found.result(options.scaling * _exact(found))
+    o, i = found.shape
+    sums = tuple(jnp.zeros(shape, rows.dtype) for shape in ((o, i), (o, i), (i, i)))
     for w in found:
-        total, target, gram = _added(total, target, gram, w)
-    return total, target, gram
+        sums = jax.block_until_ready(_added(*sums, w))  # else all are read before the first is added
+    del w
+    total, target, gram = sums
+    del sums
+    merged = _adam(total, target, gram, options.rate, steps=options.steps)
+    del total, target, gram
+    return found.result(merged if options.scaling == 1 else options.scaling * merged)
 
 
-@functools.partial(jax.jit, donate_argnums=(2,))
+def _exact(found):
+    """(p, q) float64: S + sum_n (W_n - S) W_n.T W_n / |W_n|^2 G^+."""
+    total = sum(found)
+    merged = np.zeros(found.shape)
+    for w in found:
+        square = float(_square(w)) or 1.0
+        for at in matrices.panels(*found.shape):
+            merged[at] += _missed(total[at], w[at], w) / square
+    del w
+
+    def gram():
+        result = np.zeros((found.shape[1],) * 2, order="F")
+        for w in found:
+            solvers.add_square(result, np.asarray(w), 1 / (float(_square(w)) or 1.0))
+        return result
+
+    values, vectors = solvers.descending(gram)
+    known = vectors[:, values > FLOOR * values[0]]
+    turn = (known / values[: known.shape[1]]) @ known.T
+    del vectors, known
+    for at in matrices.panels(*found.shape):
+        merged[at] = np.asarray(total[at]) + merged[at] @ turn
+    return merged
+
+
+@jax.jit
+def _square(w):
+    return jnp.sum(jnp.square(w.astype(jnp.float64)))
+
+
+@jax.jit
+def _missed(total, part, w):
+    """(part - total) w.T w, a few rows of it, float64."""
+    wide = w.astype(jnp.float64)
+    return products.matmul(products.matmul(part.astype(wide.dtype) - total.astype(wide.dtype), wide.T), wide)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
 def _added(total, target, gram, w):
-    w = w.astype(gram.dtype)
     square = jnp.sum(jnp.square(w))
     own = products.matmul(w.T, w) / jnp.where(square > 0, square, 1)
     return total + w, target + products.matmul(w, own), gram + own
 
 
-@functools.partial(jax.jit, static_argnames="steps")
+@functools.partial(jax.jit, static_argnames="steps", donate_argnums=(0,))
 def _adam(start, target, gram, rate, *, steps):
     """`steps` steps of Adam (0.9, 0.999, 1e-8) from `start` on the gradient 2 (T G - H)."""
 

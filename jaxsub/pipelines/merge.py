@@ -13,7 +13,7 @@ import shutil
 
 import threadpoolctl
 
-from jaxsub import config as configs, errors, formats, hostmemory, lineup, plugins, rows
+from jaxsub import config as configs, errors, formats, hostmemory, lineup, plugins, rows, solvers
 from jaxsub.bundle import files as bundle_files
 from jaxsub.pipelines import (
     aside,
@@ -201,6 +201,7 @@ def _diagnosis(opened, config, module, stream):
 def _merge(ready, config, module, options, part, identity, stream):
     """(folder of the merged model in `part`, its record)."""
     found, sources, plans = ready.found, ready.sources, ready.plans
+    solvers.retries()  # of a run before this one
     if stream is not None:
         stream.write(merge_plan.text(plans, found, sources, most=plan.LISTED) + "\n")
     merge_plan.require_disk(part, plans, found, sources)
@@ -254,7 +255,7 @@ def _layers(found, sources, config, module, options, store, stream):
             record = store.kept(layer)
             is_known = record is not None
             if not is_known:
-                with tracing.stage(layer.name):
+                with tracing.stage(layer.name), solvers.of_layer(layer.name):
                     record = _layer(layer, sources, config, module, options, store)
                 hostmemory.trim()
             records.append(record)
@@ -333,6 +334,7 @@ def _record(records, found, sources, config, options, kin, identity):
         "said": [
             *found.said,
             *kin.said,
+            *solvers.retries(),
             *merge_words.notes(records, config.method, sources.weights, has_statistics=bool(sources.statistics)),
         ],
         "kinship": kin.figures,

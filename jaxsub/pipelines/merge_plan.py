@@ -12,7 +12,6 @@ from jaxsub.rows import files, lora
 
 RUNTIME_BYTES = memory.RUNTIME_BYTES + 80 * 2**20  # kernels of each shape, scratch of the threads that read and write
 BLOCKS = 3  # of all models that a kernel holds beside those that are read, unless its method says more
-MATRICES = 3  # layers that are read beside what a method holds
 LOSS = 4  # models in memory beside the N of a loss: the merged one, its gradient, moments
 
 
@@ -55,7 +54,7 @@ def _layer(layer, sources, module, template, has_loss):
         if sources.statistics:
             host *= 2
         if len(group.shape) == 2 and hasattr(module, "held"):
-            host, reads = module.held(group.shape, count, item) + MATRICES * size * item, most
+            host, reads = module.held(group.shape, count, item), most
         device, kept = host, (count + LOSS) * size * 4
         written = size * descriptors.numpy_dtype(template.tensors[layer.name].dtype).itemsize
         if has_base:

@@ -28,6 +28,7 @@ from jaxsub.linalg import gram as grams, products
 
 CHUNK = 65536  # columns of a model that random draws come in: blocks hold whole ones
 BLOCK_BYTES = 8 * 2**20  # of one block of all models: kernels that draw hold several times as much beside it
+PANEL_ROWS = 256  # of a product that are made at a time
 PIECE_BYTES = 4 * 2**20  # of a piece of all models: what is summed should still be in the cache
 
 
@@ -72,9 +73,14 @@ class Values:
         flat = np.asarray(array).reshape(-1)
         return cls(lambda: iter([(0, flat)]))
 
-    def array(self, shape):
-        """All of it in one array."""
-        return np.concatenate([part for _, part in self.blocks()]).reshape(shape)
+    def array(self, shape, out=None):
+        """All of it in one array: `out`, whose dtype then decides, or a new one."""
+        flat = None if out is None else out.reshape(-1)
+        for start, part in self.blocks():
+            if flat is None:
+                flat = np.empty(math.prod(shape), part.dtype)
+            flat[start : start + len(part)] = part
+        return np.empty(shape) if flat is None else flat.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +141,10 @@ class Rows:
     def matrix(self, n):
         """Row n as an array of `shape` on the device."""
         raise NotImplementedError
+
+    def read_matrix(self, n, out):
+        """Row n into a NumPy array of `shape` and of the rows' dtype."""
+        out[:] = self.matrix(n)
 
     def factors(self):
         """(a (N, r, i), b (N, o, r) with the scale in it) of low-rank updates; None of other rows."""
@@ -211,6 +221,22 @@ class Rows:
         """The row with these numbers (`shape`) of the update, or of the weights where there is no base."""
         return Values(functools.partial(self._put, np.asarray(array).reshape(-1)))
 
+    def product(self, u, x):
+        """The row u @ x, (o, k) and (k, i) NumPy arrays, never whole in memory."""
+        width = -(-PANEL_ROWS * self.shape[1] // CHUNK) * CHUNK
+        return Values.of_pieces(functools.partial(self._multiplied, u, x), self.size, width)
+
+    def _multiplied(self, u, x, start, count):
+        columns = self.shape[1]
+        first, last = start // columns, -(-(start + count) // columns)
+        with np.errstate(over="ignore", invalid="ignore"):  # told by the one who writes the result
+            part = (u[first:last] @ x).reshape(-1)[start - first * columns :][:count]
+        return self._put_piece(start, part)
+
+    def _put_piece(self, start, part):
+        """`part`, the update from flat index `start` on, with the base put back."""
+        return part
+
     def _put(self, flat):
         yield 0, flat
 
@@ -247,15 +273,17 @@ class ArrayRows(Rows):
             yield Block(start, count, np.ascontiguousarray(part), base)
 
     def _combined(self, used, c, start, count):
-        y = np.dot(c, self.x.reshape(self.num_models, -1)[used, start : start + count])
-        return y if self.base is None else y + self.base[start : start + count]
+        return self._put_piece(start, np.dot(c, self.x.reshape(self.num_models, -1)[used, start : start + count]))
 
     def matrix(self, n):
         """See `Rows`."""
         return jnp.asarray(self.x[n])
 
     def _put(self, flat):
-        yield 0, flat if self.base is None else flat + self.base
+        yield 0, self._put_piece(0, flat)
+
+    def _put_piece(self, start, part):
+        return part if self.base is None else part + self.base[start : start + len(part)]
 
 
 def block_width(size, num_models, itemsize):

@@ -4,7 +4,7 @@ import concurrent.futures
 import math
 import threading
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from jaxsub import descriptors, errors, hostmemory, precision, reading, rows as core
@@ -146,25 +146,37 @@ class FileRows(core.Rows):
 
     def matrix(self, n):
         """See `Rows`."""
-        out = np.empty(self.size, self.dtype)
+        hostmemory.trim()  # the matrix before this one
+        out = hostmemory.zeros(self.shape, self.dtype)
+        self.read_matrix(n, out)
+        return jax.device_put(out)  # in place, where jnp.asarray would copy
+
+    def read_matrix(self, n, out):
+        """See `Rows`."""
+        out = out.reshape(-1)
         self.sources[n].read(0, self.size, out)
         reading.require_finite(out, n, self.models[n], self.entries[n])
         if self.base is not None:
-            own = np.empty(self.size, self.dtype)
-            self.base_source.read(0, self.size, own)
-            self._require_finite_base(own)
-            _less(out, own)
-        return jnp.asarray(out.reshape(self.shape))
+            width = core.piece_width(1, self.dtype.itemsize)
+            for start in range(0, self.size, width):
+                part = out[start : start + width]
+                _less(part, self._base_piece(start, len(part)))
+
+    def _base_piece(self, start, count):
+        own = np.empty(count, self.dtype)
+        self.base_source.read(start, count, own)
+        self._require_finite_base(own)
+        return own
 
     def _put(self, flat):
         if self.base is None:
             yield 0, flat
             return
         for start in range(0, self.size, self.width):
-            count = min(self.width, self.size - start)
-            own = np.empty(count, self.dtype)
-            self.base_source.read(start, count, own)
-            yield start, flat[start : start + count] + own
+            yield start, self._put_piece(start, flat[start : start + self.width])
+
+    def _put_piece(self, start, part):
+        return part if self.base is None else part + self._base_piece(start, len(part))
 
 
 _kept = threading.local()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import rows as core
+from jaxsub import hostmemory, rows as core, solvers
 from jaxsub.linalg import products
 
 
@@ -33,37 +33,43 @@ class Matrices:
         return self.rows.matrix(n)
 
     def left_gram(self):
-        """(p, p) float64 sum of W_n W_n.T."""
-        with jax.enable_x64(True):
-            return np.asarray(sum(_left_gram(w) for w in self))
+        """(p, p) float64 sum of W_n W_n.T, its upper triangle, in Fortran's order: see `solvers.descending`."""
+        return self._gram(self.shape[0], lambda w: w.T)
 
     def right_gram(self):
-        """(q, q) float64 sum of W_n.T W_n."""
-        with jax.enable_x64(True):
-            return np.asarray(sum(_left_gram(w.T) for w in self))
+        """(q, q) float64 sum of W_n.T W_n; as `left_gram`."""
+        return self._gram(self.shape[1], lambda w: w)
+
+    def _gram(self, size, turned):
+        total = np.zeros((size, size), order="F")
+        for w in self:
+            solvers.add_square(total, turned(np.asarray(w)))
+        return total
 
     def rows_of(self, u):
         """Rows u.T W_n (k, i) in the layer's own columns, in memory, for a basis u (p, k) of the left side."""
+        o, i = self.rows.shape
+        k, count = u.shape[1], self.num_models
+        # A model is read to where its rows will be, and turned there a few columns at a time: no other holds it.
+        room = hostmemory.zeros(((count - 1) * k * i + o * i,), u.dtype)
         with jax.enable_x64(True):
-            x = None
-            for n, w in enumerate(self):
-                row = np.asarray(self.wide(products.matmul(u.T.astype(w.dtype), w)))
-                x = np.empty((self.num_models, *row.shape), row.dtype) if x is None else x
-                x[n] = row
+            basis = jax.device_put(u)
+            for n in range(count):
+                w = room[n * k * i :][: o * i].reshape(o, i)
+                self.rows.read_matrix(n, w)
+                for at in panels(i, o):
+                    w[:k, at] = _turned(basis, w[:, at])
+        x = room[: count * k * i].reshape(count, k, i)
         return core.ArrayRows(x, self.rows.name, self.rows.model_ids, is_update=True)
-
-    def wide(self, x):
-        """x (k, q) in the layer's own columns (k, i)."""
-        return x
 
     def result(self, x):
         """The row of a matrix (p, q)."""
         return self.rows.result(x)
 
-    def product(self, u, x):
-        """The row of u @ x, u (p, k) and x (k, i) in the layer's own columns."""
-        with jax.enable_x64(True):
-            return self.rows.result(products.matmul(jnp.asarray(u).astype(x.dtype), x))
+    def product(self, u, x, *, is_wide=True):
+        """The row of u @ x, u (p, k) and x (k, i) in the layer's own columns, or (k, q); NumPy arrays."""
+        del is_wide
+        return self.rows.product(u, x)
 
 
 class Cores(Matrices):
@@ -84,18 +90,19 @@ class Cores(Matrices):
         with jax.enable_x64(True):
             return jnp.asarray((self.left.T @ b) @ (a @ self.right))
 
-    def wide(self, x):
+    def rows_of(self, u):
         """See `Matrices`."""
-        return products.matmul(x, jnp.asarray(self.right.T).astype(x.dtype))
+        x = np.stack([u.T @ np.asarray(w) @ self.right.T for w in self])
+        return core.ArrayRows(x, self.rows.name, self.rows.model_ids, is_update=True)
 
     def result(self, x):
         """See `Matrices`."""
         x = np.asarray(x, np.float64)
         return self.rows.of_factors(x @ self.right.T, self.left)
 
-    def product(self, u, x):
+    def product(self, u, x, *, is_wide=True):
         """See `Matrices`."""
-        return self.rows.of_factors(np.asarray(x), self.left @ np.asarray(u))
+        return self.rows.of_factors(x if is_wide else x @ self.right.T, self.left @ u)
 
 
 def of(rows):
@@ -104,9 +111,14 @@ def of(rows):
 
 
 @jax.jit
-def _left_gram(w):
-    w = w.astype(jnp.float64)
-    return products.matmul(w, w.T)
+def _turned(u, w):
+    return products.matmul(u.T, w)
+
+
+def panels(count, width):
+    """Slices of `count` rows of `width` numbers, a few at a time."""
+    step = max(1, solvers.PANEL // 2 // max(width, 1))
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _basis(x):

@@ -1,5 +1,7 @@
 """Test matrices by name, float64: planted singular values between random orthonormal bases; and where they lie."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -24,10 +26,17 @@ TRIAD = ["low_rank", "low_rank_noise", "slow_decay"]
 
 def planted(num_rows, width, values, seed=0):
     """(x (N, D), vt (k, D)) with the singular values `values`, k of them."""
-    rng = np.random.default_rng(seed)
-    u = np.linalg.qr(rng.standard_normal((num_rows, len(values))))[0]
-    v = np.linalg.qr(rng.standard_normal((width, len(values))))[0]
+    u, v = _bases(num_rows, width, len(values), seed)
     return (u * values) @ v.T, v.T
+
+
+@functools.lru_cache(maxsize=8)
+def _bases(num_rows, width, count, seed):
+    rng = np.random.default_rng(seed)
+    found = [np.linalg.qr(rng.standard_normal((size, count)))[0] for size in (num_rows, width)]
+    for one in found:
+        one.flags.writeable = False
+    return found
 
 
 def spectrum(name, size):

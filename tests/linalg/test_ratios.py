@@ -62,10 +62,18 @@ def cases(dtype, scale, shapes, names=LAPACK):
     """(label, x in its dtype, x in float64, its singular values) over shapes and spectra."""
     for shape in shapes:
         for name in names:
-            x = planted(*shape, spectrum(name, min(shape)), seed=3)[0]
-            x = (scale * x / (np.abs(x).max() or 1)).astype(DTYPES[dtype])
-            wide = x.astype(np.float64)
-            yield (shape, name), x, wide, np.linalg.svd(wide, compute_uv=False)
+            yield (shape, name), *_case(dtype, scale, shape, name)
+
+
+@functools.lru_cache(maxsize=len(LAPACK))
+def _case(dtype, scale, shape, name):
+    x = planted(*shape, spectrum(name, min(shape)), seed=3)[0]
+    x = (scale * x / (np.abs(x).max() or 1)).astype(DTYPES[dtype])
+    wide = x.astype(np.float64)
+    found = x, wide, np.linalg.svd(wide, compute_uv=False)
+    for one in found:
+        one.flags.writeable = False
+    return found
 
 
 def orthonormality(q, dtype):
@@ -167,6 +175,8 @@ def test_single_pass_of_at_most_the_rank_it_keeps(dtype, scale, shapes):
         found[label] = svd_ratios(wide, values, result.u, result.s, result.vt, dtype)
         true = np.linalg.norm(wide - (np.asarray(result.u, np.float64) * result.s) @ np.asarray(result.vt, np.float64))
         assert true <= float(result.upper) * np.linalg.norm(wide)
+    if not found:
+        pytest.skip("all of full rank in 16 bits")
     require(found)
 
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsub import plugins, rows
-from jaxsub.merges import _select
+from jaxsub import plugins, rows, solvers
+from jaxsub.merges import _matrices, _select
 from tests.merges import stacks, twins
 
 KEY = jax.random.key(0)
@@ -82,6 +82,54 @@ def test_what_is_no_matrix_is_merged_as_published_code_does(name, options, twin,
     if name == "knots_ties":
         twin = lambda x: twins.ties(x, 0.5, 0.6)  # noqa: E731
     assert stacks.relative(run(name, stacks.of_arrays(x), **options), twin(x.astype(float))) < 1e-5
+
+
+THROUGH_GRAM = [c for c in CASES if c[0] in ("iso_c", "iso_cts", "tsv", "subspace_iso")]
+
+
+def rotated(s, size, seed):
+    """Symmetric matrix with eigenvalues s in a basis of no meaning."""
+    turn = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]
+    return turn * s @ turn.T
+
+
+@pytest.mark.parametrize(("name", "options", "twin"), THROUGH_GRAM)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30)])
+def test_large_matrices_through_their_gram_matrix(monkeypatch, name, options, twin, shape):
+    """As in the paper; of steep spectra, whose weak directions hang on the last bits of the sum, as directly."""
+    plain = stacks.dense(shape, seed=1)
+    steep = (stacks.dense(shape, seed=2) @ rotated(10.0 ** np.linspace(0, -4, shape[1]), shape[1], 5)).astype("f4")
+    directly = run(name, stacks.of_arrays(steep), **options)
+    monkeypatch.setattr(_matrices, "DIRECT", 2)
+    assert stacks.relative(run(name, stacks.of_arrays(plain), **options), twin(plain.astype(float))) < 1e-5
+    assert stacks.relative(run(name, stacks.of_arrays(steep), **options), directly) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_singular_vectors_of_both_ways(monkeypatch, shape):
+    """What is more than rounding is found, orthonormal, and nothing else; in float32 a Gram matrix would not do."""
+    rng, k = np.random.default_rng(6), min(shape)
+    u, v = (np.linalg.qr(rng.standard_normal((size, k)))[0] for size in shape)
+    s = np.concatenate([10.0 ** np.linspace(0, -4.5, k - 4), 1e-8 * np.ones(4)])
+    w = ((u * s) @ v.T).astype(np.float32)
+    for direct in (512, 2):
+        monkeypatch.setattr(_matrices, "DIRECT", direct)
+        for most in (None, 3):
+            left, values, right = _matrices.svd(w, most)
+            assert len(values) == (most or k - 4)
+            np.testing.assert_allclose(values, s[: len(values)], rtol=1e-2)
+            for side in (left, right):
+                assert np.abs(side.T @ side - np.eye(len(values))).max() < 1e-6
+            assert np.abs(left * values @ right.T - w).max() < (s[3] if most else 1e-6)
+        assert _matrices.svd(np.zeros(shape, np.float32))[1].size == 0
+        assert np.isnan(_matrices.svd(np.full(shape, np.inf, np.float32))[0]).all()
+
+    def narrow(total, part, weight=1.0):
+        total += weight * (part.T @ part)
+
+    monkeypatch.setattr(solvers, "add_square", narrow)
+    values = _matrices.svd(w)[1]
+    assert len(values) != k - 4 or np.abs(values / s[: k - 4] - 1).max() > 0.1
 
 
 WEIGHTED = ["task_arithmetic", "ties", "magnitude", "breadcrumbs", "mean", "spherical", "subspace_sum"]

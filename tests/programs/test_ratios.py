@@ -68,7 +68,7 @@ def singular_values(y, count):
 def test_an_analysis(collection, dtype, scale, count, shape):
     """Values over the floor to the ulp of the stored weights, and none over it that the models lack."""
     given = stacks(dtype, scale, count, shape)
-    if all(not np.ptp(x.reshape(count, -1), axis=0).any() for x in given.values()):
+    if all(not (x != x[0]).any() for x in given.values()):
         pytest.skip("one weight, the same in all models")
     found = {}
     for layer in jaxsub.analyze(collection(given), draws=1, splits=1).layers:
