@@ -1,5 +1,6 @@
 """Scripts that measure run from end to end, on little."""
 
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from jaxsub import formats
+from tests.figures_log import record
 from tests.programs import worlds
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
@@ -20,3 +23,30 @@ def test_the_start_is_timed(tmp_path):
     assert [line.split(":")[0] for line in lines] == [
         "first header", "first weights, samples that tell copies", "first weights of the pass"
     ]  # fmt: skip
+
+
+def load(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("parser", ["safetensors", "torch", "numpy", "msgpack"])
+def test_parsers_begin_to_be_fuzzed_at_good_files(tmp_path, parser):
+    fuzz = load("fuzz_parsers")
+    data = fuzz.seed(parser)
+    path = tmp_path / fuzz.NAMES[parser]
+    path.write_bytes(fuzz.archive(data) if parser == "torch" else data)
+    model = formats.open_model(path)
+    assert any(np.array_equal(formats.read(model, t), fuzz.ARRAY) for t in model.tensors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parser", ["safetensors", "torch", "numpy", "msgpack"])
+def test_parsers_under_a_fuzzer(tmp_path, parser):
+    pytest.importorskip("atheris")
+    status, tried = load("fuzz_parsers").run(parser, str(tmp_path / "corpus"), 20)
+    assert status == 0 and tried > 1000
+    record("FUZZ", f"inputs tried by coverage, {parser}: seconds, inputs, stops", [20, tried, 0])
