@@ -8,6 +8,7 @@ A block holds the same columns of every model. Two buffers: one is read by threa
 import concurrent.futures
 import dataclasses
 import math
+import os
 import threading
 
 import jax
@@ -161,6 +162,11 @@ def _base_tensor(base, group):
             base.path, f"the base {found}, the models have shape {group.shape}", key=group.name, hint="use --layers"
         )
     return tensor
+
+
+def threads():
+    """Threads that make and write the pieces of a result."""
+    return min(os.cpu_count() or 1, READERS)
 
 
 def read_stack(group, models):

@@ -81,6 +81,9 @@ def descending(make, count=None):
     """
     matrix = make()
     size = len(matrix)
+    # LAPACK scales an Inf to 0 here, or does not end.
+    if not all(np.isfinite(column).all() for column in matrix.T):
+        raise errors.SolverError(f"eigenvectors of a {size} x {size} matrix that holds NaN or Inf, or has overflown")
     count = size if count is None else min(count, size)
     if not count:
         return np.zeros(0), np.zeros((size, 0))
@@ -93,8 +96,7 @@ def descending(make, count=None):
     del matrix
     if found is None or not is_finite(found):
         upper = np.triu(make())
-        if np.isfinite(upper).all():
-            note(f"eigenvectors of a {size} x {size} matrix were found by divide and conquer: the first way failed")
+        note(f"eigenvectors of a {size} x {size} matrix were found by divide and conquer: the first way failed")
         found = eigh(upper + np.triu(upper, 1).T)
     values, vectors = (np.asfortranarray(part) for part in found)
     for i in range(vectors.shape[1] // 2):  # turned round where it lies: a view turned round is copied by every product

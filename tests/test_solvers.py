@@ -144,6 +144,16 @@ def test_the_largest_eigenvalues_of_a_matrix_that_is_made_again(monkeypatch, cou
     assert [part.shape for part in solvers.descending(make, 0)] == [(0,), (9, 0)]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [(2, 5), (3, 3), slice(None)])
+def test_no_eigenvectors_of_what_is_not_finite(bad, place):
+    """LAPACK would give zeros of an Inf, and no end of a NaN beside the diagonal."""
+    matrix = np.triu(symmetric(9, 9))
+    matrix[place] = bad
+    with pytest.raises(errors.SolverError, match="holds NaN or Inf"):
+        solvers.descending(lambda: np.asfortranarray(matrix))
+
+
 def test_squares_are_added_a_panel_at_a_time(monkeypatch):
     x = np.random.default_rng(0).standard_normal((23, 5)).astype(np.float32)
     monkeypatch.setattr(solvers, "PANEL", 20)

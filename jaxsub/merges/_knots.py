@@ -30,11 +30,11 @@ def merge(rows, inner):
     # Columns are merged once, in order, and not looked at again: the first model's make room for the result.
     merged = inner(turned).array(turned.shape, out=turned.x[0])
     del turned
-    return found.product(u, merged)
+    return found.wide_product(u, merged)
 
 
 def held(shape, count, itemsize):
     """Bytes that are held at most: the eigenproblem of the left side, or all rotated rows and the basis."""
     o, i = shape
     turned = (count * o * i + o * o) * itemsize
-    return max(16 * o * o + o * i * itemsize, turned) + _matrices.LIBRARY_BYTES
+    return max(16 * o * o + o * i * itemsize, turned) + _matrices.library(i)

@@ -12,15 +12,16 @@ float64 weights, whose digits a Gram matrix halves, are decomposed as they are.
 
 import numpy as np
 
-from jaxsub import hostmemory, solvers
+from jaxsub import hostmemory, reading, rows, solvers
 
 DIRECT = 512  # shorter side up to which a float32 matrix is decomposed as it is
-LIBRARY_BYTES = 2**26  # that BLAS and LAPACK keep for themselves
+LIBRARY_BYTES = 2**26
+PIECE_BYTES = 3 * 8 + 4  # of a number of a result: itself, the base's, their sum, and it as stored
 
 
-def fallback(rows, scaling):
+def fallback(own, scaling):
     """scaling * mean of the rows, for vectors and kernels of more than two axes: published code does so."""
-    return rows.combination(np.full(rows.num_models, scaling / rows.num_models))
+    return own.combination(np.full(own.num_models, scaling / own.num_models))
 
 
 def svd(w, most=None):
@@ -36,7 +37,8 @@ def svd(w, most=None):
     w = np.asarray(w)
     eps, most = float(np.finfo(w.dtype).eps), min(w.shape) if most is None else most
     if not np.isfinite(w).all():
-        return np.full((len(w), 1), np.nan), np.full(1, np.nan), np.full((w.shape[1], 1), np.nan)
+        count = min(1, most)
+        return np.full((len(w), count), np.nan), np.full(count, np.nan), np.full((w.shape[1], count), np.nan)
     if w.dtype == np.float64 or min(w.shape) <= DIRECT:
         u, s, vt = solvers.svd(w)
         count = min(most, _count(s, max(w.shape) * eps))
@@ -78,9 +80,9 @@ class Sides:
 
 
 def _orthonormal(x, eps):
-    """Nearest matrix with orthonormal columns to x (p, k), k <= p, in place of it; rounding is max(p, k) eps.
+    """Nearest matrix with orthonormal columns to x (p, k) in place of it; rounding is max(p, k) eps.
 
-    Directions that are rounding are left out, so that the rank of the result may be less than k.
+    Directions that are rounding are left out: the rank of the result may be less than k, and is where k > p.
     """
     if not x.size or not np.isfinite(x).all():
         return x
@@ -110,7 +112,13 @@ def held(shape, itemsize, beside, sides=0):
     (o, i), small = shape, min(shape)
     direct = itemsize == 8 or small <= DIRECT
     solved = 5 * o * i + 4 * small**2 if direct else small**2 + o * i  # LAPACK's; a Gram matrix, then both sides
-    return beside * o * i * itemsize + 8 * (solved + sides * small * (o + i)) + LIBRARY_BYTES
+    written = max(beside * itemsize, 8)  # some formats have a layer whole before it is written
+    return o * i * written + 8 * (solved + sides * small * (o + i)) + library(i)
+
+
+def library(columns):
+    """Bytes that BLAS and LAPACK keep for themselves, and of the pieces of a result of so many columns."""
+    return LIBRARY_BYTES + reading.threads() * rows.product_width(columns) * PIECE_BYTES
 
 
 def _right(w, floor, most=None):

@@ -28,7 +28,7 @@ class Shared:
 
     def result(self, c):
         """The row of coefficients c (k_1, k_2)."""
-        return self.found.product(self.left @ np.asarray(c, self.left.dtype), self.right.T, is_wide=False)
+        return self.found.product(self.left @ np.asarray(c, self.left.dtype), self.right.T)
 
     def merged(self, values):
         """The row of merged coefficients, Values that are made in order: the first model's make room for them."""
@@ -72,4 +72,4 @@ def held(shape, count, itemsize):
     """Bytes that are held at most: an eigenproblem, or bases, coefficients, a model and half of the result."""
     (o, i), large = shape, max(shape)
     found = ((count + 2) * o * i + o * o + i * i) * itemsize
-    return max(16 * large**2 + (o * i + large**2) * itemsize, found) + _matrices.LIBRARY_BYTES
+    return max(16 * large**2 + (o * i + large**2) * itemsize, found) + _matrices.library(i)

@@ -39,4 +39,4 @@ def merge(rows, options, key):
     found = matrices.of(rows)
     u, s, v = _matrices.svd(sum(found))
     u *= options.scaling * s.mean() if s.size else 0.0
-    return found.product(u, v.T, is_wide=False)
+    return found.product(u, v.T)

@@ -15,10 +15,8 @@ Fails where many updates share few directions: 1 / N of what is left is then les
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
-from jaxsub.linalg import products
 from jaxsub.merges import _matrices, _signs
 from jaxsub.rows import matrices
 
@@ -56,16 +54,24 @@ def merge(rows, options, key):
     dtype = total.dtype
     sides.add(*_matrices.svd(total, shared))
     del total
-    common = jnp.asarray(sides.left[:, : sides.count], dtype)
+    common = sides.left[:, : sides.count]
     for w in found:
-        sides.add(*_matrices.svd(_without(w, common), each))
-    del common, w
+        own = _without(w, common)
+        del w
+        sides.add(*_matrices.svd(own, each))
+    del own
     u, s, v = sides.orthonormal(dtype)
     u *= options.scaling * s.mean() if s.size else 0.0
-    return found.product(u, v.T, is_wide=False)
+    return found.product(u, v.T)
 
 
-@jax.jit
 def _without(w, common):
-    """w less its part in the span of the columns of `common`."""
-    return w - products.matmul(common, products.matmul(common.T, w))
+    """w (p, q) less its part in the span of the columns of `common` (p, k), made in float64, in w's dtype."""
+    w = np.asarray(w)
+    inside = np.empty((common.shape[1], w.shape[1]))
+    for at in matrices.panels(w.shape[1], w.shape[0]):
+        inside[:, at] = common.T @ w[:, at].astype(np.float64)
+    rest = np.empty_like(w)
+    for at in matrices.panels(*w.shape):
+        rest[at] = w[at] - common[at] @ inside
+    return rest

@@ -46,4 +46,4 @@ def merge(rows, options, key):
     del w
     u, s, v = sides.orthonormal(dtype)
     u *= options.scaling * s
-    return found.product(u, v.T, is_wide=False)
+    return found.product(u, v.T)

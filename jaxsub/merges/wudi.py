@@ -44,8 +44,8 @@ def held(shape, count, itemsize):
     """Bytes of a layer that are held at most."""
     del count
     o, i = shape
-    steps, exact = (7 * o * i + 2 * i * i) * itemsize, 3 * o * i * itemsize + 16 * i * i
-    return max(steps, exact) + _matrices.LIBRARY_BYTES
+    steps, exact = (7 * o * i + 2 * i * i) * itemsize, 5 * o * i * itemsize + 16 * i * i
+    return max(steps, exact) + _matrices.library(i)
 
 
 def merge(rows, options, key):
@@ -74,12 +74,13 @@ def merge(rows, options, key):
 
 def _exact(found):
     """(p, q) float64: S + sum_n (W_n - S) W_n.T W_n / |W_n|^2 G^+."""
-    total = sum(found)
-    merged = np.zeros(found.shape)
+    total, merged = np.zeros((2, *found.shape))
+    for w in found:
+        total += np.asarray(w)
     for w in found:
         square = float(_square(w)) or 1.0
         for at in matrices.panels(*found.shape):
-            merged[at] += _missed(total[at], w[at], w) / square
+            merged[at] += _missed(w[at], total[at], w) / square
     del w
 
     def gram():
@@ -93,8 +94,8 @@ def _exact(found):
     turn = (known / values[: known.shape[1]]) @ known.T
     del vectors, known
     for at in matrices.panels(*found.shape):
-        merged[at] = np.asarray(total[at]) + merged[at] @ turn
-    return merged
+        total[at] += merged[at] @ turn
+    return total
 
 
 @jax.jit
@@ -103,10 +104,10 @@ def _square(w):
 
 
 @jax.jit
-def _missed(total, part, w):
-    """(part - total) w.T w, a few rows of it, float64."""
+def _missed(part, total, w):
+    """(part - total) w.T w in float64; part and total are the same few rows of w and of S."""
     wide = w.astype(jnp.float64)
-    return products.matmul(products.matmul(part.astype(wide.dtype) - total.astype(wide.dtype), wide.T), wide)
+    return products.matmul(products.matmul(part.astype(wide.dtype) - total, wide.T), wide)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1, 2))

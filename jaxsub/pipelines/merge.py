@@ -303,6 +303,8 @@ def _layer(layer, sources, config, module, options, store):
     result, is_mean = merge_rows.merged(own, module, options, key)
     result = result if space is None else space.rebuilt(result)
     record = _described(layer, "mean" if is_mean else config.method, own, space, result)
+    again = solvers.retries()
+    record |= {"solved_again": again} if again else {}
     store.put(layer, result, record)
     return record
 
@@ -334,7 +336,7 @@ def _record(records, found, sources, config, options, kin, identity):
         "said": [
             *found.said,
             *kin.said,
-            *solvers.retries(),
+            *(said for one in records for said in one.get("solved_again", ())),
             *merge_words.notes(records, config.method, sources.weights, has_statistics=bool(sources.statistics)),
         ],
         "kinship": kin.figures,

@@ -99,7 +99,7 @@ class Framed:
     def __init__(self, place, template, layers, journal, frames):
         self.place, self.template, self.journal, self.frames = place, template, journal, frames
         self.layers = {layer.name: layer for layer in layers}
-        self.pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, reading.READERS))
+        self.pool = concurrent.futures.ThreadPoolExecutor(reading.threads())
 
     def kept(self, layer):
         """The record of a layer that is there already, whole; else None."""
@@ -214,7 +214,7 @@ class Parts:
         if isinstance(result, rows.Factors):
             tensors = {"a": result.a, "b": result.b}
         else:
-            tensors = {"x": np.concatenate([part for _, part in result.blocks()])}
+            tensors = {"x": result.array((layer.group.entries[0].size,))}
         safetensors.write(path, tensors)
         self.done[layer.name] = layer
         self.journal.add(layer.name, _digest(path), record)

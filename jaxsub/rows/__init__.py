@@ -28,7 +28,7 @@ from jaxsub.linalg import gram as grams, products
 
 CHUNK = 65536  # columns of a model that random draws come in: blocks hold whole ones
 BLOCK_BYTES = 8 * 2**20  # of one block of all models: kernels that draw hold several times as much beside it
-PANEL_ROWS = 256  # of a product that are made at a time
+PRODUCT_ROWS = 64, 256  # of a product that are made at a time: BLAS needs some, and little is gained by more
 PIECE_BYTES = 4 * 2**20  # of a piece of all models: what is summed should still be in the cache
 
 
@@ -74,7 +74,10 @@ class Values:
         return cls(lambda: iter([(0, flat)]))
 
     def array(self, shape, out=None):
-        """All of it in one array: `out`, whose dtype then decides, or a new one."""
+        """All of it in one array: `out`, whose dtype then decides, or a new one.
+
+        `out` may be memory that the values are made from, where each block needs none of what lies before it there.
+        """
         flat = None if out is None else out.reshape(-1)
         for start, part in self.blocks():
             if flat is None:
@@ -223,8 +226,7 @@ class Rows:
 
     def product(self, u, x):
         """The row u @ x, (o, k) and (k, i) NumPy arrays, never whole in memory."""
-        width = -(-PANEL_ROWS * self.shape[1] // CHUNK) * CHUNK
-        return Values.of_pieces(functools.partial(self._multiplied, u, x), self.size, width)
+        return Values.of_pieces(functools.partial(self._multiplied, u, x), self.size, product_width(self.shape[1]))
 
     def _multiplied(self, u, x, start, count):
         columns = self.shape[1]
@@ -299,6 +301,13 @@ def block_width(size, num_models, itemsize):
 def piece_width(num_models, itemsize):
     """Numbers of a piece of a combination: whole chunks, as many as PIECE_BYTES hold, one at least."""
     return max(1, PIECE_BYTES // (num_models * itemsize * CHUNK)) * CHUNK
+
+
+def product_width(columns):
+    """Numbers of a piece of a product with so many columns: whole chunks, and PRODUCT_ROWS as PIECE_BYTES allow."""
+    least, most = PRODUCT_ROWS
+    rows = min(most, max(least, PIECE_BYTES // (8 * columns)))
+    return -(-rows * columns // CHUNK) * CHUNK
 
 
 def require_models(rows, method, least, most=None):

@@ -66,10 +66,13 @@ class Matrices:
         """The row of a matrix (p, q)."""
         return self.rows.result(x)
 
-    def product(self, u, x, *, is_wide=True):
-        """The row of u @ x, u (p, k) and x (k, i) in the layer's own columns, or (k, q); NumPy arrays."""
-        del is_wide
+    def product(self, u, x):
+        """The row of u @ x, u (p, k) and x (k, q); NumPy arrays."""
         return self.rows.product(u, x)
+
+    def wide_product(self, u, x):
+        """The row of u @ x, x (k, i) being in the layer's own columns, as `rows_of` gives them."""
+        return self.product(u, x)
 
 
 class Cores(Matrices):
@@ -100,9 +103,13 @@ class Cores(Matrices):
         x = np.asarray(x, np.float64)
         return self.rows.of_factors(x @ self.right.T, self.left)
 
-    def product(self, u, x, *, is_wide=True):
+    def product(self, u, x):
         """See `Matrices`."""
-        return self.rows.of_factors(x if is_wide else x @ self.right.T, self.left @ u)
+        return self.wide_product(u, x @ self.right.T)
+
+    def wide_product(self, u, x):
+        """See `Matrices`."""
+        return self.rows.of_factors(x, self.left @ u)
 
 
 def of(rows):

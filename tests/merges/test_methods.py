@@ -123,6 +123,7 @@ def test_singular_vectors_of_both_ways(monkeypatch, shape):
             assert np.abs(left * values @ right.T - w).max() < (s[3] if most else 1e-6)
         assert _matrices.svd(np.zeros(shape, np.float32))[1].size == 0
         assert np.isnan(_matrices.svd(np.full(shape, np.inf, np.float32))[0]).all()
+        assert _matrices.svd(np.full(shape, np.inf, np.float32), 0)[0].shape == (shape[0], 0)
 
     def narrow(total, part, weight=1.0):
         total += weight * (part.T @ part)

@@ -8,6 +8,7 @@ import types
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.linalg
 
 import jaxsub
 from jaxsub import cli, errors, formats, plugins
@@ -282,6 +283,23 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(tmp_path):
         run(tmp_path, "task_arithmetic", **options)
 
 
+@pytest.mark.parametrize("share", [1, 0.01], ids=["all", "one"])
+@pytest.mark.parametrize("method", ["mean", "tsv", "iso_c", "iso_cts", "wudi", "knots_ties", "subspace_ties"])
+def test_an_overflow_of_updates_is_refused(tmp_path, method, share):
+    """Twice the largest float32, of all entries or of one, is no NaN of a file, and no update of 0 either."""
+    os.makedirs(tmp_path / "models")
+    rng = np.random.default_rng(0)
+    far = (3e38 * rng.uniform(0.9, 1, (8, 8))).astype(np.float32)
+    near = np.where(np.arange(64).reshape(8, 8) < 64 * share, far, far / np.float32(1e6))
+    safetensors.write(tmp_path / "base.safetensors", {"w": -near})
+    for n in range(5):
+        safetensors.write(tmp_path / "models" / f"m{n}.safetensors", {"w": near * np.float32(1 - n / 50)})
+    message = "more than float32 holds|has overflown"
+    with pytest.raises((errors.InputError, errors.SolverError), match=message) as caught:
+        run(tmp_path, method, base=str(tmp_path / "base.safetensors"), force=True, max_quarantined=2)
+    assert "w" in str(caught.value) and not os.path.exists(tmp_path / "merged")
+
+
 @pytest.mark.parametrize("method", ["mean", "tsv", "iso_c"])
 def test_an_overflow_is_refused_and_no_model_blamed(tmp_path, method):
     """Updates of twice the largest float32, their sum, or results, are no NaN of a file, and no 0 either."""
@@ -301,6 +319,27 @@ def test_an_overflow_is_refused_and_no_model_blamed(tmp_path, method):
 
 class Killed(BaseException):
     pass
+
+
+def test_a_second_algorithm_is_said_after_a_resume_too(tmp_path, monkeypatch):
+    collection(tmp_path)
+    base = {"base": str(tmp_path / "base.safetensors")}
+    whole, eigh = run(tmp_path, "knots_ties", **base, out=str(tmp_path / "whole")), scipy.linalg.eigh
+    assert not any("divide and conquer" in said for said in whole["said"])
+
+    def gives_up(*_, **__):
+        raise np.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(scipy.linalg, "eigh", gives_up)
+    monkeypatch.setattr(merge_store.Framed, "finish", lambda self: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(tmp_path, "knots_ties", **base)
+    monkeypatch.undo()
+    found = run(tmp_path, "knots_ties", **base)
+    assert scipy.linalg.eigh is eigh and any("divide and conquer" in said for said in found["said"])
+    wanted = safetensors.read(tmp_path / "whole" / "model.safetensors")
+    for name, layer in written(tmp_path).items():
+        np.testing.assert_allclose(layer, wanted[name], atol=1e-5)
 
 
 @pytest.mark.parametrize("at", first([0, 3, 1, 4], 2))
