@@ -129,6 +129,7 @@ def _right(w, floor, most=None):
         solvers.add_square(total, w)
         return total
 
+    hostmemory.trim()  # what the caller has let go of
     values, v = solvers.descending(gram, most)
     hostmemory.trim()
     s = np.sqrt(np.maximum(values, 0.0))

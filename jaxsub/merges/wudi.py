@@ -90,11 +90,13 @@ def _exact(found):
         return result
 
     values, vectors = solvers.descending(gram)
-    known = vectors[:, values > FLOOR * values[0]]
-    turn = (known / values[: known.shape[1]]) @ known.T
+    count = int(np.sum(values > FLOOR * values[0]))
+    known = vectors[:, :count]
+    known /= np.sqrt(values[:count])
+    inverse = known @ known.T
     del vectors, known
     for at in matrices.panels(*found.shape):
-        total[at] += merged[at] @ turn
+        total[at] += merged[at] @ inverse
     return total
 
 

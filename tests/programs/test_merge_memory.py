@@ -15,7 +15,7 @@ from jaxsub import hostmemory
 from jaxsub.pipelines import merge, merge_plan, plan
 folder, method, *options = sys.argv[1:]
 base = '' if method == 'mean' else glob.glob(folder + '/base.*')[0]
-models, out = (folder + '/models',), folder + '/' + method
+models, out = (folder + '/models',), folder + '/' + '-'.join((method, *options))
 config = merge.Config(collection=models, method=method, options=tuple(options), base=base, out=out)
 plans, peak = [], merge_plan.peak
 merge_plan.peak = lambda found: plans.append(peak(found)) or plans[-1]
