@@ -23,7 +23,10 @@ TESTS = {  # name -> (what is promised, files that hold it)
         "hostile/test_collections.py hostile/test_corpus_commands.py programs/test_corpus_collections.py",
     ),
     "SWEEP": ("Good files cut at every byte, or with bytes after their end, are refused.", "formats/test_sweep.py"),
-    "FUZZ": ("Mutants are judged at least as strictly as by safetensors 0.8.", "formats/test_header_fuzz.py"),
+    "FUZZ": (
+        "Mutants are judged at least as strictly as by safetensors 0.8; fuzzed parsers give a model or an error.",
+        "formats/test_header_fuzz.py test_scripts.py",
+    ),
     "AUDIT": ("Reading opens nothing but its inputs, runs nothing and imports nothing.", "hostile/test_audit.py"),
     "NAMES": ("Names are data on the terminal, in logs, files and pages, and in a browser.", "hostile/test_names.py"),
     "BUDGET": ("What memory does not hold is refused by its header.", "hostile/test_collections.py"),
@@ -106,8 +109,9 @@ def plain(text):
     return text.replace("|", "\\|").replace("_", " ")
 
 
-def page(found, notes, measured):
-    """The whole page."""
+def page(found, notes, measured, kept=None):
+    """The whole page; `kept` is test -> lines of a page before, for tests without figures."""
+    kept = kept or {}
     lines = [
         "# Reliability figures",
         "",
@@ -118,6 +122,9 @@ def page(found, notes, measured):
         "",
     ]
     for test, (promise, files) in TESTS.items():
+        if test not in found and test in kept:
+            lines += kept[test]
+            continue
         commands = " ".join("tests/" + file for file in files.split())
         lines += [f"## {test}", "", promise, "", *textwrap.wrap(f'`pytest -m "" {commands}`', 118), ""]
         if test in notes:
@@ -134,6 +141,19 @@ def page(found, notes, measured):
     return "\n".join(lines).rstrip() + "\n"
 
 
+def sections(text):
+    """test -> its lines of a page, heading included."""
+    found, lines = {}, []
+    for line in text.splitlines():
+        if line.startswith("## "):
+            lines = found[line[3:]] = []
+        lines.append(line)
+    for one in found.values():
+        if one[-1]:
+            one.append("")
+    return found
+
+
 def versions():
     import importlib.metadata
 
@@ -146,12 +166,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figures", nargs="+")
     parser.add_argument("--note", action="append", default=[], help="TEST: a sentence about how it was run")
+    parser.add_argument("--keep", action="store_true", help="keep the page's sections of tests without new figures")
     arguments = parser.parse_args()
     newest = max(os.path.getmtime(path) for path in arguments.figures)
     notes = dict(note.split(": ", 1) for note in arguments.note)
     measured = datetime.datetime.fromtimestamp(newest, datetime.UTC).date()
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(read(arguments.figures), notes, measured), encoding="utf-8")
+    kept = sections(PAGE.read_text(encoding="utf-8")) if arguments.keep else {}
+    PAGE.write_text(page(read(arguments.figures), notes, measured, kept), encoding="utf-8")
     print(f"wrote {PAGE}")
 
 

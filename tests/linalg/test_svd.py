@@ -333,3 +333,18 @@ def test_one_compilation_a_shape():
     for seed in range(3):
         svd.randomized_svd(jnp.ones((7, 11), jnp.float32) * seed, jax.random.key(seed), rank=2)
     assert svd.randomized_svd._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_another_algorithm_where_lapack_gives_up(monkeypatch, fails):
+    """What divide and conquer does not converge for has finite values all the same; NaN in it stays NaN."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((9, 5)), jnp.float32)
+    wanted = svd.thin_svd(x)
+    if fails:
+        parts = lambda x: (x, x[0], x[:5].T)  # noqa: E731
+        monkeypatch.setattr(jnp.linalg, "svd", lambda x, **_: jax.tree.map(lambda a: a * jnp.nan, parts(x)))
+    found = jax.jit(lambda x: svd.thin_svd.__wrapped__(x))(x)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    if not fails:
+        assert np.isnan(jax.jit(lambda x: svd.thin_svd.__wrapped__(x))(x.at[2, 3].set(jnp.nan)).s).all()
