@@ -8,7 +8,7 @@ scaling: 1. Directions that are rounding are left out. Low-rank updates are merg
 directions where these are fewer than min(o, i) / N of the weight. Layers that are no matrices take scaling times the
 mean of the updates.
 
-Fails where an update needs more than min(o, i) / N directions.
+Fails where an update needs more than min(o, i) / N directions; with more models than min(o, i) none is taken.
 """
 
 import dataclasses

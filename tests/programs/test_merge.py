@@ -321,6 +321,15 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("count", [8, 9])
+def test_layers_of_which_tsv_takes_nothing_are_said(tmp_path, count):
+    collection(tmp_path, count)
+    found = run(tmp_path, "tsv", base=str(tmp_path / "base.safetensors"))
+    said = [one for one in found["said"] if "more models than" in one]
+    assert len(said) == (count > 8) and all("a.weight, embed.weight" in one for one in said)
+    assert np.array_equal(written(tmp_path)["a.weight"], weights()["a.weight"]) == (count > 8)
+
+
 def test_a_second_algorithm_is_said_after_a_resume_too(tmp_path, monkeypatch):
     collection(tmp_path)
     base = {"base": str(tmp_path / "base.safetensors")}
