@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsub import errors
 
-PANEL = 2**20  # numbers of float64 that are converted at a time
+PANEL = 2**19  # numbers of a large matrix that are worked on at a time in float64
 SUBSET = 0.3  # share of the eigenvectors up to which they are found by bisection, each by itself
 
 log = logging.getLogger("jaxsub")
@@ -56,13 +56,18 @@ def svd(matrix):
     )
 
 
+def panels(count, width):
+    """Slices of `count` rows of `width` numbers, about PANEL numbers each."""
+    step = max(1, PANEL // max(width, 1))
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
 def add_square(total, x, weight=1.0):
     """Adds weight * x.T @ x, x (m, n), to the upper triangle of `total` (n, n), float64 and Fortran's order."""
     from scipy.linalg import blas
 
-    step = max(1, PANEL // max(x.shape[1], 1))
-    for start in range(0, len(x), step):
-        part = np.ascontiguousarray(x[start : start + step], np.float64)
+    for at in panels(*x.shape):
+        part = np.ascontiguousarray(x[at], np.float64)
         blas.dsyrk(weight, part.T, beta=1.0, c=total, overwrite_c=True)
 
 

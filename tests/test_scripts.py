@@ -1,6 +1,7 @@
 """Scripts that measure run from end to end, on little."""
 
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def test_parsers_begin_to_be_fuzzed_at_good_files(tmp_path, parser):
 @pytest.mark.parametrize("parser", ["safetensors", "torch", "numpy", "msgpack"])
 def test_parsers_under_a_fuzzer(tmp_path, parser):
     pytest.importorskip("atheris")
-    status, tried = load("fuzz_parsers").run(parser, str(tmp_path / "corpus"), 20)
+    seconds = int(os.environ.get("JAXSUB_FUZZ_SECONDS", "20"))
+    status, tried = load("fuzz_parsers").run(parser, str(tmp_path / "corpus"), seconds)
     assert status == 0 and tried > 1000
-    record("FUZZ", f"inputs tried by coverage, {parser}: seconds, inputs, stops", [20, tried, 0])
+    record("FUZZ", f"inputs tried by coverage, {parser}: seconds, inputs, stops", [seconds, tried, 0])

@@ -143,6 +143,5 @@ def _count(s, floor):
 
 def _multiply(w, right, out):
     """out = w @ right in float64, a few rows at a time; `out` may be `w`."""
-    step = max(1, solvers.PANEL // max(w.shape[1], 1))
-    for start in range(0, len(w), step):
-        out[start : start + step] = np.asarray(w[start : start + step], np.float64) @ right
+    for at in solvers.panels(*w.shape):
+        out[at] = np.asarray(w[at], np.float64) @ right

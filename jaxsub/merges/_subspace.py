@@ -46,7 +46,7 @@ def of(rows, rank, energy):
     with jax.enable_x64(True), np.errstate(over="ignore"):  # told by the one who writes the result
         far = jax.device_put(right)
         for n, w in enumerate(found):
-            for at in matrices.panels(left.shape[1], w.shape[1]):
+            for at in solvers.panels(left.shape[1], w.shape[1]):
                 c[n, at] = _core(w, left[:, at], far)
     ids = rows.model_ids
     return Shared(found, left, right, core.ArrayRows(c, rows.name, ids, is_update=True, weights=rows.weights))

@@ -17,6 +17,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxsub import solvers
 from jaxsub.merges import _matrices, _signs
 from jaxsub.rows import matrices
 
@@ -69,9 +70,9 @@ def _without(w, common):
     """w (p, q) less its part in the span of the columns of `common` (p, k), made in float64, in w's dtype."""
     w = np.asarray(w)
     inside = np.empty((common.shape[1], w.shape[1]))
-    for at in matrices.panels(w.shape[1], w.shape[0]):
+    for at in solvers.panels(w.shape[1], w.shape[0]):
         inside[:, at] = common.T @ w[:, at].astype(np.float64)
     rest = np.empty_like(w)
-    for at in matrices.panels(*w.shape):
+    for at in solvers.panels(*w.shape):
         rest[at] = w[at] - common[at] @ inside
     return rest

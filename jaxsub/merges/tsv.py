@@ -33,6 +33,11 @@ def held(shape, count, itemsize):
     return _matrices.held(shape, itemsize, 1, sides=1)
 
 
+def leaves_base(shape, count):
+    """Whether so many models are too many for a layer: min(o, i) / N directions of each are none."""
+    return len(shape) == 2 and min(shape) < count
+
+
 def merge(rows, options, key):
     """The merge of the orthonormal task vectors; deterministic, `key` is not used."""
     del key

@@ -79,7 +79,7 @@ def _exact(found):
         total += np.asarray(w)
     for w in found:
         square = float(_square(w)) or 1.0
-        for at in matrices.panels(*found.shape):
+        for at in solvers.panels(*found.shape):
             merged[at] += _missed(w[at], total[at], w) / square
     del w
 
@@ -95,7 +95,7 @@ def _exact(found):
     known /= np.sqrt(values[:count])
     inverse = known @ known.T
     del vectors, known
-    for at in matrices.panels(*found.shape):
+    for at in solvers.panels(*found.shape):
         total[at] += merged[at] @ inverse
     return total
 

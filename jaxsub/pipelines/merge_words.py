@@ -17,12 +17,11 @@ def notes(records, method, weights=None, *, has_statistics=False):
         said.append(
             f"{len(means)} layers are no updates, and are the mean: {lineup.listed([r['name'] for r in means], 3)}"
         )
-    gone = [r["name"] for r in records if r["method"] == method == "tsv" and _has_no_share(r)]
-    if gone:
-        said.append(
-            f"{len(gone)} layers have more models than rows or columns, min(o, i) / N directions of each are none, and "
-            f"they are the base's: {lineup.listed(gone, 3)}"
-        )
+    if hasattr(module, "leaves_base"):
+        left = [r["name"] for r in records if r["method"] == method and module.leaves_base(r["shape"], r["num_models"])]
+        if left:
+            names = lineup.listed(left, 3)
+            said.append(f"{len(left)} layers have too many models for {method}, and are the base's: {names}")
     centred = [r for r in records if r.get("sum_of_coefficients_is_zero")]
     is_equal = weights is None or len({*weights.tolist()}) == 1
     if centred and is_equal and getattr(module, "IS_LINEAR", False):
@@ -31,11 +30,6 @@ def notes(records, method, weights=None, *, has_statistics=False):
             "equal weights is the plain mean, for every rank and every scaling (E33)"
         )
     return said
-
-
-def _has_no_share(record):
-    """Whether TSV takes no direction of any model of a layer."""
-    return len(record["shape"]) == 2 and min(record["shape"]) < record["num_models"]
 
 
 def table(found):

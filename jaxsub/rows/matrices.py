@@ -57,7 +57,7 @@ class Matrices:
             for n in range(count):
                 w = room[n * k * i :][: o * i].reshape(o, i)
                 self.rows.read_matrix(n, w)
-                for at in panels(i, o):
+                for at in solvers.panels(i, o):
                     w[:k, at] = _turned(basis, w[:, at])
         x = room[: count * k * i].reshape(count, k, i)
         return core.ArrayRows(x, self.rows.name, self.rows.model_ids, is_update=True)
@@ -120,12 +120,6 @@ def of(rows):
 @jax.jit
 def _turned(u, w):
     return products.matmul(u.T, w)
-
-
-def panels(count, width):
-    """Slices of `count` rows of `width` numbers, a few at a time."""
-    step = max(1, solvers.PANEL // 2 // max(width, 1))
-    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _basis(x):

@@ -10,7 +10,7 @@ from jaxsub import errors, formats
 from tests.figures_log import record
 
 SEED = 20
-DEFAULT, NIGHTLY = 1000, 200_000  # mutants
+DEFAULT, NIGHTLY = 4000, 200_000  # mutants
 BASE = {
     "__metadata__": {"format": "pt"},
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
