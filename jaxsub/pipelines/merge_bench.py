@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -28,6 +29,7 @@ from jaxsub import config as configuration, errors
 from jaxsub.formats import _files
 from jaxsub.pipelines import (
     merge_bench_case as cases,
+    merge_bench_processes as processes,
     merge_bench_sources as sources,
     merge_bench_space as space,
     merge_bench_table,
@@ -98,6 +100,7 @@ class Config:
     loss_rows: int = 16  # training rows of every task in a step of methods with a loss
     against: tuple[str, ...] = ("mean", "task_arithmetic")  # labels that all methods are compared with
     pairs: tuple[str, ...] = PAIRS  # more comparisons
+    processes: int = 0  # zoos of worlds that are scored at a time; 0: one a core, within memory; 1 on accelerators
 
 
 def load(spec, forbidden=()):
@@ -114,6 +117,8 @@ def load(spec, forbidden=()):
     for name in ("seeds", "evaluations", "loss_rows"):
         if getattr(config, name) < 1:
             raise errors.ConfigError(f"{name}={getattr(config, name)}: expected 1 or more")
+    if config.processes < 0:
+        raise errors.ConfigError(f"processes={config.processes}: expected 0 or more")
     if not 0 < config.tuning < 1 or config.seed < 0:
         raise errors.ConfigError(f"tuning={config.tuning}, seed={config.seed}: a share between 0 and 1, a seed from 0")
     methods = space.parse_all(config.methods)
@@ -162,9 +167,13 @@ def run(config, workdir=None, *, stream=None):
         found = {"schema": SCHEMA, "config": configuration.to_dict(own), "collections": []}
         if opened is not None:
             found["collections"].append(_collection([opened], own, methods, place, stream))
+        several = processes.count(own.processes, len(worlds) * own.seeds)
+        if several > 1:
+            zoos = list(itertools.product(range(len(worlds)), range(own.seeds)))
+            processes.run(config.bench, place, zoos, several, stream)
         for world in worlds:
             zoos = [sources.World(world, own, place, own.seed + n, stream) for n in range(own.seeds)]
-            found["collections"].append(_collection(zoos, own, methods, place, stream))
+            found["collections"].append(_collection(zoos, own, methods, place, stream, several > 1))
             jax.clear_caches()  # compiled for the shapes of this world
         found["notes"] = merge_bench_table.notes(found)
         found["seconds"] = round(time.perf_counter() - started, 1)
@@ -178,7 +187,7 @@ def _identity(config, own, opened):
     from jaxsub import __version__
 
     given = {f"config.{name}": value for name, value in workdirs.options(config).items()}
-    given |= {f"bench.{name}": value for name, value in configuration.to_dict(own).items()}
+    given |= {f"bench.{name}": value for name, value in configuration.to_dict(own).items() if name != "processes"}
     models = {} if opened is None else opened.digests
     found = {"program": "merge_bench", "jaxsub_version": __version__, **workdirs.machine(), **given}
     return found | {"models": models}
@@ -193,24 +202,34 @@ def _plan(own, methods, worlds):
     }
 
 
-def _collection(zoos, own, methods, place, stream):
+def score_zoo(own, methods, place, world, number, stream):
+    """Scores one zoo of the bench's worlds: the one with index `world`, its zoo `number`; what is there is kept."""
+    one = sources.World(sources.parse(own.worlds[world]), own, place, own.seed + number, stream)
+    with threadpoolctl.threadpool_limits(1, "blas"):
+        _zoo(one, number, own.seeds, own, methods, place, stream)
+
+
+def _collection(zoos, own, methods, place, stream, quiet=False):
     """The record of one world or collection: baselines, and every method on every zoo."""
-    each = []
-    for number, one in enumerate(zoos):
-        parts = _Parts(place, one)
-        case = functools.cache(one.case)  # made when it is first needed
-        base = parts.get(BASELINES, [], lambda case=case: baselines(case()))
-        found = {}
-        for method in methods:
-            begun = time.perf_counter()
-            what = [method.text, own.evaluations, own.seed]
-            individual = base["individual"][cases.TUNING]
-            work = functools.partial(_tried, case, method, own.evaluations, one.seed, individual)
-            found[method.label] = parts.get(method.label, what, work)
-            if stream is not None:
-                stream.write(_line(one, number, len(zoos), method, found[method.label], base, begun) + "\n")
-        each.append({"baselines": base, "methods": found})
+    each = [_zoo(one, number, len(zoos), own, methods, place, stream, quiet) for number, one in enumerate(zoos)]
     return merge_bench_table.collected(zoos[0].title, each, methods, own)
+
+
+def _zoo(one, number, total, own, methods, place, stream, quiet=False):
+    """{"baselines", "methods": {label: what `tried` found}} of one zoo of `total`; `quiet` of what was there."""
+    parts = _Parts(place, one)
+    case = functools.cache(one.case)  # made when it is first needed
+    base = parts.get(BASELINES, [], lambda: baselines(case()))
+    found = {}
+    for method in methods:
+        begun = time.perf_counter()
+        what = [method.text, own.evaluations, own.seed]
+        individual = base["individual"][cases.TUNING]
+        work = functools.partial(_tried, case, method, own.evaluations, one.seed, individual)
+        found[method.label] = parts.get(method.label, what, work)
+        if stream is not None and (parts.made or not quiet):
+            stream.write(_line(one, number, total, method, found[method.label], base, begun) + "\n")
+    return {"baselines": base, "methods": found}
 
 
 def _line(one, number, total, method, found, base, begun):
@@ -230,10 +249,12 @@ class _Parts:
 
         name = hashlib.sha256(one.key.encode()).hexdigest()[:12]
         self.folder, self.whose = os.path.join(place, PARTS, name), [__version__, workdirs.machine(), one.identity]
+        self.made = False  # whether the last part was
         _files.make_folder(self.folder)
 
     def get(self, label, what, work):
         """The part called `label`, kept or made now by `work()`."""
+        self.made = False
         name = hashlib.sha256(label.encode()).hexdigest()[:12]
         path = os.path.join(self.folder, f"{name}.json")
         digest = hashlib.sha256(json.dumps([self.whose, label, what], sort_keys=True).encode()).hexdigest()
@@ -243,7 +264,7 @@ class _Parts:
                 return found["part"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        part = json.loads(json.dumps(work()))
+        part, self.made = json.loads(json.dumps(work(), sort_keys=True)), True
         _write.write_sealed(path, {"digest": digest, "part": part})
         return part
 

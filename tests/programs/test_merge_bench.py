@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -13,7 +15,15 @@ import pytest
 from jaxsub import errors
 from jaxsub.cli import flags, merge as cli
 from jaxsub.formats import safetensors
-from jaxsub.pipelines import intervals, merge, merge_bench, merge_bench_space as space, merge_bench_table as tables
+from jaxsub.pipelines import (
+    intervals,
+    merge,
+    merge_bench,
+    merge_bench_case as cases,
+    merge_bench_processes as processes,
+    merge_bench_space as space,
+    merge_bench_table as tables,
+)
 
 LINES = ("mean", "subspace_mean", "task_arithmetic scaling=0..1", "ties scaling=0..2 density=.1..1", "model_stock")
 
@@ -496,3 +506,77 @@ def test_joint_training_goes_down_the_loss_from_the_mean(place):
     losses = [np.mean([case.loss(w, jax.random.key(n)) for n in range(8)]) for w in (mean, trained)]
     assert losses[1] < 0.5 * losses[0]
     assert case.scores(trained, "test").mean() > case.scores(mean, "test").mean() + 0.1
+
+
+# Zoos side by side ------------------------------------------------------------------------------------------------
+
+
+def test_processes_are_as_many_as_cores_memory_and_zoos_allow(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(processes.hostmemory, "available", lambda: 5 * processes.BYTES)
+    assert (processes.count(0, 20), processes.count(0, 3), processes.count(8, 20), processes.count(1, 20)) == (
+        5,
+        3,
+        8,
+        1,
+    )
+    monkeypatch.setattr(processes.hostmemory, "available", lambda: 0)  # not known, or little
+    assert processes.count(0, 20) == 1
+    monkeypatch.setattr(processes.jax, "default_backend", lambda: "gpu")
+    assert processes.count(8, 20) == 1
+
+
+@pytest.fixture
+def small(tmp_path):
+    """function(processes) -> Config of a bench of two worlds with two zoos each."""
+
+    def make(count):
+        worlds = [f"{world} {SMALL[world]}" for world in ("same_start_split_task", "lora")]
+        bench = {"worlds": worlds, "seeds": 2, "evaluations": 2, "methods": LINES, "pairs": [], "processes": count}
+        path = tmp_path / f"bench_{count}.json"
+        path.write_text(json.dumps(bench))
+        return merge.Config(bench=str(path))
+
+    return make
+
+
+def work_of(folder):
+    return sorted((folder / "bench").rglob("*.json"))
+
+
+@pytest.mark.slow
+def test_zoos_side_by_side_give_the_same_bytes(small, tmp_path, monkeypatch):
+    alone = merge_bench.run(small(1), str(tmp_path / "alone"))
+    monkeypatch.setattr(merge_bench, "_tried", lambda *_: {"refused": "left undone"})  # seen if processes leave it
+    said = io.StringIO()
+    both = merge_bench.run(small(2), str(tmp_path / "both"), stream=said)
+    assert both["collections"] == alone["collections"] and both["notes"] == alone["notes"]
+    pairs = list(zip(work_of(tmp_path / "alone"), work_of(tmp_path / "both"), strict=True))
+    assert len(pairs) == 4 * (1 + len(LINES)) and all(a.read_bytes() == b.read_bytes() for a, b in pairs)
+    labels = [label for one in alone["collections"] for label, row in one["methods"].items() if "refused" not in row]
+    lines = [line for line in said.getvalue().splitlines() if " of the individual models (" in line]
+    assert len(lines) == 2 * len(labels) and len({line.partition(" of ")[0] for line in lines}) == len(lines)
+
+
+@pytest.mark.slow
+def test_a_bench_whose_processes_end_does_their_work(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "CHILD", "raise SystemExit(1)")
+    monkeypatch.setattr(cases.Zoo, "can_vote", False)  # seen only where the work is done
+    found = merge_bench.run(small(2), str(tmp_path / "work"))
+    assert all("ensemble" not in one["baselines"] for one in found["collections"])
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_processes(small, tmp_path, monkeypatch):
+    started = []
+    begin = processes._started
+    monkeypatch.setattr(processes, "_started", lambda *given: started.append(begin(*given)) or started[-1])
+
+    class Interrupted:
+        def write(self, text):
+            signal.raise_signal(signal.SIGINT)  # the main thread meets it, which waits for the others
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_bench.run(small(2), str(tmp_path / "work"), stream=Interrupted())
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert len(work_of(tmp_path / "work")) < 4 * (1 + len(LINES))
