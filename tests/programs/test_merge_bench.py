@@ -574,7 +574,7 @@ def test_an_interrupt_ends_all_processes(small, tmp_path, monkeypatch):
 
     class Interrupted:
         def write(self, text):
-            signal.raise_signal(signal.SIGINT)  # the main thread meets it, which waits for the others
+            os.kill(os.getpid(), signal.SIGINT)  # as a terminal does: the main thread meets it
 
     with pytest.raises(KeyboardInterrupt):
         merge_bench.run(small(2), str(tmp_path / "work"), stream=Interrupted())
