@@ -75,15 +75,18 @@ def groups(cosine, num_features, threshold=THRESHOLD, kurtosis=3.0):
     Fails where: lineages split into sub-families (only the outer one is reported), or kin have cosines under the
     threshold. Source: UPGMA, Sokal and Michener 1958; cosine groups of the shared-initialisation critique.
     """
-    from scipy.cluster import hierarchy
-    from scipy.spatial import distance
-
     count = len(cosine)
     if count < 2:
         return []
     similarity = np.nan_to_num(np.asarray(cosine, np.float64), nan=0.0)
     similarity = (similarity + similarity.T) / 2
     cut = max(threshold, chance_threshold(num_features, kurtosis))
+    if similarity.min() > cut:  # all pairs: one group, and importing scipy.cluster takes 20 MiB
+        return [list(range(count))]
+
+    from scipy.cluster import hierarchy
+    from scipy.spatial import distance
+
     condensed = distance.squareform(np.maximum(1.0 - similarity, 0.0), checks=False)
     labels = hierarchy.fcluster(hierarchy.average(condensed), 1.0 - cut, criterion="distance")
     background = _background(similarity[labels[:, None] < labels[None, :]])

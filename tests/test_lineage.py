@@ -45,9 +45,12 @@ def test_a_shared_subspace_is_no_lineage(seed, k):
     assert (c > 0.5).sum() > 3 * len(c)  # pairs that look related abound
 
 
-def test_one_start_for_all_is_one_lineage():
-    x = family(np.random.default_rng(0), 20, 1000, 0.5)
-    assert lineage.groups(cosine(x), 1000) == [list(range(20))]
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_one_start_for_all_is_one_lineage(share):
+    x = family(np.random.default_rng(0), 20, 1000, share)
+    c = cosine(x)
+    assert (c.min() > lineage.chance_threshold(1000)) == (share == 0.5)  # known from the smallest cosine, and by the linkage
+    assert lineage.groups(c, 1000) == [list(range(20))]
 
 
 def test_zero_models_and_pairs_without_common_layers():

@@ -17,6 +17,7 @@ def merge(rows, inner):
     float64.
     """
     found = matrices.of(rows)
+    _compile(rows, inner)
     values, vectors = solvers.descending(found.left_gram)
     floor = max(found.shape) * np.finfo(np.float64).eps * max(float(values[0]), 0.0)
     dtype = rows.dtype if rows.factors() is None else np.float64  # that of the rows it turns, and half the memory
@@ -31,6 +32,13 @@ def merge(rows, inner):
     merged = inner(turned).array(turned.shape, out=turned.x[0])
     del turned
     return found.wide_product(u, merged)
+
+
+def _compile(rows, inner):
+    """Merges one block of zeros: compiling takes 50 MiB, which are free again before all rows are held."""
+    if rows.size > core.CHUNK:
+        x = np.zeros((rows.num_models, core.CHUNK), rows.dtype if rows.factors() is None else np.float64)
+        inner(core.ArrayRows(x, rows.name, rows.model_ids, is_update=True, weights=rows.weights)).array((core.CHUNK,))
 
 
 def held(shape, count, itemsize):

@@ -19,7 +19,7 @@ import jax
 
 from jaxsub import errors, hostmemory
 
-BYTES = 3 * 2**30  # of one process at its peak; the worlds of configs/merge_bench.py take 2.8 GB
+BYTES = 2 * 2**30  # of one process at its peak; the worlds of configs/merge_bench.py take 1.6 GB
 CHILD = """
 import json, sys
 job = json.loads(sys.stdin.readline())
