@@ -66,6 +66,8 @@ def main():
     parser.add_argument("--collection")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    if not (given.folder or given.collection):
+        parser.error("give --folder or --collection")
     if given.folder:
         make(given.folder)
     rounds = [start(given.collection or given.folder) for _ in range(given.rounds + 1)]
