@@ -30,7 +30,8 @@ def gram_pca(o, devices=8):
     mesh = placement.make_mesh(devices)
     x = array((o.models, o.features), WIDE, devices)
     mixtures = array((4, o.models), P(), devices)  # as an analysis takes along; they stay sharded
-    return [gram._dense_gram.lower(x, mixtures, mesh=mesh, dtype="float32")]
+    given = {"width": o.features // mesh.size, "mesh": mesh, "dtype": "float32"}
+    return [gram._dense_gram.lower(x, mixtures, jnp.int32(0), **given)]
 
 
 def gram_pca_basis(o):

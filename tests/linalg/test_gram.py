@@ -114,7 +114,8 @@ def test_one_all_reduce_a_block_and_no_gather():
     mesh = placement.make_mesh(8)
     x = place(np.ones((16, 8 * 4096), np.float32), mesh)
     with jax.enable_x64(True):
-        text = gram._dense_gram.lower(x, np.ones((4, 16), np.float32), mesh=mesh, dtype="float32")
+        weights = np.ones((4, 16), np.float32)
+        text = gram._dense_gram.lower(x, weights, np.int32(0), width=4096, mesh=mesh, dtype="float32")
         text = text.compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") <= 1
@@ -147,3 +148,22 @@ def test_eight_devices_equal_one():
     one, eight = run_dense(x, 1, "float32"), run_dense(x, 8, "float32")
     # float32 products of 4096 terms, summed in float64: eps32 * sqrt(4096) of an entry's scale, |x_i| |x_j|
     assert np.abs(one.gram - eight.gram).max() < 8e-6 * np.abs(one.gram).max()
+
+
+@pytest.mark.parametrize("width", [16 * 4096, 17 * 4096 + 64, 37 * 4096 - 64])
+def test_pieces_side_by_side_equal_one_program(width):
+    mesh, rng = placement.make_mesh(1), np.random.default_rng(9)
+    x = rng.standard_normal((130, width), np.float32) + 1
+    weights = rng.standard_normal((3, 130)).astype(np.float32)
+    assert gram.parts(width, mesh, 4) == gram.PARTS > 1 and gram.parts(width, placement.make_mesh(8), 4) == 1
+    with jax.enable_x64(True):
+        given = {"width": width, "mesh": mesh, "dtype": "float32"}
+        one, mixed = jax.device_get(gram._dense_gram(jax.device_put(x), weights, np.int32(0), **given))
+        found, joined = jax.device_get(gram.dense_gram(jax.device_put(x), weights, mesh=mesh, dtype="float32"))
+    assert np.array_equal(joined, mixed)
+    for name, got, want in zip(gram.DenseSums._fields, found, one, strict=True):
+        # The same chunks, added up in another order; fourth moments of the same samples, weighed by piece.
+        tolerance = 0.1 if name in gram.DenseSums._fields[4:] else 1e-12
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max(), err_msg=name)
+    exact = reference.dense_sums(x)[0]
+    assert np.abs(found.gram - exact).max() < 3e-6 * exact.max()

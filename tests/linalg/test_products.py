@@ -26,7 +26,9 @@ def kernels():
         return incremental._update.lower(incremental.start(8192, rows=64, dtype="float32"), zeros(32, 8192), mesh=mesh)
 
     return {
-        "dense_gram": lambda: gram._dense_gram.lower(zeros(256, 8192), zeros(16, 256), mesh=mesh, dtype="float32"),
+        "dense_gram": lambda: gram._dense_gram.lower(
+            zeros(256, 8192), zeros(16, 256), np.int32(0), width=8192, mesh=mesh, dtype="float32"
+        ),
         "combinations": lambda: gram._combinations.lower(zeros(64, 8192), zeros(8, 64), mesh=mesh, dtype="float32"),
         "lora_gram": lambda: gram._lora_gram.lower(
             zeros(64, 16, 256),
