@@ -19,4 +19,5 @@ def get_config(size="all"):
         options.seeds, options.evaluations = 2, 3
         options.methods = ("mean", "task_arithmetic scaling=0..1", "ties scaling=0..4 density=.05..1")
         options.pairs = ()
+        options.processes = 1  # starting more takes longer
     return options

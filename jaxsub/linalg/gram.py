@@ -22,7 +22,7 @@ from jaxsub.linalg import pieces, products
 CHUNK = 4096  # columns a product: N * 4096 * 4 bytes stay in cache; 2048 and 8192 were 4 to 6 % slower at N = 256
 SAMPLED = 512  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
 MANY = 16
-PARTS = 2  # of a block on CPU; 4 are no faster on two cores
+PIECES = 2  # of a block on CPU; 4 are no faster on two cores
 FEATURES = "features"
 
 
@@ -53,35 +53,36 @@ def dense_gram(x, weights, *, mesh, dtype):
         dtype: "float32" or "float64", the dtype of the products.
 
     Returns:
-        DenseSums in float64, replicated, and weights @ y (m, D) in `dtype`, features sharded.
+        DenseSums in float64, replicated, and weights @ y (m, D) in `dtype`, features sharded. Large blocks on one CPU
+        device are waited for.
 
     Fails on: non-finite entries, which spread to everything. The caller refuses them before.
     Source: method of snapshots, Sirovich 1987; centring before the product, Chan, Golub and LeVeque 1983.
     """
     width = x.shape[1] // mesh.size
-    count = parts(width, mesh, x.dtype.itemsize)
+    count = 1 if isinstance(x, jax.core.Tracer) else num_pieces(width, mesh, x.dtype.itemsize)
     kernel = functools.partial(_dense_gram, width=width // count, mesh=mesh, dtype=dtype)
     if count == 1:
         return kernel(x, weights, np.int32(0))
     x = jax.device_put(x)  # once for all
 
-    def part(index):
+    def piece(index):
         with jax.enable_x64(True):
             return jax.block_until_ready(kernel(x, weights, np.int32(index * (width // count))))
 
     with futures.ThreadPoolExecutor(count) as pool:
-        sums, mixed = zip(*pool.map(part, range(count)), strict=True)
+        sums, mixed = zip(*pool.map(piece, range(count)), strict=True)
     return _joined(sums, mixed)
 
 
-def parts(width, mesh, itemsize):
+def num_pieces(width, mesh, itemsize):
     """Number of pieces of a device's columns that are worked on side by side, each by a program of its own.
 
     On CPU the threads of one program wait for one another after every product and whenever a step has work for one of
     them: two programs take a fifth less time on two cores. One for 16-bit numbers, which XLA converts whole in each.
     """
     is_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return PARTS if is_one_cpu and itemsize > 2 and width // CHUNK >= MANY and not width % PARTS else 1
+    return PIECES if is_one_cpu and itemsize > 2 and width // CHUNK >= MANY and not width % PIECES else 1
 
 
 @jax.jit

@@ -9,6 +9,8 @@ from jaxsub import hostmemory, rows as core, solvers
 from jaxsub.merges import _matrices
 from jaxsub.rows import matrices
 
+LARGE = 64  # blocks of a layer from which on one more costs nothing
+
 
 def merge(rows, inner):
     """The row U @ inner(rotated rows); `inner` is a function of ArrayRows (N, k, i) whose result is made in order.
@@ -17,7 +19,6 @@ def merge(rows, inner):
     float64.
     """
     found = matrices.of(rows)
-    _compile(rows, inner)
     values, vectors = solvers.descending(found.left_gram)
     floor = max(found.shape) * np.finfo(np.float64).eps * max(float(values[0]), 0.0)
     dtype = rows.dtype if rows.factors() is None else np.float64  # that of the rows it turns, and half the memory
@@ -26,6 +27,7 @@ def merge(rows, inner):
     hostmemory.trim()
     if not u.size:
         return found.result(np.zeros(found.shape))
+    _compile(rows, inner)
     turned = found.rows_of(u)
     turned.weights, turned.width = rows.weights, min(turned.width, core.CHUNK)  # small blocks: all rows are here
     # Columns are merged once, in order, and not looked at again: the first model's make room for the result.
@@ -35,9 +37,9 @@ def merge(rows, inner):
 
 
 def _compile(rows, inner):
-    """Merges one block of zeros: compiling takes 50 MiB, which are free again before all rows are held."""
-    if rows.size > core.CHUNK:
-        x = np.zeros((rows.num_models, core.CHUNK), rows.dtype if rows.factors() is None else np.float64)
+    """Merges a block of zeros: compiling takes 50 MiB, which are free again before a large layer's rows are held."""
+    if rows.factors() is None and rows.size >= LARGE * core.CHUNK:
+        x = np.zeros((rows.num_models, core.CHUNK), rows.dtype)
         inner(core.ArrayRows(x, rows.name, rows.model_ids, is_update=True, weights=rows.weights)).array((core.CHUNK,))
 
 

@@ -138,7 +138,7 @@ def _dense(group, models, mesh, options, ahead, meter, key):
         read = time.perf_counter()
         launched = None if block is None else _launch(block, weights, key, plan, options, mesh)
         whole = block.x if small and block is not None else whole
-        # The devices are at work again: now the host adds up what the block before left.
+        # Where the devices are still at work, the host adds up what the block before left.
         if before is not None:
             sums.add(before)
         if launched is not None and plan.storage == "float64":  # its factor is of the buffer's own numbers
@@ -191,7 +191,7 @@ class _Launched:
 
 
 def _launch(block, weights, key, plan, options, mesh):
-    """Starts the kernels of a block; waits for those of exact mode Grams only, whose temporaries would add up."""
+    """Starts the kernels of a block; waits for a Gram matrix in pieces and for exact mode Grams, which would add up."""
     dense, mixed = gram_kernels.dense_gram(block.x, weights, mesh=mesh, dtype=plan.dtype)
     tests = ()
     if plan.sketched_axes:

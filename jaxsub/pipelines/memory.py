@@ -86,12 +86,12 @@ def _dense(plan, group, mesh, base):
     sums = sum(exact) + short + tests
 
     # What each step over a block adds to them.
-    parts = gram.parts(width // mesh.size, mesh, stored)
-    steps = [parts * (2 * wide * n * min(width, gram.CHUNK) + 8 * 8 * n**2)]
+    pieces = gram.num_pieces(width // mesh.size, mesh, stored)
+    steps = [pieces * (2 * wide * n * min(width, gram.CHUNK) + 8 * 8 * n**2)]
     if plan.sketched_axes:
         mixed = wide * SKETCHES * width
         now = sum(8 * TESTS * (plan.rows if a == 0 else shape[a]) for a in plan.sketched_axes)
-        steps[0] += mixed * min(parts, 2)  # in parts, and joined
+        steps[0] += mixed * min(pieces, 2)  # in pieces, and joined
         steps.append(mixed + 2 * now + max(_sketch(plan, axis) for axis in plan.sketched_axes) * wide)
     steps += [3 * m + 3 * 8 * width for m in exact]  # a model and the mean in float64
     if plan.strengths:
@@ -121,8 +121,8 @@ def _dense_device(plan, mesh):
     mixed = wide * SKETCHES * width if plan.sketched_axes else 0
     tests = sum(wide * TESTS * (plan.rows if a == 0 else shape[a]) for a in plan.sketched_axes)
     results = 8 * n**2 + tests
-    parts = gram.parts(width, mesh, stored)
-    steps = [mixed * min(parts, 2) + parts * (3 * wide * n * min(width, gram.CHUNK) + 4 * 8 * n**2)]
+    pieces = gram.num_pieces(width, mesh, stored)
+    steps = [mixed * min(pieces, 2) + pieces * (3 * wide * n * min(width, gram.CHUNK) + 4 * 8 * n**2)]
     if plan.sketched_axes:
         dealt = math.prod(shape) if mesh.size > 1 else 0  # a mixture as it comes from all devices
         steps.append(mixed + (dealt + max(_sketch(plan, axis) for axis in plan.sketched_axes)) * wide)

@@ -167,10 +167,13 @@ def run(config, workdir=None, *, stream=None):
         found = {"schema": SCHEMA, "config": configuration.to_dict(own), "collections": []}
         if opened is not None:
             found["collections"].append(_collection([opened], own, methods, place, stream))
-        several = processes.count(own.processes, len(worlds) * own.seeds)
+        sources.sweep(place)
+        zoos = itertools.product(range(len(worlds)), range(own.seeds))
+        zoos = [(w, n) for w, n in zoos if not _is_scored(worlds[w], n, own, methods, place)]
+        several = processes.count(own.processes, len(zoos))
         if several > 1:
-            zoos = list(itertools.product(range(len(worlds)), range(own.seeds)))
-            processes.run(config.bench, place, zoos, several, stream)
+            for world, number in processes.run(config.bench, place, zoos, several, stream):
+                score_zoo(own, methods, place, world, number, stream)
         for world in worlds:
             zoos = [sources.World(world, own, place, own.seed + n, stream) for n in range(own.seeds)]
             found["collections"].append(_collection(zoos, own, methods, place, stream, several > 1))
@@ -215,6 +218,19 @@ def _collection(zoos, own, methods, place, stream, quiet=False):
     return merge_bench_table.collected(zoos[0].title, each, methods, own)
 
 
+def _is_scored(world, number, own, methods, place):
+    """Whether all of a zoo is there."""
+    parts = _Parts(place, sources.World(world, own, place, own.seed + number, None))
+    return parts.kept(BASELINES, []) is not None and all(
+        parts.kept(m.label, _what(m, own)) is not None for m in methods
+    )
+
+
+def _what(method, own):
+    """What a part of a method is of, beside the zoo."""
+    return [method.text, own.evaluations, own.seed]
+
+
 def _zoo(one, number, total, own, methods, place, stream, quiet=False):
     """{"baselines", "methods": {label: what `tried` found}} of one zoo of `total`; `quiet` of what was there."""
     parts = _Parts(place, one)
@@ -223,10 +239,9 @@ def _zoo(one, number, total, own, methods, place, stream, quiet=False):
     found = {}
     for method in methods:
         begun = time.perf_counter()
-        what = [method.text, own.evaluations, own.seed]
         individual = base["individual"][cases.TUNING]
         work = functools.partial(_tried, case, method, own.evaluations, one.seed, individual)
-        found[method.label] = parts.get(method.label, what, work)
+        found[method.label] = parts.get(method.label, _what(method, own), work)
         if stream is not None and (parts.made or not quiet):
             stream.write(_line(one, number, total, method, found[method.label], base, begun) + "\n")
     return {"baselines": base, "methods": found}
@@ -252,21 +267,28 @@ class _Parts:
         self.made = False  # whether the last part was
         _files.make_folder(self.folder)
 
+    def kept(self, label, what):
+        """The part called `label`, as it was found before; None where it was not."""
+        try:
+            found = _write.read_sealed(self._path(label))
+            return found["part"] if found["digest"] == self._digest(label, what) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def get(self, label, what, work):
         """The part called `label`, kept or made now by `work()`."""
-        self.made = False
-        name = hashlib.sha256(label.encode()).hexdigest()[:12]
-        path = os.path.join(self.folder, f"{name}.json")
-        digest = hashlib.sha256(json.dumps([self.whose, label, what], sort_keys=True).encode()).hexdigest()
-        try:
-            found = _write.read_sealed(path)
-            if found["digest"] == digest:
-                return found["part"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        part, self.made = json.loads(json.dumps(work(), sort_keys=True)), True
-        _write.write_sealed(path, {"digest": digest, "part": part})
+        part = self.kept(label, what)
+        self.made = part is None
+        if self.made:
+            part = json.loads(json.dumps(work(), sort_keys=True))
+            _write.write_sealed(self._path(label), {"digest": self._digest(label, what), "part": part})
         return part
+
+    def _path(self, label):
+        return os.path.join(self.folder, f"{hashlib.sha256(label.encode()).hexdigest()[:12]}.json")
+
+    def _digest(self, label, what):
+        return hashlib.sha256(json.dumps([self.whose, label, what], sort_keys=True).encode()).hexdigest()
 
 
 def baselines(case):

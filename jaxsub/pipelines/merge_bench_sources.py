@@ -1,10 +1,14 @@
 """What a bench merges: zoos of worlds, trained when they are first needed, or a collection of the user's."""
 
+import glob
 import hashlib
 import os
+import shutil
 
 from jaxsub import collection, errors, formats, lineup, plugins
 from jaxsub.pipelines import aside, hooks, merge_bench_case as cases, merge_kin, merge_rows, scoring, zoo
+
+ZOOS = "zoo"  # in a workdir
 
 
 def parse(text):
@@ -17,12 +21,18 @@ def parse(text):
     return text, module, zoo.parse_options(module.Options, options, f"world {name}"), tuple(options)
 
 
+def sweep(place):
+    """Removes what killed runs left of zoos that they were making; for the one who holds the workdir `place`."""
+    for folder in glob.glob(os.path.join(glob.escape(place), ZOOS, "seed_*", "*", f"{zoo.UNFINISHED}*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class World:
     """One zoo of a world, trained when it is first asked for."""
 
     def __init__(self, world, own, place, seed, stream):
         self.text, self.module, self.options, self.texts = world
-        self.own, self.folder, self.seed, self.stream = own, os.path.join(place, "zoo", f"seed_{seed}"), seed, stream
+        self.own, self.folder, self.seed, self.stream = own, os.path.join(place, ZOOS, f"seed_{seed}"), seed, stream
         self.title, self.key = self.text, f"{self.text} seed={seed}"
         self.identity = [self.key, own.tuning, own.loss_rows]
 

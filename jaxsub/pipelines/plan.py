@@ -111,7 +111,7 @@ def text(plans, num_models, mesh, time=(), *, workdir=None, most=None):
         from jaxsub.pipelines import memory
 
         statistics, report = memory.written(plans, num_models)
-        lines.append(f"to write: at most {size(statistics)} of statistics, about {size(report)} of report")
+        lines.append(f"to write: up to about {size(statistics)} of statistics, about {size(report)} of report")
     else:
         lines.append("to write: nothing without --workdir")
     return "\n".join([*lines, *(time_lines(*time) if time else [])])

@@ -16,6 +16,7 @@ from jaxsub import config as configuration, errors, plugins
 from jaxsub.report import _write
 
 SCHEMA, RECORD, MODELS = "jaxsub.zoo/1", "zoo.json", "models"
+UNFINISHED = ".tmp-zoo-"  # how folders of zoos that are being made begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _flat(identity):
 def _temporary_beside(target):
     """An empty folder on the same file system as `target`, removed at the end if it is still there."""
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    temporary = os.path.join(os.path.dirname(target), f".tmp-zoo-{secrets.token_hex(6)}")
+    temporary = os.path.join(os.path.dirname(target), f"{UNFINISHED}{secrets.token_hex(6)}")
     os.mkdir(temporary)
     try:
         yield temporary

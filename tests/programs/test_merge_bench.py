@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -512,7 +513,7 @@ def test_joint_training_goes_down_the_loss_from_the_mean(place):
 
 
 def test_processes_are_as_many_as_cores_memory_and_zoos_allow(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     monkeypatch.setattr(processes.hostmemory, "available", lambda: 5 * processes.BYTES)
     assert (processes.count(0, 20), processes.count(0, 3), processes.count(8, 20), processes.count(1, 20)) == (
         5,
@@ -558,25 +559,65 @@ def test_zoos_side_by_side_give_the_same_bytes(small, tmp_path, monkeypatch):
     assert len(lines) == 2 * len(labels) and len({line.partition(" of ")[0] for line in lines}) == len(lines)
 
 
+ENDED = {
+    "at once": "raise SystemExit(1)",
+    "before it is told of the job": "import os; os.close(0); raise SystemExit(1)",
+    "before its second zoo": """import os, sys
+for _ in range(2): sys.stdin.readline()
+os.close(0)
+print('["done", ""]', flush=True)""",
+    "with words of its own": "print('no JSON', flush=True)",
+}
+
+
 @pytest.mark.slow
-def test_a_bench_whose_processes_end_does_their_work(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "CHILD", "raise SystemExit(1)")
+@pytest.mark.parametrize("when", ENDED)
+def test_a_bench_whose_processes_end_does_their_work(small, tmp_path, monkeypatch, when):
+    monkeypatch.setattr(processes, "CHILD", ENDED[when])
     monkeypatch.setattr(cases.Zoo, "can_vote", False)  # seen only where the work is done
     found = merge_bench.run(small(2), str(tmp_path / "work"))
     assert all("ensemble" not in one["baselines"] for one in found["collections"])
+    monkeypatch.setattr(processes, "run", None)  # nothing is left to do
+    assert merge_bench.run(small(2), str(tmp_path / "work"))["collections"] == found["collections"]
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_all_processes(small, tmp_path, monkeypatch):
-    started = []
-    begin = processes._started
-    monkeypatch.setattr(processes, "_started", lambda *given: started.append(begin(*given)) or started[-1])
+def test_an_error_of_a_process_is_met_by_the_bench(small, tmp_path, monkeypatch):
+    said = []
+    failing = processes.CHILD.replace(
+        "merge_bench_processes.serve",
+        """from jaxsub import errors
+from jaxsub.pipelines import merge_bench
+def fail(*_): raise errors.ConfigError("of a child")
+merge_bench.score_zoo = fail
+merge_bench_processes.serve""",
+    )
+    monkeypatch.setattr(processes, "CHILD", failing)
 
-    class Interrupted:
-        def write(self, text):
-            os.kill(os.getpid(), signal.SIGINT)  # as a terminal does: the main thread meets it
+    def here(own, methods, place, world, number, stream):
+        said.append((world, number))
+        raise errors.ConfigError("met here")
 
-    with pytest.raises(KeyboardInterrupt):
-        merge_bench.run(small(2), str(tmp_path / "work"), stream=Interrupted())
-    assert len(started) == 2 and all(process.poll() is not None for process in started)
-    assert len(work_of(tmp_path / "work")) < 4 * (1 + len(LINES))
+    monkeypatch.setattr(merge_bench, "score_zoo", here)
+    with pytest.raises(errors.ConfigError, match="met here"):
+        merge_bench.run(small(2), str(tmp_path / "work"))
+    assert said in ([(0, 0)], [(1, 1)])
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_processes(small, tmp_path):
+    place = tmp_path / "work"
+    command = [sys.executable, "-m", "jaxsub", "merge", f"--bench={small(2).bench}", f"--workdir={place}"]
+    bench = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in bench.stderr:
+        if " of the individual models (" in line:
+            break
+    os.killpg(bench.pid, signal.SIGINT)  # as a terminal does
+    assert "Traceback" not in bench.communicate(timeout=30)[1] and bench.returncode not in (0, 70)
+    assert 0 < len(work_of(place)) < 4 * (1 + len(LINES))
+    with pytest.raises(ProcessLookupError):
+        os.killpg(bench.pid, 0)  # nobody of the group is left
+    left = place / "zoo" / "seed_0" / "0123" / ".tmp-zoo-0123"
+    (left / "models").mkdir(parents=True)  # as of one that was killed while it trained
+    merge_bench.run(small(2), str(place))
+    assert len(work_of(place)) == 4 * (1 + len(LINES)) and not list(place.rglob(".tmp-zoo-*"))

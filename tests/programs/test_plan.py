@@ -207,14 +207,14 @@ def check_files(folder, workdir, less=0):
     session = sessions.Session(opened, options(folder), None, None)
     statistics, report = memory.written(session.plans(), len(opened.refs))
     text = analyze.run(options(folder, dry_run=True), str(workdir))
-    assert f"to write: at most {plan.size(statistics)} of statistics, about {plan.size(report)} of report" in text
+    assert f"to write: up to about {plan.size(statistics)} of statistics, about {plan.size(report)} of report" in text
     assert "nothing without --workdir" in analyze.run(options(folder, dry_run=True))
     assert not workdir.exists()
     analyze.run(options(folder), str(workdir))
     again = analyze.run(options(folder, dry_run=True), str(workdir))
     assert "whose statistics in the workdir still hold" in again and "whose statistics" not in text
     found = sum(f.stat().st_size for f in (workdir / "statistics").iterdir())
-    assert found == pytest.approx(statistics - less, rel=0.1)
+    assert found == pytest.approx(statistics - less, rel=0.1) and found <= statistics
     assert 0.4 < sum((workdir / f"report.{end}").stat().st_size for end in ("json", "html")) / report < 2
 
 
