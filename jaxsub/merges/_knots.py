@@ -18,6 +18,7 @@ def merge(rows, inner):
     U is of the directions of all updates that are more than rounding: the eigenvectors of sum_n W_n W_n.T, found in
     float64.
     """
+    _compile(rows, inner)  # first: after the eigenproblem it would take 20 MiB more
     found = matrices.of(rows)
     values, vectors = solvers.descending(found.left_gram)
     floor = max(found.shape) * np.finfo(np.float64).eps * max(float(values[0]), 0.0)
@@ -27,7 +28,6 @@ def merge(rows, inner):
     hostmemory.trim()
     if not u.size:
         return found.result(np.zeros(found.shape))
-    _compile(rows, inner)
     turned = found.rows_of(u)
     turned.weights, turned.width = rows.weights, min(turned.width, core.CHUNK)  # small blocks: all rows are here
     # Columns are merged once, in order, and not looked at again: the first model's make room for the result.
