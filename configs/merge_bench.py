@@ -2,9 +2,9 @@
 
     jaxsub merge --bench=configs/merge_bench.py --workdir=runs/merge_bench
 
-Two free cores of an Intel Xeon, two processes: 6 min 6 s and 6 min 40 s, compiling included. Expect the table of the README: no method
-is best in all worlds, the mean is hard to beat but where networks learned halves of one task, and Concrete beats task
-arithmetic but not training on its loss.
+Two free cores of an Intel Xeon, two processes: 6 min 6 s and 6 min 40 s, compiling included. Expect the table of the
+README: no method is best in all worlds, the mean is hard to beat but where networks learned halves of one task, and
+Concrete beats task arithmetic but not training on its loss.
 """
 
 from jaxsub import config
