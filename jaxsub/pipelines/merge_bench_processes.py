@@ -63,30 +63,24 @@ def run(bench, place, zoos, num_processes, stream):
         for process in started:
             process.kill()
 
+    def say(text):
+        if stream is not None:
+            with lock:
+                stream.write(text)
+
     def work(number):
         # From both ends: neighbours are of one world, and each process compiles a world's kernels for itself.
         take = left.pop if number % 2 else left.popleft
         # A process that cannot be started, or has ended, is no failure: see above.
         with contextlib.suppress(OSError, ValueError, IndexError), _started(bench, place) as process:
             started.append(process)
-            while True:
+            ended = DONE
+            while ended == DONE:
                 zoo = take()
-                process.stdin.write(json.dumps(zoo) + "\n")
-                process.stdin.flush()
-                ended = None
-                for line in process.stdout:
-                    said, text = json.loads(line)
-                    if said != LINE:
-                        ended = said
-                        break
-                    with lock:
-                        if stream is not None:
-                            stream.write(text)
-                if ended == FAILED:
-                    failed.append(zoo)
-                    stop()
-                if ended != DONE:
-                    return
+                ended = _score(process, zoo, say)
+            if ended == FAILED:
+                failed.append(zoo)
+                stop()
 
     with futures.ThreadPoolExecutor(num_processes) as pool:
         try:
@@ -105,6 +99,18 @@ def _started(bench, place):
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
     return process
+
+
+def _score(process, zoo, say):
+    """How a zoo that a process is told of ended there, DONE or FAILED; None where the process itself has."""
+    process.stdin.write(json.dumps(zoo) + "\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        what, text = json.loads(line)
+        if what != LINE:
+            return what
+        say(text)
+    return None
 
 
 def serve(job, said):

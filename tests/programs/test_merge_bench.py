@@ -515,12 +515,7 @@ def test_joint_training_goes_down_the_loss_from_the_mean(place):
 def test_processes_are_as_many_as_cores_memory_and_zoos_allow(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     monkeypatch.setattr(processes.hostmemory, "available", lambda: 5 * processes.BYTES)
-    assert (processes.count(0, 20), processes.count(0, 3), processes.count(8, 20), processes.count(1, 20)) == (
-        5,
-        3,
-        8,
-        1,
-    )
+    assert [processes.count(*given) for given in ((0, 20), (0, 3), (8, 20), (1, 20))] == [5, 3, 8, 1]
     monkeypatch.setattr(processes.hostmemory, "available", lambda: 0)  # not known, or little
     assert processes.count(0, 20) == 1
     monkeypatch.setattr(processes.jax, "default_backend", lambda: "gpu")
