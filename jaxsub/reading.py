@@ -181,7 +181,8 @@ def read_stack(group, models):
         InputError: numbers so large that float64 has no room for sums of them.
     """
     shape = group.shape or (1,)
-    x = np.empty((len(models), math.prod(shape)), descriptors.numpy_dtype(precision.widest(group.dtypes)))
+    dtype = descriptors.numpy_dtype(precision.widest(group.dtypes))
+    x = hostmemory.zeros((len(models), math.prod(shape)), dtype)  # a CPU device uses it where it is
 
     def one(member):
         Source(models[member], group.entries[member]).read(0, x.shape[1], x[member])

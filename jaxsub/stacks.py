@@ -5,9 +5,7 @@ them. Collections whose layers do not fit are read block by block into `statisti
 not here.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
 import math
 
 import jax
@@ -15,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors
-from jaxsub.linalg import dealt
-
-COLUMNS = 4096  # of all models averaged at a time on the host: a few MiB
+from jaxsub.linalg import centring, dealt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +53,7 @@ class DenseStack:
             raise errors.ConfigError(f"a stack of shape {x.shape}: expected (N, ...) with at least two models")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise errors.ConfigError(f"a stack of dtype {x.dtype}: expected floating point")
-        finite = np.asarray(jnp.isfinite(x).reshape(len(x), -1).all(axis=1))
+        finite = np.asarray(centring.finite(x))
         if not finite.all():
             n = int(np.flatnonzero(~finite)[0])
             label = model_ids[n] if model_ids else f"model {n}"
@@ -89,26 +85,31 @@ class DenseStack:
         present[np.flatnonzero(self.present)[models]] = True
         return dataclasses.replace(self, model_ids=(), present=present)
 
-    def centred(self, centring="models", axis=None):
+    def centred(self, by="models", axis=None):
         """The models, float32 or wider, minus a mean, and that mean in a shape that broadcasts to `shape`.
 
         Where models are dealt the mean comes from the host: devices would exchange sums as large as a model. Means of
         columns are few numbers, which they add up.
 
         Args:
-            centring: "models" subtracts the mean model, "columns" one mean for each entry of weight axis `axis`, "none"
+            by: "models" subtracts the mean model, "columns" one mean for each entry of weight axis `axis`, "none"
                 nothing.
             axis: of "columns".
 
         Returns:
             As `x`; models that are none are zeros.
         """
+        present, given, meshes = self._dealt(by)
+        y, mean = centring.centred(self.x, present, self.num_models, given, by=by, axis=axis, **meshes)
+        return y, mean if meshes["mesh"] is None else jnp.asarray(np.asarray(mean))
+
+    def _dealt(self, by="models"):
+        """(present, mean from the host, meshes) as `linalg.centring` takes them."""
         mesh, given = dealt.mesh_of(self.x), None
         present = np.ones(len(self.x), bool) if self.present is None else self.present
-        if mesh is not None and centring == "models":
-            given = _host_mean(self.host, np.flatnonzero(present))
-        y, mean = _centred(self.x, present, self.num_models, given, centring=centring, axis=axis, mesh=mesh)
-        return y, mean if mesh is None else jnp.asarray(np.asarray(mean))
+        if mesh is not None and by == "models":
+            given = centring.host_mean(self.host, np.flatnonzero(present))
+        return present, given, {"mesh": mesh, "shared": dealt.mesh_of(self.x, 1)}
 
     def rows(self):
         """The models as rows (N, D), minus the mean model, and that (D,)."""
@@ -117,59 +118,8 @@ class DenseStack:
 
     def centred_energy(self):
         """Sum of the squared distances of the models to their mean."""
-        return float(_energy(self.centred()[0]))
-
-
-@functools.partial(jax.jit, static_argnames=("centring", "axis", "mesh"))
-def _centred(x, present, count, given, *, centring, axis, mesh):
-    """`DenseStack.centred`; `given`: the mean of the models, and what its rounding left of it, where not found here."""
-    over = (0,) if centring == "models" else tuple(a for a in range(x.ndim) if axis is None or a != axis + 1)
-    is_masked = mesh is not None
-
-    def kept(x, present):
-        return jnp.where(present.reshape(-1, *[1] * (x.ndim - 1)), x, 0) if is_masked else x
-
-    def total(parts):
-        x, present = parts
-        return jnp.sum(kept(x, present).astype(jnp.float64), axis=over, keepdims=True)
-
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if centring == "none":
-        return kept(x, present), jnp.zeros((1,) * (x.ndim - 1), x.dtype)
-    if given is not None:
-        return kept(x - given[0] - given[1], present), given[0][0]
-    number = count * math.prod(x.shape[a] for a in over[1:])
-
-    def mean(x):
-        return (dealt.sums(total, mesh)((x, present)) / number).astype(x.dtype)
-
-    first = mean(x)
-    y = x - first
-    # What rounding left of the mean is the same for all models: a direction of its own, which can be over the floor.
-    return kept(y - mean(y), present), first[0]
-
-
-def _host_mean(x, models):
-    """Mean of some models of x (N, *shape), float32 or wider, and of what is left of them without it; (1, *shape)."""
-    dtype = np.promote_types(x.dtype, np.float32)
-    flat, found = x.reshape(len(x), -1), np.empty((2, 1, *x.shape[1:]), dtype)
-    first, rest = found.reshape(2, -1)
-
-    def some(start):
-        part = slice(start, start + COLUMNS)
-        rows = flat[models, part].astype(np.float64)
-        first[part] = rows.mean(axis=0)
-        rest[part] = (rows - first[part]).mean(axis=0)
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for done in [pool.submit(some, start) for start in range(0, flat.shape[1], COLUMNS)]:
-            done.result()
-    return found
-
-
-@jax.jit
-def _energy(y):
-    return jnp.sum(jnp.square(y.astype(jnp.float64)))
+        present, given, meshes = self._dealt()
+        return float(centring.energy(self.x, present, given, **meshes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, precision
-from jaxsub.linalg import dealt, factored, products, rebuild, unfold
+from jaxsub.linalg import dealt, factored, products, rebuild
 
 CENTRINGS = ("models", "columns", "none")
 
@@ -94,7 +94,9 @@ class LinearSubspace:
             ConfigError: if `x` has another shape.
         """
         with jax.enable_x64(True):
-            return rebuild.project_rows(_rows(_roomy(x, self.basis.dtype), self.shape), self.mean, self.basis)
+            x, dtype = _at_hand(x, self.basis.dtype)
+            x = _models(x, self.shape).reshape(-1, math.prod(self.shape))
+            return rebuild.project_rows(x, self.mean, self.basis, dtype=dtype, mesh=dealt.mesh_of(x, 1))
 
     def reconstruct(self, c):
         """Models (n, *shape) = mean + c @ basis from coefficients (n, k)."""
@@ -132,12 +134,9 @@ class TuckerSubspace:
             ConfigError: if `x` has another shape.
         """
         with jax.enable_x64(True):
-            x = _models(_roomy(x, self.dtype), self.shape)
-            dtype = jnp.promote_types(x.dtype, self.mean.dtype)
-            x = x.astype(dtype) - self.mean.astype(dtype)
-            for axis, factor in self.factors.items():
-                x = unfold.mode_product(x, factor.astype(dtype), axis + 1)
-            return x
+            x, dtype = _at_hand(x, self.dtype)
+            x = _models(x, self.shape)
+            return rebuild.project_models(x, self.mean, self.factors, dtype=dtype, mesh=dealt.mesh_of(x))
 
     def project_factors(self, a, b, scales):
         """Coefficients (n, k_o, k_i) of low-rank updates scales_n b_n a_n; the products are never formed.
@@ -180,10 +179,7 @@ class TuckerSubspace:
     def reconstruct(self, c):
         """Models (n, *shape) from coefficients (E8)."""
         with jax.enable_x64(True):
-            c = _roomy(c, jnp.promote_types(self.dtype, self.mean.dtype))
-            for axis, factor in self.factors.items():
-                c = unfold.mode_product(c, factor.T.astype(c.dtype), axis + 1)
-            return c + self.mean.astype(c.dtype)
+            return rebuild.rebuild_models(_roomy(c, self.dtype), self.mean, self.factors)
 
 
 def project(space, x):
@@ -361,8 +357,12 @@ def _models(x, shape):
     return x if x.shape[1:] == tuple(shape) else x.reshape(x.shape[0], *shape)
 
 
-def _rows(x, shape):
-    return _models(x, shape).reshape(-1, math.prod(shape))
+def _at_hand(x, dtype):
+    """Models on a device as they are, those of the host `_roomy`, and the dtype that they are projected in."""
+    if isinstance(x, jax.Array):
+        return x, jnp.dtype(dtype)
+    x = _roomy(x, dtype)
+    return x, x.dtype
 
 
 def _roomy(x, dtype):

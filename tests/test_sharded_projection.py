@@ -22,9 +22,11 @@ def test_coefficients_are_summed_and_weights_stay_where_they_are():
     basis = np.linalg.qr(rng.standard_normal((D, K)))[0].T.astype(np.float32)
     mean, x = rng.standard_normal(D).astype(np.float32), rng.standard_normal((N, D)).astype(np.float32)
     sharded = [on_eight(a) for a in (x, mean, basis)]
-    project = rebuild.project_rows.lower(*sharded).compile()
-    assert compiled.executed(project.as_text()) == [("all-reduce", 4 * N * K)]
-    found = project(*sharded)
+    with jax.enable_x64(True):
+        project = rebuild.project_rows.lower(*sharded, dtype="float32", mesh=placement.make_mesh(8)).compile()
+        assert compiled.executed(project.as_text()) == [("all-reduce", 8 * N * K)]
+        found = project(*sharded)
+    assert found.dtype == np.float32
     np.testing.assert_allclose(found, (x - mean) @ basis.T, atol=1e-4)
     text = rebuild.rebuild_rows.lower(found, *sharded[1:], is_shared=True).compile().as_text()
     assert compiled.executed(text) == []

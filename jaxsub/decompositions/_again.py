@@ -55,7 +55,12 @@ def _is_finite(space):
     arrays = [space.mean, *([space.basis] if linear else space.factors.values())]
     spectra = [space.spectrum] if linear else space.spectra.values()
     numbers = [space.certificate.relative_error, *(x for s in spectra for x in (*s.values, s.total_energy, s.floor))]
-    return all(map(math.isfinite, numbers)) and all(bool(jnp.isfinite(x).all()) for x in arrays)
+    return all(map(math.isfinite, numbers)) and all(bool(_all_finite(x)) for x in arrays)
+
+
+@jax.jit
+def _all_finite(x):
+    return jnp.isfinite(x).all()
 
 
 def _fitted(plugin, stack, options, name):

@@ -63,10 +63,7 @@ def mode_gram(a, b, scales, *, side, centred=False, dtype="float32"):
     _check(a, b, scales)
     if side not in ("in", "out"):
         raise errors.ConfigError(f"side = {side!r}; in or out")
-    if side == "out":
-        a, b = jnp.swapaxes(b, 1, 2), jnp.swapaxes(a, 1, 2)
-    mesh = _mesh(a, centred)
-    return _gram(a, b, jnp.asarray(scales), centred=centred, dtype=dtype, mesh=mesh)
+    return _gram(a, b, jnp.asarray(scales), side=side, centred=centred, dtype=dtype, mesh=_mesh(a, centred))
 
 
 def _mesh(a, centred):
@@ -77,13 +74,22 @@ def _mesh(a, centred):
     return mesh
 
 
-@functools.partial(jax.jit, static_argnames=("centred", "dtype", "mesh"))
-def _gram(a, b, scales, *, centred, dtype, mesh):
-    def local(parts):
-        return grams.mode_gram(_small_stack(*parts, dtype), axis=2, dtype=dtype)
+@functools.partial(jax.jit, static_argnames=("side", "centred", "dtype", "mesh"))
+def _gram(a, b, scales, other=None, *, side, centred, dtype, mesh):
+    """`mode_gram`; with `other` (k, d), directions of the other side, of what the updates are in their span."""
 
-    gram = dealt.sums(local, mesh)((a, b, scales))
-    return gram - _mean_gram(a, b, scales, dtype) if centred else gram
+    def turned(a, b, other):
+        if side == "out":
+            a, b = jnp.swapaxes(b, 1, 2), jnp.swapaxes(a, 1, 2)
+        return a, b if other is None else products.einsum("kd,ndr->nkr", other, b.astype(dtype))
+
+    def local(parts, other=None):
+        a, b, scales = parts
+        return grams.mode_gram(_small_stack(*turned(a, b, other), scales, dtype), axis=2, dtype=dtype)
+
+    whole = () if other is None else (other,)
+    gram = dealt.sums(local, mesh)((a, b, scales), *whole)
+    return gram - _mean_gram(*turned(a, b, other), scales, dtype) if centred else gram
 
 
 def _small_stack(a, b, scales, dtype):
@@ -192,10 +198,9 @@ def hooi(a, b, scales, *, sweeps=20, tolerance=1e-6, centred=False, dtype="float
         pairs = []
         for side, other in (("out", v), ("in", None)):
             other = pairs[0].vectors if other is None else other
-            near, far = (a, b) if side == "out" else (jnp.swapaxes(b, 1, 2), jnp.swapaxes(a, 1, 2))
             # y_n = W_n V.T is a low-rank update with the right factor A_n V.T: the same Gram matrix, a small side.
-            short = products.einsum("nri,ki->nrk", near.astype(dtype), other)
-            gram = mode_gram(short, far, scales, side="out", centred=centred, dtype=dtype)
+            how = {"centred": centred, "dtype": dtype, "mesh": _mesh(a, centred)}
+            gram = _gram(a, b, scales, other, side=side, **how)
             rank = (u if side == "out" else v).shape[0]
             pairs.append(leading.leading(gram, rank=rank, dtype=dtype, method=method))
         passes += 2
@@ -280,30 +285,40 @@ def _mean_square(a, b, scales, dtype):
 def _finish(a, b, scales, found, norm, centred, dtype, *, num_passes):
     u, v = (one.vectors for one in found)
     size = max(u.shape[1], v.shape[1])
-    norm = jnp.maximum(norm, 0)
-    safe = jnp.where(norm > 0, norm, 1.0)
     # The mean is taken off after the products: what rounding leaves is a share of the energy with the mean.
-    raw = _raw_square(a, b, scales, dtype=dtype) if centred else norm
+    raw = _raw_square(a, b, scales, dtype=dtype) if centred else None
     is_rough = jnp.dtype(dtype) == jnp.float64 or size >= leading.ITERATE_FROM
     rounding = (LAPACK_ROUNDING if is_rough else ROUNDING) * float(jnp.finfo(dtype).eps)
     square = residual_square(a, b, scales, u, v, centred=centred)
-    lost = rounding * raw if centred else 0.0
-    slack = rounding * jnp.sqrt(raw / safe)
-    tails = jnp.stack([one.total - jnp.sum(one.values[: one.vectors.shape[0]]) for one in found]) / safe
     floor = precision.gram_floor(1.0, size, dtype) ** 2
+    values, totals = [one.values for one in found], [one.total for one in found]
+    more = _errors(values, totals, norm, raw, square, rounding, floor, ranks=(len(u), len(v)))
     return FactoredTucker(
         cores=cores(a, b, scales, u, v, centred=centred),
         factors=(u, v),
         energies=tuple(one.values for one in found),
         totals=tuple(one.total for one in found),
-        floors=tuple(jnp.maximum(floor * one.values[0], rounding * raw if centred else 0.0) for one in found),
-        error=jnp.sqrt(square / safe),
-        certificate=jnp.sqrt((square + lost) / safe) + slack,
-        lower=jnp.sqrt(jnp.clip(jnp.max(tails) - rounding * raw / safe, 0, None)),
-        upper=jnp.sqrt(jnp.clip(jnp.sum(tails) + rounding * raw / safe, 0, None)),
+        **more,
         num_passes=num_passes,
         sweeps=(),
     )
+
+
+@functools.partial(jax.jit, static_argnames="ranks")
+def _errors(values, totals, norm, raw, square, rounding, floor, *, ranks):
+    """Floors, error, certificate and bounds; `raw` is the energy with the mean, None where that is not taken off."""
+    norm = jnp.maximum(norm, 0)
+    safe = jnp.where(norm > 0, norm, 1.0)
+    lost, raw = (0.0, norm) if raw is None else (rounding * raw, raw)
+    tails = [total - jnp.sum(one[:rank]) for one, total, rank in zip(values, totals, ranks, strict=True)]
+    tails, shares = jnp.stack(tails) / safe, rounding * raw / safe
+    return {
+        "floors": tuple(jnp.maximum(floor * one[0], lost) for one in values),
+        "error": jnp.sqrt(square / safe),
+        "certificate": jnp.sqrt((square + lost) / safe) + rounding * jnp.sqrt(raw / safe),
+        "lower": jnp.sqrt(jnp.clip(jnp.max(tails) - shares, 0, None)),
+        "upper": jnp.sqrt(jnp.clip(jnp.sum(tails) + shares, 0, None)),
+    }
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

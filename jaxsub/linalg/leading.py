@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsub import precision
 from jaxsub.linalg import orth, products
 
 ITERATE_FROM = 512  # under this size LAPACK takes 12 ms and less
@@ -25,6 +26,7 @@ class Directions(NamedTuple):
     values: jax.Array  # (m,) float64, non-increasing, k <= m <= d
     total: jax.Array  # () float64 sum of all d eigenvalues
     vectors: jax.Array  # (k, d) orthonormal rows, largest entry of each positive
+    floor: jax.Array  # () float64 value under which an eigenvalue is noise of the products
 
 
 def leading(gram, *, rank, dtype, method="auto"):
@@ -68,7 +70,9 @@ def _leading(gram, *, rank, dtype, iterate):
             gram,
             vectors,
         )
-    return Directions(jnp.maximum(values, 0.0) * scale, total, orth.fix_signs(vectors))
+    values = jnp.maximum(values, 0.0) * scale
+    floor = precision.gram_floor(1.0, len(gram), dtype) ** 2 * values[0]
+    return Directions(values, total, orth.fix_signs(vectors), floor)
 
 
 def _lapack(gram, rank, dtype):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxsub.linalg import dealt, products, unfold
 
-COLUMNS = 4096  # columns a piece; 8192 loses where memory is slow
+COLUMNS = 1024, 4096  # columns a piece, least and most; 8192 loses where memory is slow
+ENTRIES = 2**20  # of a piece, which decide in between: of 1024 x 4096 XLA holds six copies
 ELEMENTS = 2**18  # and at least this many entries a piece: short axes
 SHORT = 8  # axes up to this size: reading is the cost, and XLA adds such products up one by one, so float64 it is
 GROUP = 8192  # columns summed in the dtype of the products before float64 takes over
@@ -49,10 +50,15 @@ def _mode_gram(x, *, axis, dtype, mesh=None):
     return dealt.sums(functools.partial(_local, axis=axis, dtype=dtype), mesh)(x)
 
 
+def width(size):
+    """Columns of a piece of an axis of this size."""
+    return max(min(max(ENTRIES // size, COLUMNS[0]), COLUMNS[1]), ELEMENTS // size)
+
+
 def _local(x, *, axis, dtype):
     before, size, after = unfold.view(x.shape, axis)
     x = x.reshape(before, size, after)
-    most = max(COLUMNS, ELEMENTS // size)
+    most = width(size)
     dtype = "float64" if size <= SHORT else dtype
     if after >= unfold.WIDE or before == 1:
         parts = _slices(x, min(after, most), dtype)
@@ -80,11 +86,13 @@ def _slices(x, width, dtype):
 def _gathered(x, number, dtype):
     """Sums over pieces x[j : j + number], moved in cache so that the axis leads."""
     before, size, after = x.shape
+    x = x.reshape(before, size * after)  # an axis of one entry would have XLA copy all of x to move it
 
     def piece(start, number):
         z = jax.lax.dynamic_slice_in_dim(x, start, number, axis=0)
-        z = products.row_major(jnp.transpose(z, (0, 2, 1)).reshape(number * after, size))
-        return _rows(z.T, dtype)
+        if after > 1:
+            z = jnp.transpose(z.reshape(number, size, after), (0, 2, 1)).reshape(number * after, size)
+        return _rows(products.row_major(z).T, dtype)
 
     sums = accumulate(before // number, number * after, lambda j: piece(j * number, number), zeros(size))
     last = before % number

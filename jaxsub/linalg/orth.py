@@ -48,17 +48,26 @@ def gram(x, axis=None, *, dtype=None):
 
     Chunks matter: one float32 product over a million rows is a hundred times less exact than their sum.
     """
+    return _gram(x, axis, dtype, 0, lambda a, b: products.matmul(a.T, b))
+
+
+def row_gram(x, axis=None, *, dtype=None):
+    """(n, n) x @ x.T of x (n, D), its columns as the rows of `gram`: of x.T XLA would make a copy."""
+    return _gram(x, axis, dtype, 1, lambda a, b: products.matmul(a, b.T))
+
+
+def _gram(x, axis, dtype, long, multiply):
     wide = wide_dtype()
     dtype = wide if dtype is None else dtype
-    m, width = x.shape
+    m, width = x.shape[long], x.shape[1 - long]
 
-    # Two column blocks skip a quarter of the symmetric product; XLA has no symmetric one on CPU.
+    # Two blocks skip a quarter of the symmetric product; XLA has no symmetric one on CPU.
     half = width // 2 if width >= 128 else 0
 
     def add(start, size, sums):
-        y = jax.lax.dynamic_slice_in_dim(x, start, size).astype(dtype)
-        lower = products.matmul(y[:, half:].T, y).astype(wide)
-        return sums[0] + lower, sums[1] + products.matmul(y[:, :half].T, y[:, :half]).astype(wide)
+        y = jax.lax.dynamic_slice_in_dim(x, start, size, long).astype(dtype)
+        first, second = (jax.lax.slice_in_dim(y, *ends, axis=1 - long) for ends in ((0, half), (half, width)))
+        return sums[0] + multiply(second, y).astype(wide), sums[1] + multiply(first, first).astype(wide)
 
     sums = (jnp.zeros((width - half, width), wide), jnp.zeros((half, half), wide))
     lower, upper = total(pieces.fold(add, m, CHUNK, sums), axis)

@@ -10,15 +10,33 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub.linalg import dealt, products, unfold
-from jaxsub.linalg.gram import FEATURES
+from jaxsub.linalg import dealt, pieces, products, unfold
+from jaxsub.linalg.gram import CHUNK, FEATURES
 
 
-@jax.jit
-def project_rows(x, mean, basis):
-    """(n, k) coefficients (x - mean) @ basis.T, in the wider dtype of x and the mean."""
-    dtype = jnp.promote_types(x.dtype, mean.dtype)
-    return products.matmul(x.astype(dtype) - mean.astype(dtype), basis.T.astype(dtype))
+@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
+def project_rows(x, mean, basis, *, dtype, mesh=None):
+    """(n, k) coefficients (x - mean) @ basis.T of x (n, D), in the wider of `dtype` and the mean's.
+
+    In chunks of features whose sums are float64: no second copy of x, and one float32 product over millions of features
+    is a hundred times less exact. `mesh`: that shares the features of all three.
+    """
+    dtype = jnp.promote_types(dtype, mean.dtype)
+
+    def local(x, mean, basis):
+        def add(start, size, total):
+            part = [jax.lax.dynamic_slice_in_dim(one, start, size, -1).astype(dtype) for one in (x, mean, basis)]
+            return total + products.matmul(part[0] - part[1], part[2].T).astype(jnp.float64)
+
+        return pieces.fold(add, x.shape[1], CHUNK, jnp.zeros((len(x), len(basis)), jnp.float64))
+
+    if mesh is not None:
+        wide = P(None, FEATURES)
+        specs = wide, P(FEATURES), wide
+        return jax.shard_map(
+            lambda *own: jax.lax.psum(local(*own), FEATURES), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False
+        )(x, mean, basis).astype(dtype)
+    return local(x, mean, basis).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="is_shared")
@@ -27,6 +45,40 @@ def rebuild_rows(c, mean, basis, *, is_shared=False):
     dtype = jnp.promote_types(c.dtype, mean.dtype)
     rows = products.matmul(c.astype(dtype), basis.astype(dtype))
     return (rows if is_shared else products.row_major(rows)) + mean.astype(dtype)  # XLA gathers what is pinned
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
+def project_models(x, mean, factors, *, dtype, mesh=None):
+    """(n, k...) cores of models x (n, *shape), as they are or dealt to a mesh, in the wider of `dtype` and the mean's.
+
+    Args:
+        x: models, a few at a time: no second copy of them.
+        mean: broadcasts to `shape`.
+        factors: weight axis -> (k_m, d_m) rows.
+        mesh: of `dealt.mesh_of(x)`.
+    """
+    dtype = jnp.promote_types(dtype, mean.dtype)
+
+    def local(x, mean, factors):
+        def some(z):
+            z = z.astype(dtype) - mean.astype(dtype)
+            return unfold.chain(z, [f.astype(dtype) for f in factors.values()], [axis + 1 for axis in factors])
+
+        return unfold.in_pieces(some, x)
+
+    return dealt.each(local, mesh)(x, mean, factors)
+
+
+@jax.jit
+def rebuild_models(c, mean, factors):
+    """(n, *shape) models of cores c (n, k...), in the wider dtype of c and the mean; see `project_models`."""
+    dtype = jnp.promote_types(c.dtype, mean.dtype)
+
+    def some(c):
+        rows = [f.T.astype(dtype) for f in factors.values()]
+        return unfold.chain(c.astype(dtype), rows, [axis + 1 for axis in factors]) + mean.astype(dtype)
+
+    return unfold.in_pieces(some, c)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

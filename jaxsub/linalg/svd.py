@@ -114,7 +114,7 @@ def gram_svd(x, *, rank=None, dtype=None, axis=None):
     work = num_rows * columns * size
     dtype = jnp.dtype(dtype or precision.compute_dtype(str(x.dtype), work))
     vectors_dtype = orth.compute_dtype(x)
-    gram = orth.gram(x.T if is_wide else x, axis, dtype=dtype)
+    gram = (orth.row_gram if is_wide else orth.gram)(x, axis, dtype=dtype)
     values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
     s = jnp.sqrt(jnp.maximum(values[::-1], 0.0))
     floor = precision.gram_floor(s[0], size, dtype.name)

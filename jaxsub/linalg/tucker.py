@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import errors, precision
+from jaxsub import errors
 from jaxsub.linalg import dealt, leading, mode_gram as grams, orth, products, ranking, unfold
 
 ROUNDING = 4.0  # eps a reduced axis that rounding may take off the squared norms; test_tucker.py, many trials
@@ -83,7 +83,7 @@ def hosvd(x, *, ranks=None, energy=None, error=None, axes=None, dtype="float32",
     modes = {}
     for axis in rule.axes:
         modes[axis] = _directions(x, axis, rule, dtype, method, norm=None, thin=False)
-    core = unfold.mode_products(x.astype(dtype), _factors(x, modes))
+    core = unfold.mode_products(x, _factors(x, modes), dtype=dtype)
     return _finish(x, core, modes, dtype, certify, num_passes=len(modes) + 1)
 
 
@@ -113,7 +113,7 @@ def sthosvd(
     for axis in rule.order(x.shape, order):
         found = _directions(y, axis, rule, dtype, method, norm=norm, thin=y is not x)
         norm = found.total if norm is None else norm
-        y = unfold.mode_product(y.astype(dtype), found.factor, axis)
+        y = unfold.mode_products(y, [found.factor if a == axis else None for a in range(x.ndim)], dtype=dtype)
         modes[axis] = found
     return _finish(x, y, modes, dtype, certify, num_passes=2, norm=norm)
 
@@ -149,7 +149,7 @@ def hooi(x, *, sweeps=20, tolerance=1e-6, dtype="float32", method="auto", certif
     for _ in range(sweeps if len(axes) else 0):
         factors = list(best)
         for axis in axes:
-            y = unfold.mode_products(x.astype(dtype), factors, skip=axis)
+            y = unfold.mode_products(x, factors, skip=axis, dtype=dtype)
             gram = grams.mode_gram(y, axis=axis, dtype=dtype)
             rank = factors[axis].shape[0]
             factors[axis] = leading.leading(gram, rank=rank, dtype=dtype, method=method).vectors
@@ -225,20 +225,23 @@ def _directions(x, axis, rule, dtype, method, *, norm, thin):
     rank = rule.ranks.get(axis)
     thin = thin and 4 * rest <= size and (rank is None or rank <= rest)
     if thin:
-        values, total, vectors = _thin(x, axis=axis, dtype=dtype, mesh=dealt.mesh_of(x))
-        floor = (rest * jnp.finfo(dtype).eps) ** 2 * values[0]
+        values, total, vectors, floor = _thin(x, axis=axis, dtype=dtype, mesh=dealt.mesh_of(x))
     else:
         gram = grams.mode_gram(x, axis=axis, dtype=dtype)
-        values, total, vectors = leading.leading(gram, rank=rank or size, dtype=dtype, method=method)
-        floor = precision.gram_floor(1.0, size, dtype) ** 2 * values[0]
+        values, total, vectors, floor = leading.leading(gram, rank=rank or size, dtype=dtype, method=method)
     if rank is None:
         rank = rule.rank(axis, values, total if norm is None else norm)
-    return _Mode(vectors[:rank], values, total, floor)
+    return _Mode(_first(vectors, rank=rank), values, total, floor)
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _first(rows, *, rank):
+    return rows[:rank]
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "mesh"))
 def _thin(x, *, axis, dtype, mesh):
-    """Energies, their sum and directions of an unfolding higher than wide, through its triangular factor.
+    """Energies, their sum, directions and floor of an unfolding higher than wide, through its triangular factor.
 
     One that is dealt comes together on every device: it has under a quarter of the numbers of its Gram matrix.
     """
@@ -247,7 +250,8 @@ def _thin(x, *, axis, dtype, mesh):
     q, r = jnp.linalg.qr(unfold.unfold(x, axis).astype(dtype))
     u, s, _ = jnp.linalg.svd(r)
     energies = jnp.square(s.astype(jnp.float64))
-    return energies, jnp.sum(energies), orth.fix_signs(products.matmul(u.T, q.T))
+    floor = (len(r) * jnp.finfo(dtype).eps) ** 2 * energies[0]
+    return energies, jnp.sum(energies), orth.fix_signs(products.matmul(u.T, q.T)), floor
 
 
 def _rounding(size, dtype):
@@ -275,15 +279,13 @@ def _finish(x, core, modes, dtype, certify, *, num_passes, norm=None):
         raise errors.ConfigError(f"certify = {certify!r}; auto, norms or residual")
     factors = _factors(x, modes)
     norm = modes[min(modes)].total if norm is None else norm
-    safe = jnp.where(norm > 0, norm, 1.0)
-    tails = [(m.total - jnp.sum(m.energies[: m.factor.shape[0]])) / safe for m in modes.values()]
     rounding = sum(_rounding(m.factor.shape[1], dtype) for m in modes.values())
-    square = _square_error(core, norm)
-    certificate = jnp.sqrt(square + rounding * (norm > 0))
+    square, left = _square_error(core, norm), None
     if certify == "residual" or (certify == "auto" and float(square) < CLOSE * rounding and float(norm) > 0):
-        square = residual_square(x, core, factors, dtype=dtype) / safe
-        certificate = jnp.sqrt(square) + rounding * (norm > 0)
+        left = residual_square(x, core, factors, dtype=dtype)
         num_passes += 1
+    ranks, energies, totals = zip(*[(m.factor.shape[0], m.energies, m.total) for m in modes.values()], strict=True)
+    error, certificate, lower, upper = _errors(energies, totals, norm, square, left, rounding, ranks=ranks)
     slots = range(x.ndim)
     return Tucker(
         core=core,
@@ -291,10 +293,23 @@ def _finish(x, core, modes, dtype, certify, *, num_passes, norm=None):
         energies=tuple(modes[a].energies if a in modes else None for a in slots),
         totals=tuple(modes[a].total if a in modes else None for a in slots),
         floors=tuple(modes[a].floor if a in modes else None for a in slots),
-        error=jnp.sqrt(square),
+        error=error,
         certificate=certificate,
-        lower=jnp.sqrt(jnp.clip(jnp.max(jnp.stack(tails)) - rounding, 0, None)),
-        upper=jnp.sqrt(jnp.clip(sum(tails) + rounding * (norm > 0), 0, None)),
+        lower=lower,
+        upper=upper,
         num_passes=num_passes,
         sweeps=(),
     )
+
+
+@functools.partial(jax.jit, static_argnames="ranks")
+def _errors(energies, totals, norm, square, left, rounding, *, ranks):
+    """Error, certificate and both bounds; `square` is of the norms, `left`, where it is known, of the residual."""
+    safe, rounding = jnp.where(norm > 0, norm, 1.0), jnp.where(norm > 0, rounding, 0.0)
+    tails = [(total - jnp.sum(found[:rank])) / safe for found, total, rank in zip(energies, totals, ranks, strict=True)]
+    lower = jnp.sqrt(jnp.clip(jnp.max(jnp.stack(tails)) - rounding, 0, None))
+    upper = jnp.sqrt(jnp.clip(sum(tails) + rounding, 0, None))
+    if left is None:
+        return jnp.sqrt(square), jnp.sqrt(square + rounding), lower, upper
+    error = jnp.sqrt(left / safe)
+    return error, error + rounding, lower, upper

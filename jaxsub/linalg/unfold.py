@@ -18,6 +18,7 @@ from jaxsub import errors
 from jaxsub.linalg import dealt, products
 
 WIDE = 256  # trailing width from which slices (d, after) multiply well as they lie; under it, rows are gathered
+PIECE = 2**20  # entries of slices that go through several products together
 ROWS = 4096  # rows gathered for one product: with 9 entries an axis (3 x 3 kernels) 2 to 4 times faster than einsum
 
 
@@ -117,12 +118,15 @@ def mode_product(x, factor, axis):
 
     Source: Kolda and Bader 2009, section 2.5.
     """
-    before, size, after = view(x.shape, axis)
+    _check(x, factor, axis)
+    return _mode_product(x, factor, axis=axis % x.ndim, mesh=dealt.mesh_of(x))
+
+
+def _check(x, factor, axis):
+    _, size, _ = view(x.shape, axis)
     if factor.ndim != 2 or factor.shape[1] != size:
         raise errors.ConfigError(f"a factor of shape {factor.shape} does not multiply axis {axis} of size {size}")
-    mesh = dealt.mesh_of(x)
-    dealt.require_free(axis, x.ndim, mesh)
-    return _mode_product(x, factor, axis=axis % x.ndim, mesh=mesh)
+    dealt.require_free(axis, x.ndim, dealt.mesh_of(x))
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "mesh"))
@@ -161,17 +165,20 @@ def divisor(number, most):
     return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
 
 
-def mode_products(x, factors, *, skip=None, transpose=False):
+def mode_products(x, factors, *, skip=None, transpose=False, dtype=None):
     """Mode products of x with several factors, the one that shrinks (or grows least) first.
+
+    Where the first axis is left as it is, slices of it go one after another: nothing between them is held whole.
 
     Args:
         x: tensor.
         factors: for each axis a (k, d) matrix or None, which leaves the axis as it is.
         skip: an axis to leave as it is all the same.
         transpose: multiply by the transposed factors, (d, k): from a core back to the full size.
+        dtype: that x becomes first, in slices too; None: its own.
 
     Returns:
-        Tensor of the new sizes; x itself if there is no factor.
+        Tensor of the new sizes in that dtype; x itself if there is no factor.
 
     Raises:
         ConfigError: if the number of factors or a size does not fit.
@@ -179,6 +186,40 @@ def mode_products(x, factors, *, skip=None, transpose=False):
     if len(factors) != x.ndim:
         raise errors.ConfigError(f"{len(factors)} factors for a tensor with {x.ndim} axes")
     used = {a: (f.T if transpose else f) for a, f in enumerate(factors) if f is not None and a != skip}
-    for axis in sorted(used, key=lambda a: (used[a].shape[0] / max(used[a].shape[1], 1), a)):
-        x = mode_product(x, used[axis], axis)
+    axes = sorted(used, key=lambda a: (used[a].shape[0] / max(used[a].shape[1], 1), a))
+    for axis in axes:
+        _check(x, used[axis], axis)
+    dtype = x.dtype if dtype is None else dtype
+    if not axes:
+        return x.astype(dtype)
+    return _mode_products(x, [used[a] for a in axes], axes=tuple(axes), dtype=jnp.dtype(dtype), mesh=dealt.mesh_of(x))
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "dtype", "mesh"))
+def _mode_products(x, factors, *, axes, dtype, mesh):
+    def local(x, *factors):
+        return in_pieces(lambda z: chain(z.astype(dtype), factors, axes), x, 0 not in axes)
+
+    return dealt.each(local, mesh)(x, *factors)
+
+
+def chain(x, factors, axes):
+    """Products of x with factors on their axes, in this order, where nothing is dealt; to be traced."""
+    for factor, axis in zip(factors, axes, strict=True):
+        x = _local(x, factor, axis=axis)
     return x
+
+
+def in_pieces(function, x, is_free=True):
+    """`function` of x (N, ...), which takes its slices apart, over pieces of at most PIECE entries; to be traced."""
+    count, number = len(x), max(1, PIECE * len(x) // max(x.size, 1))
+    if not is_free or number >= count:
+        return function(x)
+    one = jax.eval_shape(function, x[:number])
+
+    def piece(j, found):
+        start = jnp.minimum(j * number, count - number)  # the last piece begins earlier: one shape for all
+        rows = function(jax.lax.dynamic_slice_in_dim(x, start, number))
+        return jax.lax.dynamic_update_slice_in_dim(found, rows, start, 0)
+
+    return jax.lax.fori_loop(0, -(-count // number), piece, jnp.zeros((count, *one.shape[1:]), one.dtype))

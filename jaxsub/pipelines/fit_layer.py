@@ -12,6 +12,7 @@ from jaxsub import (
     descriptors,
     errors,
     heldout,
+    hostmemory,
     lineup,
     plugins,
     precision,
@@ -65,6 +66,7 @@ def _fitted(group, opened, config, rank):
         stack = stacks.DenseStack.create(there, group.name, ids, host=x)
         key = layers.layer_key(group.name, config.seed)
         space = _again.fit(plugin, stack, _options(plugin, config, stack, rank), key)
+        hostmemory.trim()
         space = subspace.stored(space, _wide(group.dtypes))
         space, values, _, unrounded = _stored(space, stack.x, len(x), config)
         found = _entries(group, x, space, values, exponent, config)
@@ -133,6 +135,7 @@ def _lora_layer(group, models, ids, config, rank):
         there = sharing.updates(stack, fit_plan.mesh_of(group, plugin))
         key = layers.layer_key(group.name, config.seed)
         space = _again.fit(plugin, there, _options(plugin, config, stack, rank), key)
+        hostmemory.trim()
         factors = stack.a, stack.b, stack.scales
         space = subspace.stored(space, _wide(dtypes))
         _require_memory(group, space, config)
@@ -254,7 +257,7 @@ def _held_out_half(stack, x, space, config):
     Both ways, the halves at random; squared error over that of the mean alone, or, where nothing was subtracted, over
     the squared norm. It says what the factors are worth to strangers, from half as many models: an upper estimate.
     """
-    count, lora = stack.num_models, isinstance(stack, stacks.LoraStack)
+    count = stack.num_models
     if count < 4:
         return {"held_out": None}
     plugin, ranks = plugins.load("decompositions", space.procedure.name), tuple(space.rank.values())
@@ -265,10 +268,24 @@ def _held_out_half(stack, x, space, config):
         options = _options(plugin, config, part, ranks if len(ranks) > 1 else ranks[0])
         with jax.enable_x64(True):
             own = _again.fit(plugin, part, options, layers.layer_key(stack.name, config.seed))
-        energies, missed = subspace.missed(own, x, subspace.project(own, x)[:count])
-        left += missed[others].sum()
-        alone += (energies if lora else subspace.from_mean(own, x))[others].sum()
+        del part
+        hostmemory.trim()
+        more = _missed_of(own, x, others, count)
+        left, alone = left + more[0], alone + more[1]
     return {"held_out": float(left / alone) if alone > 0 else None, "held_out_by": "half of the models"}
+
+
+def _missed_of(space, x, models, count):
+    """(squared error, squared distance to the mean; of low-rank updates squared norm) of some of the first `count`."""
+    if isinstance(x, tuple) or len(x.sharding.device_set) > 1:
+        energies, left = subspace.missed(space, x, subspace.project(space, x)[:count])
+        return left[models].sum(), (energies if isinstance(x, tuple) else subspace.from_mean(space, x))[models].sum()
+    left = alone = 0.0
+    for n in models:  # one at a time: nothing as large as the stack
+        row = x[n : n + 1]
+        left += subspace.missed(space, row, subspace.project(space, row))[1][0]
+        alone += subspace.from_mean(space, row)[0]
+    return left, alone
 
 
 def _left(x, n, space, values, found, exponent):

@@ -12,10 +12,15 @@ import os
 import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
-from jaxsub.pipelines import estimate, fit_streamed, memory, plan, sharing
+from jaxsub.pipelines import estimate, fit_streamed, plan, sharing
 
-COMPILING = 600 * 2**20  # most that compiling took beside, of all fits that were measured
-COPIES, TUCKER_COPIES = 5, 7  # of a stack in the dtype of its products, on the device: measured
+# Bytes of compiled kernels and libraries, and of each further shape of layers: half-way between a first start, which
+# compiles them, and a later one, which finds them in the cache; 30 to 60 MiB either way.
+ROW_KERNELS, ROW_SHAPE = 100 * 2**20, 50 * 2**20
+KERNELS, AXIS_KERNELS = 155 * 2**20, 38 * 2**20  # of Tucker fits, and of each axis that they reduce
+LAPACK_COPIES = 1.9  # of a stack of float64 rows, by its SVD
+FACTOR_COPIES, SWEEP_COPIES = 2, 5.5  # of low-rank updates' factors in the products' dtype, and where sweeps follow
+SQUARES = 32  # bytes for each entry of the largest Gram matrix: itself, scaled, and what LAPACK takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,8 @@ class LayerPlan:
     host_bytes: int
     device_bytes: int
     bundle_bytes: int  # mean, directions and coefficients; 0 where the spectra decide
+    kernel_bytes: int = 0  # compiled for all layers of its kind and shape together
+    base_bytes: int = 0  # compiled for all layers of its kind
     is_streamed: bool = False  # block by block, in two reads
 
 
@@ -62,23 +69,29 @@ def _stored_bytes(group):
 def of_layer(group, module, config):
     """LayerPlan of one layer group; streamed where its whole stack is more than may be, and it can be."""
     count, size = len(group.members), math.prod(group.shape)
-    of_rows = by_rows(group, module)
-    stored = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
-    wide, kept = max(stored, 4), 0
-    if group.parametrisation == lineup.LORA:
-        sides, stack = lineup.flat_shape(group.shape), _stored_bytes(group)
-        # Squares of the sides: their Gram matrices, and the eigenproblems of these.
-        host, device = stack, TUCKER_COPIES * stack + 24 * max(sides) ** 2
+    of_rows, is_lora = by_rows(group, module), group.parametrisation == lineup.LORA
+    wide = max(descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize, 4)
+    stack, kept = _stored_bytes(group), 0
+    if of_rows and config.rank:
+        each = wide if not config.basis_dtype else 1 if config.basis_dtype == "int8" else 2
+        kept = (1 + min(config.rank, count - 1)) * size * each + count * config.rank * wide
+    mesh = mesh_of(group, module)
+    if is_lora:
+        device = _updates(group, module, stack)
     else:
-        host, device = count * size * stored, (COPIES if of_rows else TUCKER_COPIES) * count * size * wide
-        if config.rank and of_rows:
-            each = wide if not config.basis_dtype else 1 if config.basis_dtype == "int8" else 2
-            kept = (1 + min(config.rank, count - 1)) * size * each + count * config.rank * wide
-    devices = mesh_of(group, module).size
-    if devices > 1 and not of_rows and group.parametrisation != lineup.LORA:
-        device += devices * 2 * size * wide  # the mean, and what its rounding left of it, on each
-    share = device // devices
-    found = LayerPlan(group.name, group.shape, count, group.num_bytes, host + device, share, kept)
+        device = stack + count * size * wide + (_rows if of_rows else _tucker)(group, module, config, wide)
+        if not of_rows and wide > stack // (count * size):
+            device += count * size * wide  # XLA on CPU converts 16-bit floats whole before it slices them
+    if mesh.size > 1 and not (of_rows or is_lora):
+        device += mesh.size * 2 * size * wide  # the mean, and what its rounding left of it, on each
+    # One CPU device works on the host's stack in place.
+    on_host = mesh.devices.flat[0].platform == "cpu"
+    host = (stack if mesh.size > 1 or is_lora or not on_host else 0) + on_host * device
+    axes = 2 if is_lora else len(group.shape)
+    # Of more than two axes: products over all of them, and with each left out.
+    kernels, base = (ROW_SHAPE, ROW_KERNELS) if of_rows else (max(axes, 2 * axes - 2) * AXIS_KERNELS, KERNELS)
+    share = device // mesh.size
+    found = LayerPlan(group.name, group.shape, count, group.num_bytes, host, share, kept, kernels, base)
     bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1, is_local=True))
     is_too_large = peak([found]) > fit_streamed.allowed(config) or (bound and share > bound)
     if not (is_too_large and fit_streamed.can(group, config)):
@@ -87,6 +100,43 @@ def of_layer(group, module, config):
     more = {"bytes_read": 2 * group.num_bytes, "host_bytes": host, "is_streamed": True}
     more["device_bytes"] = 4 * block // jax.local_device_count()
     return dataclasses.replace(found, **more)
+
+
+def _updates(group, module, stack):
+    """Bytes that factors of low-rank updates take on the device, their own among them."""
+    shape, rank = lineup.flat_shape(group.shape), max(e.rank for e in group.entries)
+    work = len(group.members) * rank * sum(shape) * max(shape)
+    stored = "float64" if "float64" in group.dtypes else "float32"
+    is_wider = stored == "float32" and precision.compute_dtype(stored, work) == "float64"
+    copies = SWEEP_COPIES if module.__name__.endswith("hooi") else FACTOR_COPIES
+    return int(copies * stack * (1 + is_wider)) + SQUARES * max(shape) ** 2
+
+
+def _rows(group, module, config, wide):
+    """Bytes that principal components of rows take beside the stack and its centred copy."""
+    count, size = len(group.members), math.prod(group.shape)
+    if "float64" in group.dtypes:
+        return int(LAPACK_COPIES * count * size * wide)
+    rank = min(config.rank, count) or count * config.energy / 2  # where spectra decide, a guess
+    options = {f.name: f.default for f in dataclasses.fields(module.Options)}
+    if "oversample" in options:  # its long test vectors, drawn, multiplied and orthonormalised
+        return int(6 * (rank + options["oversample"]) * size * wide)
+    return int(rank * size * wide)
+
+
+def _tucker(group, module, config, wide):
+    """Bytes that factors of weight axes take beside the stack and its centred copy."""
+    count, shape = len(group.members), group.shape
+    shares = [min(config.rank, d) / d if config.rank else config.energy for d in shape]
+    options = {f.name for f in dataclasses.fields(module.Options)}
+    share = math.prod(shares) if "ranks" in options else max(shares)  # some reduce one axis
+    kept = count * math.prod(shape) * share
+    # After the others an axis may be longer than what is left is wide, and needs no Gram matrix.
+    later = [d for d, own in zip(shape, shares, strict=True) if 4 * kept <= own * d**2 and d > min(shape)]
+    is_sequential = module.__name__.rpartition(".")[2] in ("sthosvd", "hooi")
+    squares = SQUARES * max(d for d in shape if not (is_sequential and d in later)) ** 2
+    # Cores of all models, and of half of them in float64; of noise more than of what has structure.
+    return int((2 if config.rank else 1) * kept * wide) + squares
 
 
 def deal(groups, count):
@@ -99,8 +149,10 @@ def deal(groups, count):
 
 
 def peak(plans):
-    """Largest host memory of the fit, bytes, beyond the program's own."""
-    return memory.RUNTIME_BYTES + max(p.host_bytes for p in plans)
+    """Largest host memory of the fit, bytes, beyond the program's own: its kernels, layers so far, and the largest."""
+    kernels = {(p.num_models, p.shape, p.kernel_bytes): p.kernel_bytes for p in plans}
+    known = max(p.base_bytes for p in plans) + sum(kernels.values()) + sum(p.bundle_bytes for p in plans)
+    return known + max(p.host_bytes - p.bundle_bytes for p in plans)
 
 
 def require_memory(plans, config):
@@ -157,7 +209,6 @@ def text(plans, groups, opened, config, *, most=None):
             f"{count} processes share the layers, each fits whole ones: one reads {plan.size(num_bytes)} at most"
         )
     lines += plan.memory_lines(peak(plans), plan.device_peak(plans), mesh)
-    lines.append(f"  (kernels that were not compiled here before: up to {plan.size(COMPILING)} more, while they are)")
     lines.append(_to_write(plans, groups, opened, config))
     rates = estimate.measure(groups, opened.models, mesh)
     if rates.read:

@@ -37,9 +37,9 @@ def mesh(count, shape, num_bytes, *, by_rows):
 
 
 def placed(x, mesh, *, by_rows):
-    """A stack x (N, *shape) on the mesh; by models it may end with some of zeros."""
+    """A stack x (N, *shape) on the mesh; by models it may end with some of zeros. One CPU device may use x in place."""
     if mesh.size == 1:
-        return x
+        return jax.device_put(x)
     if by_rows:
         return jax.device_put(x, NamedSharding(mesh, P(None, FEATURES)))
     each, parts = -(-len(x) // mesh.size), []

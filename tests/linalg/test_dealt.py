@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import errors, placement, stacks
-from jaxsub.linalg import dealt, factored, mode_gram, rebuild, tucker, unfold
+from jaxsub.linalg import centring, dealt, factored, mode_gram, rebuild, tucker, unfold
 from jaxsub.pipelines import sharing
 from tests.linalg.compiled import executed
 from tests.selected import first
@@ -135,7 +135,7 @@ def test_a_shrunk_unfolding_that_comes_together_is_smaller_than_its_gram_matrix(
 def test_low_rank_updates_exchange_the_same():
     mesh, parts = placement.make_mesh(8), (shape((16, R, 40)), shape((16, 30, R)), shape((16,)))
     u, v = shape((5, 30), spec=P()), shape((6, 40), spec=P())
-    found = factored._gram.lower(*parts, centred=False, dtype="float32", mesh=mesh)
+    found = factored._gram.lower(*parts, side="in", centred=False, dtype="float32", mesh=mesh)
     assert sent(found) == [("all-reduce", 8 * 40**2)]
     assert sent(factored._cores.lower(*parts, u, v, centred=False, mesh=mesh)) == []
     assert sent(factored._residual_square.lower(*parts, u, v, centred=False, mesh=mesh)) == [("all-reduce", 8)]
@@ -144,10 +144,14 @@ def test_low_rank_updates_exchange_the_same():
 def test_means_of_columns_are_small_sums_and_rebuilds_send_nothing():
     mesh, y, present = placement.make_mesh(8), shape((16, *D)), np.ones(16, bool)
     given = shape((2, 1, *D), spec=P())
-    assert sent(stacks._centred.lower(y, present, 16, given, centring="models", axis=None, mesh=mesh)) == []
-    columns = stacks._centred.lower(y, present, 16, None, centring="columns", axis=0, mesh=mesh)
+    assert sent(centring.centred.lower(y, present, 16, given, mesh=mesh)) == []
+    columns = centring.centred.lower(y, present, 16, by="columns", axis=0, mesh=mesh)
     assert sent(columns) == [("all-reduce", 8 * 40)] * 2
-    assert sent(stacks._centred.lower(y, present, 16, None, centring="none", axis=None, mesh=mesh)) == []
+    assert sent(centring.centred.lower(y, present, 16, by="none", mesh=mesh)) == []
+    assert sent(centring.energy.lower(y, present, given, mesh=mesh)) == [("all-reduce", 8)]
+    of_features = shape((16, 40, 24), spec=P(None, "features"))
+    assert sent(centring.centred.lower(of_features, present, 16, shared=mesh)) == []
+    assert sent(centring.energy.lower(of_features, present, shared=mesh)) == [("all-reduce", 8)]
     factors = {0: shape((4, 40), spec=P()), 1: shape((3, 30), spec=P())}
     core, zero = shape((16, 4, 3, 3)), shape((1, 1, 1), spec=P())
     assert sent(rebuild.missed_models.lower(y, core, zero, factors, mesh=mesh)) == []

@@ -165,7 +165,7 @@ def test_a_large_mean_is_within_the_certificate():
 def test_no_update_is_formed():
     """64 updates of 512 x 512 would be 64 MiB; the largest array of the program is a few factors."""
     a, b = jnp.zeros((64, 4, 512), jnp.float32), jnp.zeros((64, 512, 4), jnp.float32)
-    lowered = factored._gram.lower(a, b, jnp.ones(64), centred=True, dtype="float32", mesh=None)
+    lowered = factored._gram.lower(a, b, jnp.ones(64), side="in", centred=True, dtype="float32", mesh=None)
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 24 * 2**20
     lowered = factored._residual_square.lower(a, b, jnp.ones(64), a[:3, 0], b[:3, :, 0], centred=True, mesh=None)
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 24 * 2**20

@@ -26,12 +26,12 @@ def plans(folder, **given):
 def test_the_device_holds_copies_of_the_stack_and_the_host_what_was_read_too(folder):
     for found in plans(folder):
         stack = found.bytes_read  # float32, as stored
-        assert found.device_bytes >= 4 * stack and found.host_bytes == found.device_bytes + stack
+        assert found.device_bytes >= 2 * stack and found.host_bytes == found.device_bytes  # the stack is used in place
     assert plan.device_peak(plans(folder)) == max(p.device_bytes for p in plans(folder))
 
 
 def test_a_bound_on_device_memory_refuses_the_worst_layer_by_name_before_reading(folder, monkeypatch):
-    worst = max(p.device_bytes for p in plans(folder))
+    worst = max(p.device_bytes for p in plans(folder, rank=1))
     monkeypatch.setattr(fit_layer, "fit", lambda *_: pytest.fail("read"))
     with pytest.raises(errors.ResourceError, match="layer wide .*--max_device_bytes"):
         jaxsub.fit(folder, rank=1, max_device_bytes=worst - 1)
@@ -43,7 +43,6 @@ def test_a_bound_on_device_memory_refuses_the_worst_layer_by_name_before_reading
 
 def test_the_plan_says_what_is_read_held_and_written(folder):
     text = jaxsub.fit(folder, dry_run=True, exclude_layers=["kept"], rank=3)
-    assert "compiled here before: up to 600.0 MiB more" in text
     assert f"to read: {plan.size(9 * 4 * (12 + 300))}\n" in text and "time, an estimate: reading" in text
     assert text.count("on CPU a part of the host's") == 1
     assert f"at most {plan.size(9 * 4 * 35)} of tensors kept whole" in text
