@@ -1,0 +1,117 @@
+"""Kernels over a whole stack hold no second copy of it, and pieces give what the whole gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsub import hostmemory
+from jaxsub.linalg import centring, mode_gram, orth, rebuild, svd, unfold
+from jaxsub.linalg.gram import CHUNK
+from tests.programs import resident
+
+pytestmark = pytest.mark.usefixtures("x64")
+SHAPE = (32, 256, 1024)  # 32 MiB of float32
+STACK = 4 * 32 * 256 * 1024
+
+
+def like(shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def temporary(lowered):
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def normal(shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+FACTORS = {0: like((80, 256)), 1: like((300, 1024))}
+KERNELS = {
+    "rows' singular vectors": lambda: svd.gram_svd.lower(like((32, 2**18)), rank=4, dtype="float32"),
+    "Gram matrix of the last axis": lambda: mode_gram._mode_gram.lower(like(SHAPE), axis=2, dtype="float32"),
+    "coefficients of rows": lambda: rebuild.project_rows.lower(
+        like((32, 2**18)), like((2**18,)), like((4, 2**18)), dtype=jnp.dtype("float32")
+    ),
+    "cores in float64": lambda: rebuild.project_models.lower(
+        like(SHAPE), like(SHAPE[1:]), {a: like(f.shape, "float64") for a, f in FACTORS.items()}, dtype=jnp.float64
+    ),
+    "products in float64": lambda: unfold._mode_products.lower(
+        like(SHAPE), [like(f.shape, "float64") for f in FACTORS.values()], axes=(1, 2), dtype=jnp.float64, mesh=None
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_holds_less_than_the_stack_besides(name):
+    assert temporary(KERNELS[name]()) < STACK
+
+
+def test_a_transposed_product_would_hold_the_stack():
+    """What `row_gram` is there for."""
+    whole = jax.jit(lambda x: orth.gram(x.T, dtype="float32")).lower(like((32, 2**18)))
+    pieces = jax.jit(lambda x: orth.row_gram(x, dtype="float32")).lower(like((32, 2**18)))
+    assert temporary(whole) >= STACK > 4 * temporary(pieces)
+    x = normal((7, 3 * CHUNK + 5))
+    np.testing.assert_allclose(orth.row_gram(jnp.asarray(x)), x.astype(np.float64) @ x.T.astype(np.float64), rtol=1e-12)
+
+
+@pytest.mark.slow
+@resident.needs_high_water_mark
+def test_a_mean_in_one_sum_would_hold_the_stack_in_float64():
+    """Out of sight of XLA's analysis; what `centring` is there for."""
+    x = jax.device_put(normal((64, 512, 512)))  # 64 MiB
+
+    def mean(x):
+        return jnp.mean(x.astype(jnp.float64), axis=0).astype(x.dtype)
+
+    def plain(x):
+        y = x - mean(x)
+        return y - mean(y)
+
+    def grown(call):
+        jax.block_until_ready(call())
+        hostmemory.trim()
+        return resident.grown(lambda: jax.block_until_ready(call()))
+
+    whole, chunks = jax.jit(plain), np.ones(64, bool)
+    assert grown(lambda: centring.energy(x, chunks)) < 0.3 * x.nbytes
+    assert grown(lambda: centring.centred(x, chunks, 64)) < 1.3 * x.nbytes < grown(lambda: whole(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_centred_models_and_their_energy_are_the_twin_s(dtype):
+    x = jnp.asarray(normal((9, 5, CHUNK // 3)) + 100.0).astype(dtype)
+    wide = np.asarray(x, np.float64)
+    y, mean = centring.centred(x, np.ones(9, bool), 9)
+    step = 1e-13 if dtype == "float64" else 2e-5  # eps of numbers near 100
+    np.testing.assert_allclose(y, wide - wide.mean(0), atol=step)
+    np.testing.assert_allclose(mean, wide.mean(0), rtol=1e-6)
+    assert float(centring.energy(x, np.ones(9, bool))) == pytest.approx(np.square(wide - wide.mean(0)).sum(), rel=1e-5)
+    assert np.abs(np.asarray(y, np.float64).sum(0)).max() < 9 * step  # what rounding left of the mean is gone too
+    for axis, over in ((0, (0, 2)), (1, (0, 1))):
+        columns, _ = centring.centred(x, np.ones(9, bool), 9, by="columns", axis=axis)
+        np.testing.assert_allclose(columns, wide - wide.mean(over, keepdims=True), atol=step)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 13])
+def test_pieces_of_models_are_the_whole_whatever_is_left_over(count, monkeypatch):
+    x, factors = normal((count, 6, 5)), [None, jnp.asarray(normal((2, 6))), jnp.asarray(normal((3, 5)))]
+    whole = unfold.mode_products(jnp.asarray(x), factors)
+    jax.clear_caches()
+    monkeypatch.setattr(unfold, "PIECE", 4 * 30)
+    pieces = unfold.mode_products(jnp.asarray(x), factors)
+    jax.clear_caches()
+    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
+    np.testing.assert_allclose(whole, np.einsum("noi,ko,li->nkl", x, *factors[1:]), atol=1e-5)
+
+
+def test_coefficients_of_millions_of_features_keep_their_digits():
+    """One float32 product over them all loses a digit at 2**20 already, two at 2**22."""
+    x, basis = normal((1, 2**20)), normal((3, 2**20), 1)
+    wanted = x.astype(np.float64) @ basis.T.astype(np.float64)
+    mean = np.zeros(2**20, np.float32)
+    found = np.asarray(rebuild.project_rows(x, mean, basis, dtype=jnp.dtype("float32")), np.float64)
+    plain = np.asarray(jnp.matmul(x, basis.T, precision="highest"), np.float64)
+    assert np.abs(found - wanted).max() < 3e-6 * np.abs(wanted).max() < np.abs(plain - wanted).max()
