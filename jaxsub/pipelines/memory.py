@@ -18,6 +18,7 @@ from jaxsub.pipelines import figures, kinship, lora
 from jaxsub.statistics import KEPT_ENTRIES, QR_ENTRIES
 
 RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
+LORA_BYTES = 32 * 2**20  # more compiled kernels, of low-rank updates
 SMALL_BYTES = 2**16  # keys, sums of columns and the like on a device
 SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis, or the products of its other side
 SKETCHES = 2 * modes.MIXTURES
@@ -182,7 +183,7 @@ def _lora(plan, group, mesh, options):
     here = dealt.read_by(placement.devices_here(mesh))
     steps.append(6 * 8 * n * rank**2)  # roots of the factors' Gram matrices, and cores
     copied = dealt.together * dealt.held if len(here) != dealt.held else 0  # of each device its own models
-    return model * (len(here) + copied) + max(steps), 3 * 8 * n**2 + 8 * n * rank
+    return model * (len(here) + copied) + max(steps) + LORA_BYTES, 3 * 8 * n**2 + 8 * n * rank
 
 
 def _lora_device(plan, group, mesh, options):

@@ -51,17 +51,18 @@ def write(folder, num_layers, num_models, shape, dtype):
             safetensors.write(str(folder / f"m{n}.safetensors"), layers)
 
 
-def child(folder, num_layers, num_models, shape, dtype):
+def child(folder, num_layers, num_models, shape, dtype, is_first=False):
     """Writes the collection, and prints what the plan says and what the analysis takes, in MiB."""
     import gc
 
     import jaxsub
 
     folder = pathlib.Path(folder)
-    write(folder / "small", num_layers, 12, (24, 18), dtype)
     write(folder / "large", num_layers, num_models, tuple(shape), dtype)
     options = {"devices": 1, "splits": 4}
-    jaxsub.analyze(str(folder / "small"), **options)
+    if not is_first:
+        write(folder / "small", num_layers, 12, (24, 18), dtype)
+        jaxsub.analyze(str(folder / "small"), **options)
     opened = jaxsub.open_collection(str(folder / "large"))
     planned = re.search(r"peak host memory .*: ([\d.]+) MiB", jaxsub.analyze(opened, dry_run=True, **options))[1]
     gc.collect()
@@ -74,6 +75,23 @@ def child(folder, num_layers, num_models, shape, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_within_a_quarter_and_of_one_layer_never_a_tenth_short(tmp_path, name):
     case = CASES[name]
+    # Figures of several layers at once overlap as threads happen to run: 105 to 148 MiB of three of 300 models.
+    assert (0.9 if case[0] == 1 else 0.8) <= planned_over_measured(tmp_path, name, *case) <= 1.25
+
+
+FIRST = {name: CASES[name] for name in ("two axes sketched, float32 products", "lora", "bfloat16")}
+FIRST["small lora"] = (1, 100, (1024, 1024), "lora")
+
+
+@pytest.mark.slow
+@resident.needs_high_water_mark
+@pytest.mark.parametrize("name", FIRST)
+def test_the_plan_is_within_a_quarter_where_all_is_compiled_for_the_first_time(tmp_path, name):
+    assert 0.8 <= planned_over_measured(tmp_path, f"{name}, first start", *FIRST[name], True) <= 1.25
+
+
+def planned_over_measured(tmp_path, name, *case):
+    """In a fresh process that keeps no compiled kernels; `case` as `child` takes it."""
     environment = {n: v for n, v in os.environ.items() if n not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     script = f"from tests.programs import test_memory_plan as t; t.child({str(tmp_path)!r}, *{case!r})"
     try:
@@ -85,6 +103,5 @@ def test_the_plan_is_within_a_quarter_and_of_one_layer_never_a_tenth_short(tmp_p
     assert done.returncode == 0, done.stderr
     planned, measured = json.loads(done.stdout)
     print(f"planned {planned:.0f} MiB, measured {measured:.0f} MiB, {planned / measured:.2f}")
-    # Figures of several layers at once overlap as threads happen to run: 105 to 148 MiB of three of 300 models.
-    assert (0.9 if case[0] == 1 else 0.8) <= planned / measured <= 1.25
     record("BUDGET, plan", f"planned over measured, {name}", round(planned / measured, 3))
+    return planned / measured
