@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import placement, subspace
-from jaxsub.linalg import rebuild
+from jaxsub.linalg import rebuild, svd
 from jaxsub.linalg.gram import FEATURES
 from tests.linalg import compiled
 
@@ -49,3 +49,22 @@ def test_what_is_missed_is_two_numbers_a_model():
     many = subspace.LinearSubspace(on_eight(mean), on_eight(basis), None, (64, 64), None, None)
     for wanted, found in zip(subspace.missed(one, x, c), subspace.missed(many, there, c), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_components_of_shared_features_exchange_squares_of_short_sides_alone():
+    rng = np.random.default_rng(2)
+    x = on_eight(
+        (rng.standard_normal((N, 3)) @ rng.standard_normal((3, D)) * 9 + rng.standard_normal((N, D))).astype("f4")
+    )
+    mesh, key = placement.make_mesh(8), jax.random.key(0)
+    kernels = {svd.gram_svd: {"rank": 3, "dtype": "float32"}, svd.randomized_svd: {"rank": 3, "oversample": 4}}
+    with jax.enable_x64(True):
+        for kernel, options in kernels.items():
+            more = () if kernel is svd.gram_svd else (key,)
+            given = {"kernel": kernel, "options": tuple(options.items()), "mesh": mesh}
+            sent = compiled.executed(svd._of_shared.lower(x, *more, **given).compile().as_text())
+            assert {name for name, _ in sent} == {"all-reduce"} and max(size for _, size in sent) <= 8 * N * N
+            one, many = (svd.of_shared(kernel, y, *more, **options) for y in (jnp.asarray(np.asarray(x)), x))
+            assert many.vt.addressable_shards[0].data.shape == (3, D // 8)
+            np.testing.assert_allclose(many.s[:3], one.s[:3], rtol=1e-4)
+            np.testing.assert_allclose(many.vt, one.vt, atol=2e-3)

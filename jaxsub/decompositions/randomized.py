@@ -36,7 +36,8 @@ def fit(stack, options, key):
     operands.require_rank(options.rank, cap, f"a centred stack of {stack.num_models} models")
     with jax.enable_x64(True):
         y, mean = stack.rows()
-        found = svd.randomized_svd(
+        found = svd.of_shared(
+            svd.randomized_svd,
             y,
             key,
             rank=options.rank,

@@ -21,9 +21,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxsub import errors, precision
-from jaxsub.linalg import certificates, operands, orth, products, range_finder as ranges, sketch
+from jaxsub.linalg import certificates, dealt, operands, orth, products, range_finder as ranges, sketch
+from jaxsub.linalg.gram import FEATURES
 
 
 class Svd(NamedTuple):
@@ -210,6 +212,33 @@ def randomized_svd(
     terms = num_rows if passes % 2 == 0 else columns
     tail, bound = certificates.tail_bound(total, s, terms, x.dtype)
     return RandomizedSvd(u, s, vt, total, tail, bound)
+
+
+def of_shared(kernel, x, *more, **options):
+    """`gram_svd` or `randomized_svd` of x (N, D), also where several devices share its features: none are gathered.
+
+    Args:
+        kernel: one of the two.
+        x: on one device, or with its columns dealt to a mesh (`sharing.placed`).
+        more: further arguments, whole on every device.
+        options: keyword arguments of the kernel but `axis`.
+
+    Returns:
+        As the kernel; vt stays where its features are.
+    """
+    mesh = dealt.mesh_of(x, 1)
+    if mesh is None or x.shape[0] > x.shape[1]:
+        return kernel(x, *more, **options)
+    return _of_shared(x, *more, kernel=kernel, options=tuple(sorted(options.items())), mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "options", "mesh"))
+def _of_shared(x, *more, kernel, options, mesh):
+    kind, wide = GramSvd if kernel is gram_svd else RandomizedSvd, P(None, FEATURES)
+    specs = kind(**{name: wide if name == "vt" else P() for name in kind._fields})
+    run = functools.partial(kernel, axis=FEATURES, **dict(options))
+    in_specs = (wide, *[P()] * len(more))
+    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)(x, *more)
 
 
 def _tightened(v, axis=None, *, is_wide=False):

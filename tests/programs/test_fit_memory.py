@@ -26,6 +26,8 @@ CASES = {
     "rows, three layers of one shape": (3, 40, (1000, 500), "float32", {"rank": 8}),
     "rows of six shapes": (0, 40, SHAPES, "float32", {"rank": 8}),
     "hosvd of six shapes": (0, 40, SHAPES, "float32", {"rank": 8, "decomposition": "hosvd"}),
+    "rows, four devices": (1, 64, (512, 1024), "float32", {"rank": 8}),
+    "hosvd, four devices": (1, 64, (512, 1024), "float32", {"energy": 0.5, "decomposition": "hosvd"}),
     "rows, bfloat16": (1, 100, (512, 512), "bfloat16", {"rank": 8}),
     "rows, float64": (1, 40, (500, 500), "float64", {"rank": 8}),
     "rows by energy": (1, 64, (512, 1024), "float32", {"energy": 0.5}),
@@ -80,6 +82,8 @@ def test_the_plan_is_within_a_quarter_when_kernels_are_compiled_and_when_they_ar
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    if "four devices" in name:
+        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     write(tmp_path / "models", *case)
     script = f"from tests.programs import test_fit_memory as t; t.child({str(tmp_path / 'models')!r}, {options!r})"
     found = {}
