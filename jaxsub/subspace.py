@@ -179,7 +179,9 @@ class TuckerSubspace:
     def reconstruct(self, c):
         """Models (n, *shape) from coefficients (E8)."""
         with jax.enable_x64(True):
-            return rebuild.rebuild_models(_roomy(c, self.dtype), self.mean, self.factors)
+            return rebuild.rebuild_models(
+                _roomy(c, jnp.promote_types(self.dtype, self.mean.dtype)), self.mean, self.factors
+            )
 
 
 def project(space, x):

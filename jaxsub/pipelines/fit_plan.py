@@ -12,12 +12,12 @@ import os
 import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
-from jaxsub.pipelines import estimate, fit_streamed, plan, sharing
+from jaxsub.pipelines import estimate, fit_streamed, memory, plan, sharing
 
 # Bytes of compiled kernels and libraries, and of each further shape of layers: half-way between a first start, which
 # compiles them, and a later one, which finds them in the cache; 30 to 60 MiB either way.
-ROW_KERNELS, ROW_SHAPE = 100 * 2**20, 50 * 2**20
-KERNELS, AXIS_KERNELS = 155 * 2**20, 38 * 2**20  # of Tucker fits, and of each axis that they reduce
+ROW_KERNELS, ROW_SHAPE, LARGE_ROWS = 100 * 2**20, 20 * 2**20, 30 * 2**20  # the last of large layers
+KERNELS, SHAPE, LARGE = 155 * 2**20, 40 * 2**20, 31 * 2**20  # of Tucker fits; LARGE by the square of further axes
 LAPACK_COPIES = 1.9  # of a stack of float64 rows, by its SVD
 FACTOR_COPIES, SWEEP_COPIES = 2, 5.5  # of low-rank updates' factors in the products' dtype, and where sweeps follow
 SQUARES = 32  # bytes for each entry of the largest Gram matrix: itself, scaled, and what LAPACK takes
@@ -87,9 +87,10 @@ def of_layer(group, module, config):
     # One CPU device works on the host's stack in place.
     on_host = mesh.devices.flat[0].platform == "cpu"
     host = (stack if mesh.size > 1 or is_lora or not on_host else 0) + on_host * device
+    # Of large layers more: other kernels, and what malloc keeps; of several axes products with each left out.
     axes = 2 if is_lora else len(group.shape)
-    # Of more than two axes: products over all of them, and with each left out.
-    kernels, base = (ROW_SHAPE, ROW_KERNELS) if of_rows else (max(axes, 2 * axes - 2) * AXIS_KERNELS, KERNELS)
+    base, most = (ROW_KERNELS, LARGE_ROWS) if of_rows else (KERNELS, LARGE * max(axes - 1, 1) ** 2)
+    kernels = (ROW_SHAPE if of_rows else SHAPE) + min(3 * stack, most)
     share = device // mesh.size
     found = LayerPlan(group.name, group.shape, count, group.num_bytes, host, share, kept, kernels, base)
     bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1, is_local=True))
@@ -98,6 +99,7 @@ def of_layer(group, module, config):
         return found
     block, host = fit_streamed.block_bytes(config), fit_streamed.peak(group, config.rank or 1, config)
     more = {"bytes_read": 2 * group.num_bytes, "host_bytes": host, "is_streamed": True}
+    more |= {"kernel_bytes": 0, "base_bytes": memory.RUNTIME_BYTES}  # those of an analysis
     more["device_bytes"] = 4 * block // jax.local_device_count()
     return dataclasses.replace(found, **more)
 
@@ -126,7 +128,7 @@ def _rows(group, module, config, wide):
 
 def _tucker(group, module, config, wide):
     """Bytes that factors of weight axes take beside the stack and its centred copy."""
-    count, shape = len(group.members), group.shape
+    count, shape = len(group.members), group.shape or (1,)
     shares = [min(config.rank, d) / d if config.rank else config.energy for d in shape]
     options = {f.name for f in dataclasses.fields(module.Options)}
     share = math.prod(shares) if "ranks" in options else max(shares)  # some reduce one axis
@@ -160,6 +162,12 @@ def require_memory(plans, config):
     free = config.max_host_bytes or plan.available_bytes()
     if free and peak(plans) > free:
         worst = max(plans, key=lambda p: p.host_bytes)
+        if peak([worst]) <= free:
+            raise errors.ResourceError(
+                f"all layers together need {plan.size(peak(plans))} on the host, with kernels of each shape and layers "
+                f"that are finished, {plan.size(free)} are allowed or free; allow more with --max_host_bytes, or fit fewer "
+                "layers at a time with --layers"
+            )
         raise errors.ResourceError(
             f"layer {errors.quote(worst.name)} needs {plan.size(peak([worst]))} on the host, {plan.size(free)} are "
             "allowed or free; allow more with --max_host_bytes, or leave it whole with --exclude_layers"
