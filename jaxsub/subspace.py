@@ -179,9 +179,8 @@ class TuckerSubspace:
     def reconstruct(self, c):
         """Models (n, *shape) from coefficients (E8)."""
         with jax.enable_x64(True):
-            return rebuild.rebuild_models(
-                _roomy(c, jnp.promote_types(self.dtype, self.mean.dtype)), self.mean, self.factors
-            )
+            c = _roomy(c, jnp.promote_types(self.dtype, self.mean.dtype))
+            return rebuild.rebuild_models(c, self.mean, self.factors)
 
 
 def project(space, x):

@@ -165,8 +165,8 @@ def require_memory(plans, config):
         if peak([worst]) <= free:
             raise errors.ResourceError(
                 f"all layers together need {plan.size(peak(plans))} on the host, with kernels of each shape and layers "
-                f"that are finished, {plan.size(free)} are allowed or free; allow more with --max_host_bytes, or fit fewer "
-                "layers at a time with --layers"
+                f"that are finished, {plan.size(free)} are allowed or free; allow more with --max_host_bytes, or fit "
+                "fewer layers at a time with --layers"
             )
         raise errors.ResourceError(
             f"layer {errors.quote(worst.name)} needs {plan.size(peak([worst]))} on the host, {plan.size(free)} are "

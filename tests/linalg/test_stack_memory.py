@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsub import hostmemory
+from jaxsub import hostmemory, subspace
 from jaxsub.linalg import centring, mode_gram, orth, rebuild, svd, unfold
 from jaxsub.linalg.gram import CHUNK
 from tests.programs import resident
@@ -115,3 +115,14 @@ def test_coefficients_of_millions_of_features_keep_their_digits():
     found = np.asarray(rebuild.project_rows(x, mean, basis, dtype=jnp.dtype("float32")), np.float64)
     plain = np.asarray(jnp.matmul(x, basis.T, precision="highest"), np.float64)
     assert np.abs(found - wanted).max() < 3e-6 * np.abs(wanted).max() < np.abs(plain - wanted).max()
+
+
+def test_coefficients_keep_the_room_of_a_wider_mean():
+    """float32 factors with a float64 mean: what `subspace.scaled` makes of enormous weights."""
+    factor = np.linalg.qr(normal((5, 5)))[0].astype(np.float32)
+    space = subspace.TuckerSubspace(jnp.zeros((5,), jnp.float64), {0: jnp.asarray(factor)}, {}, (5,), None, None)
+    c = normal((2, 5), 1, np.float64)
+    for scale in (1e40, 1.0, 1e-45):
+        found = np.asarray(space.reconstruct(jnp.asarray(c * scale)))
+        np.testing.assert_allclose(found, c * scale @ factor.astype(np.float64), rtol=1e-12)
+        np.testing.assert_allclose(space.project(found), c * scale, rtol=1e-5)

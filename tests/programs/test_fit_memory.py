@@ -18,6 +18,7 @@ from tests.figures_log import record
 from tests.programs import resident, test_memory_plan
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMALL = tuple((16 + i, 12) for i in range(15))
 SHAPES = ((300, 500), (200, 900), (700, 256), (128, 1000), (640, 320), (512, 512))
 # layers (0: one of each shape), models, shape of a layer's weights, dtype, options
 CASES = {
@@ -26,6 +27,8 @@ CASES = {
     "rows, three layers of one shape": (3, 40, (1000, 500), "float32", {"rank": 8}),
     "rows of six shapes": (0, 40, SHAPES, "float32", {"rank": 8}),
     "hosvd of six shapes": (0, 40, SHAPES, "float32", {"rank": 8, "decomposition": "hosvd"}),
+    "rows of many small shapes": (0, 12, SMALL, "float32", {"rank": 1}),
+    "hosvd of many small shapes": (0, 12, SMALL, "float32", {"rank": 1, "decomposition": "hosvd"}),
     "rows, four devices": (1, 64, (512, 1024), "float32", {"rank": 8}),
     "hosvd, four devices": (1, 64, (512, 1024), "float32", {"energy": 0.5, "decomposition": "hosvd"}),
     "rows, bfloat16": (1, 100, (512, 512), "bfloat16", {"rank": 8}),

@@ -75,3 +75,20 @@ def test_a_trace_lies_beside_the_bundle_and_changes_no_byte_of_it(folder, tmp_pa
     assert manifests[0] == manifests[1]
     with pytest.raises(errors.ConfigError, match="profile"):
         jaxsub.fit(folder, rank=2, profile=True)
+
+
+@pytest.mark.parametrize("decomposition", ["gram", "hosvd", "hooi"])
+def test_layers_of_one_number_are_planned(tmp_path, decomposition):
+    worlds.write(tmp_path, {"scale": worlds.noise(5, ()), "w": worlds.noise(5, (4, 3))})
+    assert all(p.host_bytes > 0 for p in plans(str(tmp_path), decomposition=decomposition, rank=1))
+
+
+def test_a_refusal_of_all_layers_together_blames_none_of_them(folder):
+    found = plans(folder, rank=1)
+    alone = max(fit_plan.peak([p]) for p in found)
+    assert alone < fit_plan.peak(found)
+    config = configs.freeze(fit.Config, {"rank": 1, "max_host_bytes": fit_plan.peak(found) - 1})
+    with pytest.raises(errors.ResourceError, match="all layers together need"):
+        fit_plan.require_memory(found, config)
+    with pytest.raises(errors.ResourceError, match="layer wide needs"):
+        fit_plan.require_memory(found, configs.freeze(fit.Config, {"rank": 1, "max_host_bytes": alone - 1}))
