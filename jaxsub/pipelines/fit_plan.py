@@ -12,7 +12,7 @@ import os
 import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
-from jaxsub.pipelines import estimate, fit_streamed, memory, plan, sharing
+from jaxsub.pipelines import estimate, fit_streamed, plan, sharing
 
 # Bytes of compiled kernels and libraries, and of each further shape of layers: half-way between a first start, which
 # compiles them, and a later one, which finds them in the cache; 30 to 60 MiB either way.
@@ -99,7 +99,7 @@ def of_layer(group, module, config):
         return found
     block, host = fit_streamed.block_bytes(config), fit_streamed.peak(group, config.rank or 1, config)
     more = {"bytes_read": 2 * group.num_bytes, "host_bytes": host, "is_streamed": True}
-    more |= {"kernel_bytes": 0, "base_bytes": memory.RUNTIME_BYTES}  # those of an analysis
+    more |= {"kernel_bytes": 0, "base_bytes": fit_streamed.KERNELS}
     more["device_bytes"] = 4 * block // jax.local_device_count()
     return dataclasses.replace(found, **more)
 

@@ -22,6 +22,7 @@ from jaxsub.pipelines import layers, memory, plan as plans
 from jaxsub.statistics import Statistics
 
 PIECE = 2**20  # columns of the basis transformed at once
+KERNELS = memory.RUNTIME_BYTES + 64 * 2**20  # of an analysis, and those of the second read
 
 
 def can(group, config):
@@ -47,7 +48,7 @@ def block_bytes(config):
     """Bytes of a block: an eighth of what the host is allowed beyond the kernels' own, a quarter of the devices'."""
     mesh = placement.make_mesh(is_local=True)
     devices = mesh.size * (config.max_device_bytes or plans.device_limit(mesh) or math.inf)
-    host = allowed(config) - memory.RUNTIME_BYTES
+    host = allowed(config) - KERNELS
     return int(max(2**20, min(layers.Options().block_bytes, host / 8, devices / 4)))
 
 
@@ -193,7 +194,7 @@ def _figures(stats, left, rank):
 
 
 def _require_memory(group, rank, config):
-    needed, free = memory.RUNTIME_BYTES + peak(group, rank, config), allowed(config)
+    needed, free = KERNELS + peak(group, rank, config), allowed(config)
     if needed > free:
         raise errors.ResourceError(
             f"layer {errors.quote(group.name)}: mean and basis of {rank} components need {plans.size(needed)}, "
