@@ -45,8 +45,7 @@ def fit_factored(kernel, name, reference, stack, options, **more):
     if "ranks" in chosen:
         chosen["ranks"] = chosen["ranks"][1:]
     with jax.enable_x64(True):
-        work = stack.num_models * stack.a.shape[1] * sum(stack.shape) * max(stack.shape)
-        dtype = precision.compute_dtype(str(stack.a.dtype), work)
+        dtype = dtype_of_updates(str(stack.a.dtype), stack.num_models, stack.a.shape[1], stack.shape)
         found = kernel(stack.a, stack.b, stack.scales, dtype=dtype, **chosen, **more)
         cap = min(max(stack.shape), stack.num_models * stack.a.shape[1])
         procedure = subspace.Procedure(name, ("0", "1"), "none", cap, reference=reference)
@@ -62,6 +61,11 @@ def fit_factored(kernel, name, reference, stack, options, **more):
 def dtype_of(stack, axis_size):
     """'float32' or 'float64' for products that contract a stack with itself to (axis_size, axis_size)."""
     return precision.compute_dtype(str(stack.x.dtype), stack.num_models * stack.num_features * axis_size)
+
+
+def dtype_of_updates(storage, count, rank, shape):
+    """The same for `count` low-rank updates of this rank and shape (o, i), stored as `storage`."""
+    return precision.compute_dtype(storage, count * rank * sum(shape) * max(shape))
 
 
 def alone(x):

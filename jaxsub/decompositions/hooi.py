@@ -7,6 +7,7 @@ from jaxsub.decompositions import _fit
 from jaxsub.linalg import factored, tucker
 
 TAKES_LORA = True  # products of factors, never formed
+SHRINKS = True
 REFERENCE = "De Lathauwer, De Moor, Vandewalle 2000b; JD-Full: arXiv 2407.00066 (E39)"
 
 

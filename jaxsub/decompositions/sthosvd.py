@@ -3,6 +3,7 @@
 from jaxsub.decompositions import _fit
 from jaxsub.linalg import tucker
 
+SHRINKS = True
 REFERENCE = "Vannieuwenhoven, Vandebril, Meerbergen 2012, algorithm 1"
 Options = _fit.TuckerOptions
 

@@ -64,10 +64,8 @@ def energy(x, present, given=None, *, mesh=None, shared=None):
 
     if shared is None:
         return dealt.sums(local, mesh)((x, present), mean, left)
-    specs = ((P(None, FEATURES), P()), P(FEATURES), P(FEATURES))
-    return jax.shard_map(
-        lambda *own: jax.lax.psum(local(*own), FEATURES), mesh=shared, in_specs=specs, out_specs=P(), check_vma=False
-    )((x, present), mean, left)
+    specs = (P(None, FEATURES), P()), P(FEATURES), P(FEATURES)
+    return dealt.feature_sums(local, shared, *specs)((x, present), mean, left)
 
 
 @jax.jit

@@ -29,6 +29,15 @@ def each(local, mesh):
     return _mapped(local, mesh, P(FEATURES)) if mesh else local
 
 
+def feature_sums(local, mesh, *specs):
+    """`local` of arrays whose features a mesh shares as `specs` say: the sum of all devices' results, on each."""
+    if mesh is None:
+        return local
+    return jax.shard_map(
+        lambda *own: jax.lax.psum(local(*own), FEATURES), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False
+    )
+
+
 def _mapped(local, mesh, out):
     def run(x, *whole):
         specs = (P(FEATURES), *[P()] * len(whole))

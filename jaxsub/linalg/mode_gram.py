@@ -50,15 +50,10 @@ def _mode_gram(x, *, axis, dtype, mesh=None):
     return dealt.sums(functools.partial(_local, axis=axis, dtype=dtype), mesh)(x)
 
 
-def width(size):
-    """Columns of a piece of an axis of this size."""
-    return max(min(max(ENTRIES // size, COLUMNS[0]), COLUMNS[1]), ELEMENTS // size)
-
-
 def _local(x, *, axis, dtype):
     before, size, after = unfold.view(x.shape, axis)
     x = x.reshape(before, size, after)
-    most = width(size)
+    most = max(min(max(ENTRIES // size, COLUMNS[0]), COLUMNS[1]), ELEMENTS // size)
     dtype = "float64" if size <= SHORT else dtype
     if after >= unfold.WIDE or before == 1:
         parts = _slices(x, min(after, most), dtype)

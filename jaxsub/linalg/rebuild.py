@@ -30,13 +30,8 @@ def project_rows(x, mean, basis, *, dtype, mesh=None):
 
         return pieces.fold(add, x.shape[1], CHUNK, jnp.zeros((len(x), len(basis)), jnp.float64))
 
-    if mesh is not None:
-        wide = P(None, FEATURES)
-        specs = wide, P(FEATURES), wide
-        return jax.shard_map(
-            lambda *own: jax.lax.psum(local(*own), FEATURES), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False
-        )(x, mean, basis).astype(dtype)
-    return local(x, mean, basis).astype(dtype)
+    wide = P(None, FEATURES)
+    return dealt.feature_sums(local, mesh, wide, P(FEATURES), wide)(x, mean, basis).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="is_shared")
@@ -74,11 +69,13 @@ def rebuild_models(c, mean, factors):
     """(n, *shape) models of cores c (n, k...), in the wider dtype of c and the mean; see `project_models`."""
     dtype = jnp.promote_types(c.dtype, mean.dtype)
 
-    def some(c):
-        rows = [f.T.astype(dtype) for f in factors.values()]
-        return unfold.chain(c.astype(dtype), rows, [axis + 1 for axis in factors]) + mean.astype(dtype)
+    mean, factors = mean.astype(dtype), {axis: f.astype(dtype) for axis, f in factors.items()}
+    return unfold.in_pieces(lambda c: _whole(c.astype(dtype), mean, factors), c)
 
-    return unfold.in_pieces(some, c)
+
+def _whole(c, mean, factors):
+    """Models of cores, all of one dtype."""
+    return unfold.chain(c, [f.T for f in factors.values()], [axis + 1 for axis in factors]) + mean
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -89,13 +86,11 @@ def missed_rows(x, c, mean, basis, *, mesh):
     """
 
     def local(x, c, mean, basis):
-        found = jax.lax.map(lambda part: _squares(part[0], products.matmul(part[1], basis) + mean), (x, c))
-        return jax.lax.psum(found, FEATURES)
+        return jax.lax.map(lambda part: _squares(part[0], products.matmul(part[1], basis) + mean), (x, c))
 
     wide = P(None, FEATURES)
     x = jax.lax.with_sharding_constraint(x.reshape(len(x), -1), NamedSharding(mesh, wide))
-    specs = wide, P(), P(FEATURES), wide
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(x, c, mean, basis)
+    return dealt.feature_sums(local, mesh, wide, P(), P(FEATURES), wide)(x, c, mean, basis)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -111,10 +106,7 @@ def missed_models(x, c, mean, factors, *, mesh):
 
     def local(parts, mean, factors):
         def one(part):
-            row, core = part[0], part[1][None]
-            for axis, factor in factors.items():
-                core = unfold.mode_product(core, factor.T, axis + 1)
-            return _squares(row, core[0] + mean)
+            return _squares(part[0], _whole(part[1][None], mean, factors)[0])
 
         return jax.lax.map(one, parts)
 

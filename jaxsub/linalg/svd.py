@@ -215,7 +215,7 @@ def randomized_svd(
 
 
 def of_shared(kernel, x, *more, **options):
-    """`gram_svd` or `randomized_svd` of x (N, D), also where several devices share its features: none are gathered.
+    """`gram_svd` or `randomized_svd` of x (N, D), also where several devices share its features.
 
     Args:
         kernel: one of the two.
@@ -224,7 +224,7 @@ def of_shared(kernel, x, *more, **options):
         options: keyword arguments of the kernel but `axis`.
 
     Returns:
-        As the kernel; vt stays where its features are.
+        As the kernel; vt stays where its features are, and none are gathered but of a tall x.
     """
     mesh = dealt.mesh_of(x, 1)
     if mesh is None or x.shape[0] > x.shape[1]:

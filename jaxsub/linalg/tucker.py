@@ -113,7 +113,7 @@ def sthosvd(
     for axis in rule.order(x.shape, order):
         found = _directions(y, axis, rule, dtype, method, norm=norm, thin=y is not x)
         norm = found.total if norm is None else norm
-        y = unfold.mode_products(y, [found.factor if a == axis else None for a in range(x.ndim)], dtype=dtype)
+        y = unfold.mode_product(y, found.factor, axis, dtype=dtype)
         modes[axis] = found
     return _finish(x, y, modes, dtype, certify, num_passes=2, norm=norm)
 

@@ -102,13 +102,14 @@ def _flat(groups, ndim):
     return axes
 
 
-def mode_product(x, factor, axis):
+def mode_product(x, factor, axis, *, dtype=None):
     """Mode product X x_axis F: every slice of x along `axis`, multiplied by F from the left.
 
     Args:
         x: tensor (d_0, ..., d_last); its first axis may be dealt to devices, which send nothing.
         factor: (k, d_axis) of the same dtype.
         axis: axis to multiply.
+        dtype: that x becomes first; None: its own.
 
     Returns:
         x with size k instead of d_axis, in C order; no unfolded copy of x is made.
@@ -118,20 +119,7 @@ def mode_product(x, factor, axis):
 
     Source: Kolda and Bader 2009, section 2.5.
     """
-    _check(x, factor, axis)
-    return _mode_product(x, factor, axis=axis % x.ndim, mesh=dealt.mesh_of(x))
-
-
-def _check(x, factor, axis):
-    _, size, _ = view(x.shape, axis)
-    if factor.ndim != 2 or factor.shape[1] != size:
-        raise errors.ConfigError(f"a factor of shape {factor.shape} does not multiply axis {axis} of size {size}")
-    dealt.require_free(axis, x.ndim, dealt.mesh_of(x))
-
-
-@functools.partial(jax.jit, static_argnames=("axis", "mesh"))
-def _mode_product(x, factor, *, axis, mesh=None):
-    return dealt.each(functools.partial(_local, axis=axis), mesh)(x, factor)
+    return _products(x, {axis: factor}, dtype)
 
 
 def _local(x, factor, *, axis):
@@ -186,13 +174,22 @@ def mode_products(x, factors, *, skip=None, transpose=False, dtype=None):
     if len(factors) != x.ndim:
         raise errors.ConfigError(f"{len(factors)} factors for a tensor with {x.ndim} axes")
     used = {a: (f.T if transpose else f) for a, f in enumerate(factors) if f is not None and a != skip}
-    axes = sorted(used, key=lambda a: (used[a].shape[0] / max(used[a].shape[1], 1), a))
-    for axis in axes:
-        _check(x, used[axis], axis)
-    dtype = x.dtype if dtype is None else dtype
-    if not axes:
+    order = sorted(used, key=lambda a: (used[a].shape[0] / max(used[a].shape[1], 1), a))
+    return _products(x, {axis: used[axis] for axis in order}, dtype)
+
+
+def _products(x, factors, dtype):
+    """Products of x in `dtype` with factors {axis: (k, d)}, in their order."""
+    mesh, dtype = dealt.mesh_of(x), jnp.dtype(x.dtype if dtype is None else dtype)
+    for axis, factor in factors.items():
+        _, size, _ = view(x.shape, axis)
+        if factor.ndim != 2 or factor.shape[1] != size:
+            raise errors.ConfigError(f"a factor of shape {factor.shape} does not multiply axis {axis} of size {size}")
+        dealt.require_free(axis, x.ndim, mesh)
+    if not factors:
         return x.astype(dtype)
-    return _mode_products(x, [used[a] for a in axes], axes=tuple(axes), dtype=jnp.dtype(dtype), mesh=dealt.mesh_of(x))
+    axes = tuple(axis % x.ndim for axis in factors)
+    return _mode_products(x, list(factors.values()), axes=axes, dtype=dtype, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype", "mesh"))

@@ -12,6 +12,7 @@ import os
 import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
+from jaxsub.decompositions import _fit
 from jaxsub.pipelines import estimate, fit_streamed, plan, sharing
 
 # Bytes of compiled kernels and libraries, and of each further shape of layers: half-way between a first start, which
@@ -107,11 +108,14 @@ def of_layer(group, module, config):
 def _updates(group, module, stack):
     """Bytes that factors of low-rank updates take on the device, their own among them."""
     shape, rank = lineup.flat_shape(group.shape), max(e.rank for e in group.entries)
-    work = len(group.members) * rank * sum(shape) * max(shape)
     stored = "float64" if "float64" in group.dtypes else "float32"
-    is_wider = stored == "float32" and precision.compute_dtype(stored, work) == "float64"
-    copies = SWEEP_COPIES if module.__name__.endswith("hooi") else FACTOR_COPIES
+    is_wider = stored != _fit.dtype_of_updates(stored, len(group.members), rank, shape)
+    copies = SWEEP_COPIES if "sweeps" in _options(module) else FACTOR_COPIES
     return int(copies * stack * (1 + is_wider)) + SQUARES * max(shape) ** 2
+
+
+def _options(module):
+    return {f.name: f.default for f in dataclasses.fields(module.Options)}
 
 
 def _rows(group, module, config, wide):
@@ -120,7 +124,7 @@ def _rows(group, module, config, wide):
     if "float64" in group.dtypes:
         return int(LAPACK_COPIES * count * size * wide)
     rank = min(config.rank, count) or count * config.energy / 2  # where spectra decide, a guess
-    options = {f.name: f.default for f in dataclasses.fields(module.Options)}
+    options = _options(module)
     if "oversample" in options:  # its long test vectors, drawn, multiplied and orthonormalised
         return int(6 * (rank + options["oversample"]) * size * wide)
     return int(rank * size * wide)
@@ -130,13 +134,11 @@ def _tucker(group, module, config, wide):
     """Bytes that factors of weight axes take beside the stack and its centred copy."""
     count, shape = len(group.members), group.shape or (1,)
     shares = [min(config.rank, d) / d if config.rank else config.energy for d in shape]
-    options = {f.name for f in dataclasses.fields(module.Options)}
-    share = math.prod(shares) if "ranks" in options else max(shares)  # some reduce one axis
+    share = math.prod(shares) if "ranks" in _options(module) else max(shares)  # some reduce one axis
     kept = count * math.prod(shape) * share
     # After the others an axis may be longer than what is left is wide, and needs no Gram matrix.
     later = [d for d, own in zip(shape, shares, strict=True) if 4 * kept <= own * d**2 and d > min(shape)]
-    is_sequential = module.__name__.rpartition(".")[2] in ("sthosvd", "hooi")
-    squares = SQUARES * max(d for d in shape if not (is_sequential and d in later)) ** 2
+    squares = SQUARES * max(d for d in shape if not (hasattr(module, "SHRINKS") and d in later)) ** 2
     # Cores of all models, and of half of them in float64; of noise more than of what has structure.
     return int((2 if config.rank else 1) * kept * wide) + squares
 

@@ -114,7 +114,8 @@ def test_mode_grams_are_summed_and_products_send_nothing(axis, devices):
     found = mode_gram._mode_gram.lower(y, axis=axis, dtype="float32", mesh=mesh)
     assert sent(found) == [("all-reduce", 8 * size**2)]
     factor = shape((2, size), devices, P())
-    assert sent(unfold._mode_product.lower(y, factor, axis=axis, mesh=mesh)) == []
+    products = unfold._mode_products.lower(y, [factor], axes=(axis,), dtype=jnp.dtype("float32"), mesh=mesh)
+    assert sent(products) == []
 
 
 def test_errors_are_numbers():
