@@ -64,7 +64,12 @@ def test_components_of_shared_features_exchange_squares_of_short_sides_alone():
             given = {"kernel": kernel, "options": tuple(options.items()), "mesh": mesh}
             sent = compiled.executed(svd._of_shared.lower(x, *more, **given).compile().as_text())
             assert {name for name, _ in sent} == {"all-reduce"} and max(size for _, size in sent) <= 8 * N * N
-            one, many = (svd.of_shared(kernel, y, *more, **options) for y in (jnp.asarray(np.asarray(x)), x))
+            one, before = (
+                svd.of_shared(kernel, jnp.asarray(np.asarray(x)), *more, **options),
+                svd._of_shared._cache_size(),
+            )
+            many = svd.of_shared(kernel, x, *more, **options)
+            assert svd._of_shared._cache_size() == before + 1
             assert many.vt.addressable_shards[0].data.shape == (3, D // 8)
             np.testing.assert_allclose(many.s[:3], one.s[:3], rtol=1e-4)
             np.testing.assert_allclose(many.vt, one.vt, atol=2e-3)
