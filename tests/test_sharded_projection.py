@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import placement, subspace
 from jaxsub.linalg import rebuild, svd
 from jaxsub.linalg.gram import FEATURES
 from tests.linalg import compiled
+from tests.selected import first
 
 N, K, D = 12, 5, 4096
 
@@ -51,25 +53,23 @@ def test_what_is_missed_is_two_numbers_a_model():
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_components_of_shared_features_exchange_squares_of_short_sides_alone():
+@pytest.mark.parametrize("name", first(["gram_svd", "randomized_svd"]))
+def test_components_of_shared_features_exchange_squares_of_short_sides_alone(name):
+    kernel = getattr(svd, name)
+    options = {"gram_svd": {"rank": 3, "dtype": "float32"}, "randomized_svd": {"rank": 3, "oversample": 4}}[name]
+    more = () if name == "gram_svd" else (jax.random.key(0),)
     rng = np.random.default_rng(2)
     x = on_eight(
         (rng.standard_normal((N, 3)) @ rng.standard_normal((3, D)) * 9 + rng.standard_normal((N, D))).astype("f4")
     )
-    mesh, key = placement.make_mesh(8), jax.random.key(0)
-    kernels = {svd.gram_svd: {"rank": 3, "dtype": "float32"}, svd.randomized_svd: {"rank": 3, "oversample": 4}}
+    given = {"kernel": kernel, "options": tuple(options.items()), "mesh": placement.make_mesh(8)}
     with jax.enable_x64(True):
-        for kernel, options in kernels.items():
-            more = () if kernel is svd.gram_svd else (key,)
-            given = {"kernel": kernel, "options": tuple(options.items()), "mesh": mesh}
-            sent = compiled.executed(svd._of_shared.lower(x, *more, **given).compile().as_text())
-            assert {name for name, _ in sent} == {"all-reduce"} and max(size for _, size in sent) <= 8 * N * N
-            one, before = (
-                svd.of_shared(kernel, jnp.asarray(np.asarray(x)), *more, **options),
-                svd._of_shared._cache_size(),
-            )
-            many = svd.of_shared(kernel, x, *more, **options)
-            assert svd._of_shared._cache_size() == before + 1
-            assert many.vt.addressable_shards[0].data.shape == (3, D // 8)
-            np.testing.assert_allclose(many.s[:3], one.s[:3], rtol=1e-4)
-            np.testing.assert_allclose(many.vt, one.vt, atol=2e-3)
+        sent = compiled.executed(svd._of_shared.lower(x, *more, **given).compile().as_text())
+        assert {name for name, _ in sent} == {"all-reduce"} and max(size for _, size in sent) <= 8 * N * N
+        one = svd.of_shared(kernel, jnp.asarray(np.asarray(x)), *more, **options)
+        before = svd._of_shared._cache_size()
+        many = svd.of_shared(kernel, x, *more, **options)
+    assert svd._of_shared._cache_size() == before + 1
+    assert many.vt.addressable_shards[0].data.shape == (3, D // 8)
+    np.testing.assert_allclose(many.s[:3], one.s[:3], rtol=1e-4)
+    np.testing.assert_allclose(many.vt, one.vt, atol=2e-3)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -191,12 +192,12 @@ def test_what_cannot_be_trained_is_refused_by_name(made, options, said):
         run(made, **options)
 
 
-def test_missing_labels_of_members_are_said(made, tmp_path, monkeypatch):
-    bundle = jaxsub.load(str(made / "bundle"))
-    config = train.Config(bundle=str(made / "bundle"))
-    path = made / "same_start_split_task" / "models" / "000.safetensors"
-    bundle.provenance["models"] = [{"path": str(path)}]
-    assert train_setup._seen(config, bundle)
+def test_missing_labels_of_members_are_said(tmp_path, monkeypatch):
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "labels.json").write_text(json.dumps({"000": {"task": "0,1"}, "001": {"task": "2,3"}}))
+    bundle, config = types.SimpleNamespace(provenance={}), train.Config(bundle="")
+    bundle.provenance["models"] = [{"path": str(tmp_path / "zoo" / "models" / "000.safetensors")}]
+    assert train_setup._seen(config, bundle) == {"0,1": None, "2,3": None}
     bundle.provenance["models"] = [{"path": "models/000.safetensors"}]  # of a fit in another folder
     monkeypatch.chdir(tmp_path)
     assert train_setup._seen(config, bundle) is None
@@ -216,6 +217,7 @@ def test_scores_on_training_rows_are_refused():
     train_setup.require_apart(train_rows, _data.whole(inputs[8:], np.zeros(2)), "mine")
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_models_goes_on_with_the_same_command(made, tmp_path, monkeypatch):
     options = {"baselines": ("full",), "write_models": f"{tmp_path}/models/"}
 
