@@ -9,7 +9,6 @@ All kernels accumulate in float64 (call them with x64 enabled) and shard feature
 """
 
 import functools
-from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -19,17 +18,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsub.linalg import pieces, products
 
-CHUNK = 4096  # columns a product: N * 4096 * 4 bytes stay in cache; 2048 and 8192 were 4 to 6 % slower at N = 256
-SAMPLED = 512  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
-MANY = 16
-PIECES = 2  # of a block on CPU; 4 are no faster on two cores
+CHUNK = 4096  # columns taken at once: N * 4096 * 4 bytes stay in cache
+PRODUCT = 1024  # columns of a Gram product: of 512 to 8192 the fastest at N = 256 and 500, 4096 a tenth slower
+SAMPLED = 128  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
+MANY = 64
 FEATURES = "features"
 
 
 class DenseSums(NamedTuple):
     """Additive results of one block x (N, D) with column mean s and rows y = x - s, all float64.
 
-    From 16 chunks of 4096 columns a device on, the last three are estimates from every eighth column: they only tell
+    From 64 chunks of 1024 columns a device on, the last three are estimates from every eighth column: they only tell
     shapes of distributions apart, and in full they would add a quarter to the cost of the product.
     """
 
@@ -66,23 +65,18 @@ def dense_gram(x, weights, *, mesh, dtype):
         return kernel(x, weights, np.int32(0))
     x = jax.device_put(x)  # once for all
 
-    def piece(index):
-        with jax.enable_x64(True):
-            return jax.block_until_ready(kernel(x, weights, np.int32(index * (width // count))))
-
-    with futures.ThreadPoolExecutor(count) as pool:
-        sums, mixed = zip(*pool.map(piece, range(count)), strict=True)
-    return _joined(sums, mixed)
+    parts = pieces.side_by_side(lambda index: kernel(x, weights, np.int32(index * (width // count))), count)
+    return _joined(*zip(*parts, strict=True))
 
 
 def num_pieces(width, mesh, itemsize):
-    """Number of pieces of a device's columns that are worked on side by side, each by a program of its own.
+    """Number of equal pieces of a device's columns that are worked on side by side, each by a program of its own.
 
-    On CPU the threads of one program wait for one another after every product and whenever a step has work for one of
-    them: two programs take a fifth less time on two cores. One for 16-bit numbers, which XLA converts whole in each.
+    One for 16-bit numbers, which XLA converts whole in each.
     """
-    is_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return PIECES if is_one_cpu and itemsize > 2 and width // CHUNK >= MANY and not width % PIECES else 1
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or itemsize <= 2 or width // PRODUCT < MANY:
+        return 1
+    return next(count for count in range(pieces.number(width // PRODUCT), 0, -1) if width % count == 0)
 
 
 @jax.jit
@@ -107,7 +101,7 @@ def _dense_gram(x, weights, first, *, width, mesh, dtype):
 
 def _dense_local(x, weights, first, width, dtype):
     num_models = len(x)
-    chunk = min(CHUNK, width)
+    chunk = min(PRODUCT, width)
     whole = width // chunk
     # Two row blocks skip a quarter of the product, which is symmetric; XLA has no symmetric product on CPU.
     half = num_models // 2 if num_models >= 128 else 0

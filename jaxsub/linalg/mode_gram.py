@@ -8,10 +8,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxsub.linalg import dealt, products, unfold
+from jaxsub.linalg import dealt, pieces, products, unfold
 
-COLUMNS = 1024, 4096  # columns a piece, least and most; 8192 loses where memory is slow
+FEW = 512  # columns a piece of short axes, whose product one thread does, and of programs side by side
+NARROW = 128
+COLUMNS = 1024, 4096  # columns a piece of others, least and most; 8192 loses where memory is slow
 ENTRIES = 2**20  # of a piece, which decide in between: of 1024 x 4096 XLA holds six copies
 ELEMENTS = 2**18  # and at least this many entries a piece: short axes
 SHORT = 8  # axes up to this size: reading is the cost, and XLA adds such products up one by one, so float64 it is
@@ -39,30 +42,43 @@ def mode_gram(x, *, axis, dtype):
 
     Source: Kolda and Bader 2009, section 4.2; slices instead of an unfolding as in TuckerMPI (Ballard et al. 2020).
     """
-    unfold.view(x.shape, axis)
-    mesh = dealt.mesh_of(x)
+    before, size, after = unfold.view(x.shape, axis)
+    mesh, axis = dealt.mesh_of(x), axis % x.ndim
     dealt.require_free(axis, x.ndim, mesh)
-    return _mode_gram(x, axis=axis % x.ndim, dtype=dtype, mesh=mesh)
+    number = pieces.programs(x, before * after // FEW) if mesh is None and size > SHORT else 1
+    if number == 1:
+        return _mode_gram(x, axis=axis, dtype=dtype, mesh=mesh)
+    x = jax.device_put(x)  # once for all
+    return _joined(pieces.side_by_side(lambda i: _share(x, np.int32(i), axis=axis, dtype=dtype, number=number), number))
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "mesh"))
 def _mode_gram(x, *, axis, dtype, mesh=None):
-    return dealt.sums(functools.partial(_local, axis=axis, dtype=dtype), mesh)(x)
+    return dealt.sums(lambda x: assemble(_local(x, axis, dtype)), mesh)(x)
 
 
-def _local(x, *, axis, dtype):
+@functools.partial(jax.jit, static_argnames=("axis", "dtype", "number"))
+def _share(x, index, *, axis, dtype, number):
+    return _local(x, axis, dtype, (index, number))
+
+
+@jax.jit
+def _joined(parts):
+    return assemble(jax.tree.map(lambda *own: sum(own), *parts))
+
+
+def _local(x, axis, dtype, share=None):
     before, size, after = unfold.view(x.shape, axis)
     x = x.reshape(before, size, after)
     most = max(min(max(ENTRIES // size, COLUMNS[0]), COLUMNS[1]), ELEMENTS // size)
+    most = FEW if SHORT < size and (share or size <= NARROW) else most
     dtype = "float64" if size <= SHORT else dtype
     if after >= unfold.WIDE or before == 1:
-        parts = _slices(x, min(after, most), dtype)
-    else:
-        parts = _gathered(x, min(before, max(1, most // after)), dtype)
-    return assemble(parts)
+        return _slices(x, min(after, most), dtype, share)
+    return _gathered(x, min(before, max(1, most // after)), dtype, share)
 
 
-def _slices(x, width, dtype):
+def _slices(x, width, dtype, share):
     """Sums over pieces x[j, :, t : t + width], which lie in memory as they are needed."""
     before, size, after = x.shape
     whole = after // width
@@ -74,11 +90,13 @@ def _slices(x, width, dtype):
     def rest(j):
         return _rows(jax.lax.dynamic_slice(x, (j, 0, whole * width), (1, size, after % width))[0], dtype)
 
-    sums = accumulate(before * whole, width, piece, zeros(size))
-    return accumulate(before, after % width, rest, sums) if after % width else sums
+    def last(sums):
+        return accumulate(before, after % width, rest, sums) if after % width else sums
+
+    return accumulate(before * whole, width, piece, zeros(size), last, share)
 
 
-def _gathered(x, number, dtype):
+def _gathered(x, number, dtype, share):
     """Sums over pieces x[j : j + number], moved in cache so that the axis leads."""
     before, size, after = x.shape
     x = x.reshape(before, size * after)  # an axis of one entry would have XLA copy all of x to move it
@@ -89,25 +107,35 @@ def _gathered(x, number, dtype):
             z = jnp.transpose(z.reshape(number, size, after), (0, 2, 1)).reshape(number * after, size)
         return _rows(products.row_major(z).T, dtype)
 
-    sums = accumulate(before // number, number * after, lambda j: piece(j * number, number), zeros(size))
-    last = before % number
-    return accumulate(1, last * after, lambda _: piece(before - last, last), sums) if last else sums
+    left = before % number
+
+    def last(sums):
+        return accumulate(1, left * after, lambda _: piece(before - left, left), sums) if left else sums
+
+    return accumulate(before // number, number * after, lambda j: piece(j * number, number), zeros(size), last, share)
 
 
 def _rows(piece, dtype):
     return products.row_major(piece.astype(dtype))
 
 
-def accumulate(count, width, piece, sums):
-    """`sums` plus self products of piece(0), ..., piece(count - 1), each (d, width); see `zeros` and `assemble`."""
+def accumulate(count, width, piece, sums, last=lambda sums: sums, share=None):
+    """`sums` plus self products of piece(0), ..., piece(count - 1), each (d, width), and what `last` adds to them.
+
+    See `zeros` and `assemble`; `share` as in `pieces.fold`.
+    """
     group = max(1, GROUP // width)
 
     def some(first, number, sums):
         found = jax.lax.fori_loop(1, number, lambda j, s: _add(s, _self(piece(first + j))), _self(piece(first)))
         return _add(sums, found)
 
-    sums = jax.lax.fori_loop(0, count // group, lambda g, s: some(g * group, group, s), sums)
-    return some(count // group * group, count % group, sums) if count % group else sums
+    whole, left = divmod(count, group)
+
+    def rest(sums):
+        return last(some(whole * group, left, sums) if left else sums)
+
+    return pieces.folds(some, whole, group, rest, sums, share)
 
 
 def zeros(size):

@@ -12,11 +12,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsub import errors
 from jaxsub.linalg import pieces, products
 
-CHUNK = 4096  # rows a Gram product: as fast as 16384 at l = 64, and sums of 4096 float32 terms lose less
+# Rows a Gram product: few where one thread does the product, more where the threads of one program share it.
+CHUNKS = 512, 4096
+NARROW = 128  # columns up to which one thread does it
 DEVIATION = 0.1  # |q.T q - I| after one round up to which a second one reaches round-off
 
 
@@ -46,32 +49,50 @@ def total(value, axis):
 def gram(x, axis=None, *, dtype=None):
     """(l, l) x.T @ x of x (m, l): products in `dtype` (default: wide) a chunk of rows at a time, wide sums.
 
-    Chunks matter: one float32 product over a million rows is a hundred times less exact than their sum.
+    Chunks matter: one float32 product over a million rows is a hundred times less exact than their sum. Large ones on
+    one CPU device are made by programs side by side, and waited for.
     """
-    return _gram(x, axis, dtype, 0, lambda a, b: products.matmul(a.T, b))
+    return _gram(x, axis, dtype, 0)
 
 
 def row_gram(x, axis=None, *, dtype=None):
     """(n, n) x @ x.T of x (n, D), its columns as the rows of `gram`: of x.T XLA would make a copy."""
-    return _gram(x, axis, dtype, 1, lambda a, b: products.matmul(a, b.T))
+    return _gram(x, axis, dtype, 1)
 
 
-def _gram(x, axis, dtype, long, multiply):
-    wide = wide_dtype()
-    dtype = wide if dtype is None else dtype
-    m, width = x.shape[long], x.shape[1 - long]
+def _gram(x, axis, dtype, long):
+    dtype = jnp.dtype(wide_dtype() if dtype is None else dtype)
+    number = pieces.programs(x, x.shape[long] // CHUNKS[0])
+    if number == 1:
+        return _joined([_gram_sums(x, axis=axis, dtype=dtype, long=long)])
+    x = jax.device_put(x)  # once for all
+    return _joined(
+        pieces.side_by_side(lambda i: _gram_sums(x, np.int32(i), dtype=dtype, long=long, number=number), number)
+    )
 
-    # Two blocks skip a quarter of the symmetric product; XLA has no symmetric one on CPU.
+
+@functools.partial(jax.jit, static_argnames=("axis", "dtype", "long", "number"))
+def _gram_sums(x, index=None, *, axis=None, dtype, long, number=1):
+    """Two row blocks of the Gram matrix, which skip a quarter of it; XLA has no symmetric product on CPU."""
+    wide, width = wide_dtype(), x.shape[1 - long]
     half = width // 2 if width >= 128 else 0
 
     def add(start, size, sums):
         y = jax.lax.dynamic_slice_in_dim(x, start, size, long).astype(dtype)
-        first, second = (jax.lax.slice_in_dim(y, *ends, axis=1 - long) for ends in ((0, half), (half, width)))
-        return sums[0] + multiply(second, y).astype(wide), sums[1] + multiply(first, first).astype(wide)
+        y = products.row_major(y)
+        y = y if long else products.row_major(y.T)  # moved in cache: of y.T @ y XLA makes half as much a second
+        lower, upper = products.matmul(y[half:], y.T), products.matmul(y[:half], y[:half].T)
+        return sums[0] + lower.astype(wide), sums[1] + upper.astype(wide)
 
     sums = (jnp.zeros((width - half, width), wide), jnp.zeros((half, half), wide))
-    lower, upper = total(pieces.fold(add, m, CHUNK, sums), axis)
-    return jnp.concatenate([jnp.concatenate([upper, lower[:, :half].T], axis=1), lower])
+    chunk = CHUNKS[number == 1 and width > NARROW]
+    return total(pieces.fold(add, x.shape[long], chunk, sums, None if number == 1 else (index, number)), axis)
+
+
+@jax.jit
+def _joined(parts):
+    lower, upper = jax.tree.map(lambda *own: sum(own), *parts)
+    return jnp.concatenate([jnp.concatenate([upper, lower[:, : len(upper)].T], axis=1), lower])
 
 
 def fix_signs(vt, u=None, *, axis=None):

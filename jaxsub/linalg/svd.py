@@ -84,7 +84,6 @@ def _by_qr_iterations(x):
     return tuple(jax.lax.linalg.svd(x, full_matrices=False, algorithm=jax.lax.linalg.SvdAlgorithm.QR))
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "dtype", "axis"))
 def gram_svd(x, *, rank=None, dtype=None, axis=None):
     """Singular values and vectors from the eigenproblem of the smaller Gram matrix, x @ x.T or x.T @ x.
 
@@ -115,8 +114,14 @@ def gram_svd(x, *, rank=None, dtype=None, axis=None):
     rank = operands.require_rank(size if rank is None else rank, size, "x")
     work = num_rows * columns * size
     dtype = jnp.dtype(dtype or precision.compute_dtype(str(x.dtype), work))
-    vectors_dtype = orth.compute_dtype(x)
     gram = (orth.row_gram if is_wide else orth.gram)(x, axis, dtype=dtype)
+    return _from_gram(x, gram, rank=rank, dtype=dtype, axis=axis, is_wide=is_wide)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "dtype", "axis", "is_wide"))
+def _from_gram(x, gram, *, rank, dtype, axis, is_wide):
+    vectors_dtype, size = orth.compute_dtype(x), len(gram)
+    longest = max(x.shape) if axis is None else x.shape[1] * jax.lax.axis_size(axis)
     values, vectors = jnp.linalg.eigh((gram + gram.T) / 2)
     s = jnp.sqrt(jnp.maximum(values[::-1], 0.0))
     floor = precision.gram_floor(s[0], size, dtype.name)
@@ -127,7 +132,7 @@ def gram_svd(x, *, rank=None, dtype=None, axis=None):
     # u_i.u_j of the long vectors errs by eps s_0^2 / (s_i s_j): near the floor they are no longer orthonormal.
     smallest = jnp.min(jnp.where(is_resolved[:rank], s[:rank], s[0]))
     loose = float(jnp.finfo(dtype).eps) / float(jnp.finfo(vectors_dtype).eps)
-    limit = 4 * max(num_rows, columns) ** 0.5
+    limit = 4 * longest**0.5
     # And their product with x rounds by eps s_0 / s_i of its own dtype.
     is_loose = (loose * s[0] ** 2 > limit * smallest**2) | (s[0] > limit * smallest)
     if is_wide:

@@ -88,7 +88,7 @@ def _dense(plan, group, mesh, base):
 
     # What each step over a block adds to them.
     pieces = gram.num_pieces(width // mesh.size, mesh, stored)
-    steps = [pieces * (2 * wide * n * min(width, gram.CHUNK) + 8 * 8 * n**2)]
+    steps = [pieces * (2 * wide * n * min(width, gram.PRODUCT) + 8 * 8 * n**2)]
     if plan.sketched_axes:
         mixed = wide * SKETCHES * width
         now = sum(8 * TESTS * (plan.rows if a == 0 else shape[a]) for a in plan.sketched_axes)
@@ -123,7 +123,7 @@ def _dense_device(plan, mesh):
     tests = sum(wide * TESTS * (plan.rows if a == 0 else shape[a]) for a in plan.sketched_axes)
     results = 8 * n**2 + tests
     pieces = gram.num_pieces(width, mesh, stored)
-    steps = [mixed * min(pieces, 2) + pieces * (3 * wide * n * min(width, gram.CHUNK) + 4 * 8 * n**2)]
+    steps = [mixed * min(pieces, 2) + pieces * (3 * wide * n * min(width, gram.PRODUCT) + 4 * 8 * n**2)]
     if plan.sketched_axes:
         dealt = math.prod(shape) if mesh.size > 1 else 0  # a mixture as it comes from all devices
         steps.append(mixed + (dealt + max(_sketch(plan, axis) for axis in plan.sketched_axes)) * wide)
