@@ -118,7 +118,7 @@ def _dense_local(x, weights, first, width, dtype):
 
     def step(start, size, carry):
         sums, fourths, mixed = carry
-        z = jax.lax.dynamic_slice_in_dim(x, first + start, size, axis=1).astype(dtype)
+        z = products.row_major(jax.lax.dynamic_slice_in_dim(x, first + start, size, axis=1).astype(dtype))
         mean = jnp.mean(z, axis=0)
         y = products.row_major(z - mean)
         lower = products.matmul(y[half:], y.T).astype(wide)
