@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxsub.linalg import dealt, pieces, products, unfold
 
-FEW = 512  # columns a piece of short axes, whose product one thread does, and of programs side by side
-NARROW = 128
+FEW = 512  # columns a piece of axes up to NARROW, whose product one thread does, and of programs side by side
+NARROW = 64
 COLUMNS = 1024, 4096  # columns a piece of others, least and most; 8192 loses where memory is slow
 ENTRIES = 2**20  # of a piece, which decide in between: of 1024 x 4096 XLA holds six copies
 ELEMENTS = 2**18  # and at least this many entries a piece: short axes
