@@ -1,10 +1,11 @@
-"""Host memory: arrays that devices can use in place, and giving back what is free."""
+"""The host: arrays that devices can use in place, giving back memory that is free, and how many cores there are."""
 
 import contextlib
 import ctypes
 import gc
 import math
 import mmap
+import os
 
 import numpy as np
 
@@ -27,6 +28,11 @@ def aligned(x, dtype):
     found = zeros(x.shape, dtype)
     found[...] = x
     return found
+
+
+def cores():
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_at_once():

@@ -114,12 +114,7 @@ def _mean_gram(a, b, scales, dtype):
         block = jax.lax.dynamic_slice_in_dim(left, start, number)
         return products.row_major(products.row_major(products.matmul(block, right)).T)
 
-    size = min(BLOCK, rows)
-    sums = grams.accumulate(rows // size, size, lambda j: piece(j * size, size), grams.zeros(right.shape[1]))
-    last = rows % size
-    if last:
-        sums = grams.accumulate(1, last, lambda _: piece(rows - last, last), sums)
-    return grams.assemble(sums)
+    return grams.assemble(grams.accumulate_pieces(rows, min(BLOCK, rows), 1, piece, grams.zeros(right.shape[1])))
 
 
 def _mean_factors(a, b, scales, dtype):

@@ -63,9 +63,7 @@ def dense_gram(x, weights, *, mesh, dtype):
     kernel = functools.partial(_dense_gram, width=width // count, mesh=mesh, dtype=dtype)
     if count == 1:
         return kernel(x, weights, np.int32(0))
-    x = jax.device_put(x)  # once for all
-
-    parts = pieces.side_by_side(lambda index: kernel(x, weights, np.int32(index * (width // count))), count)
+    parts = pieces.side_by_side(lambda x, index: kernel(x, weights, index * np.int32(width // count)), x, count)
     return _joined(*zip(*parts, strict=True))
 
 

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsub.linalg import dealt, pieces, products, unfold
 
@@ -48,8 +47,8 @@ def mode_gram(x, *, axis, dtype):
     number = pieces.programs(x, before * after // FEW) if mesh is None and size > SHORT else 1
     if number == 1:
         return _mode_gram(x, axis=axis, dtype=dtype, mesh=mesh)
-    x = jax.device_put(x)  # once for all
-    return _joined(pieces.side_by_side(lambda i: _share(x, np.int32(i), axis=axis, dtype=dtype, number=number), number))
+    kernel = functools.partial(_share, axis=axis, dtype=dtype, number=number)
+    return _joined(pieces.side_by_side(kernel, x, number))
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "mesh"))
@@ -107,12 +106,17 @@ def _gathered(x, number, dtype, share):
             z = jnp.transpose(z.reshape(number, size, after), (0, 2, 1)).reshape(number * after, size)
         return _rows(products.row_major(z).T, dtype)
 
-    left = before % number
+    return accumulate_pieces(before, number, after, piece, zeros(size), share)
+
+
+def accumulate_pieces(length, number, width, piece, sums, share=None):
+    """`accumulate` over `length` in pieces (start, number), each (d, number * width), the last one shorter."""
+    left = length % number
 
     def last(sums):
-        return accumulate(1, left * after, lambda _: piece(before - left, left), sums) if left else sums
+        return accumulate(1, left * width, lambda _: piece(length - left, left), sums) if left else sums
 
-    return accumulate(before // number, number * after, lambda j: piece(j * number, number), zeros(size), last, share)
+    return accumulate(length // number, number * width, lambda j: piece(j * number, number), sums, last, share)
 
 
 def _rows(piece, dtype):

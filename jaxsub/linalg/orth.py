@@ -12,7 +12,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsub import errors
 from jaxsub.linalg import pieces, products
@@ -65,10 +64,8 @@ def _gram(x, axis, dtype, long):
     number = pieces.programs(x, x.shape[long] // FEW) if x.shape[1 - long] >= NARROW else 1
     if number == 1:
         return _joined([_gram_sums(x, axis=axis, dtype=dtype, long=long)])
-    x = jax.device_put(x)  # once for all
-    return _joined(
-        pieces.side_by_side(lambda i: _gram_sums(x, np.int32(i), dtype=dtype, long=long, number=number), number)
-    )
+    kernel = functools.partial(_gram_sums, dtype=dtype, long=long, number=number)
+    return _joined(pieces.side_by_side(kernel, x, number))
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "long", "number"))

@@ -5,11 +5,13 @@ On CPU the threads of one program wait for one another after every product, and 
 take a share of them each, from threads of their own.
 """
 
-import os
 from concurrent import futures
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxsub import hostmemory
 
 MANY = 16  # pieces a program, at least
 MOST = 8  # programs
@@ -55,17 +57,16 @@ def programs(x, count):
 
 def number(count):
     """Number of programs that `count` pieces are worth on this machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, MOST, count // MANY))
+    return max(1, min(hostmemory.cores(), MOST, count // MANY))
 
 
-def side_by_side(kernel, number):
-    """[kernel(0), ..., kernel(number - 1)], each from a thread of its own; waited for."""
-    is_wide = jax.config.jax_enable_x64
+def side_by_side(kernel, x, number):
+    """[kernel(x, 0), ..., kernel(x, number - 1)], each from a thread of its own; waited for."""
+    is_wide, x = jax.config.jax_enable_x64, jax.device_put(x)  # once for all
 
     def run(index):
         with jax.enable_x64(is_wide):  # threads do not inherit it
-            return jax.block_until_ready(kernel(index))
+            return jax.block_until_ready(kernel(x, np.int32(index)))
 
     with futures.ThreadPoolExecutor(number) as pool:
         return list(pool.map(run, range(number)))

@@ -114,6 +114,7 @@ def gram_svd(x, *, rank=None, dtype=None, axis=None):
     rank = operands.require_rank(size if rank is None else rank, size, "x")
     work = num_rows * columns * size
     dtype = jnp.dtype(dtype or precision.compute_dtype(str(x.dtype), work))
+    x = jax.device_put(x)  # once for both kernels
     gram = (orth.row_gram if is_wide else orth.gram)(x, axis, dtype=dtype)
     return _from_gram(x, gram, rank=rank, dtype=dtype, axis=axis, is_wide=is_wide)
 

@@ -38,8 +38,7 @@ def count(wanted, zoos):
     """Processes for so many zoos: `wanted`, or where that is 0 one a core, within memory; 1 on accelerators."""
     if jax.default_backend() != "cpu":
         return 1  # a process takes all memory of a device
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = wanted or min(cores, hostmemory.available() // BYTES)
+    most = wanted or min(hostmemory.cores(), hostmemory.available() // BYTES)
     return max(1, min(most, zoos))
 
 

@@ -348,3 +348,10 @@ def test_another_algorithm_where_lapack_gives_up(monkeypatch, fails):
         np.testing.assert_allclose(one, other, atol=1e-6)
     if not fails:
         assert np.isnan(jax.jit(lambda x: svd.thin_svd.__wrapped__(x))(x.at[2, 3].set(jnp.nan)).s).all()
+
+
+def test_a_host_array_is_transferred_once(monkeypatch):
+    given, kernel = [], svd._from_gram
+    monkeypatch.setattr(svd, "_from_gram", lambda x, *more, **options: given.append(x) or kernel(x, *more, **options))
+    svd.gram_svd(np.eye(3, 8, dtype=np.float32))
+    assert [type(x) for x in given] == [type(jnp.zeros(1))]
