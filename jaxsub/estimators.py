@@ -14,7 +14,7 @@ import math
 import jax
 import numpy as np
 
-from jaxsub import precision
+from jaxsub import hostmemory, precision
 from jaxsub.linalg import svd, tucker, unfold
 
 
@@ -114,7 +114,7 @@ class _PCA(_Estimator):
         del y
         x = self._rows(X, least=2)
         mean, centred, power = _centred(x)
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), hostmemory.one_blas_thread(min(x.shape)):
             s, components, energy = self._decompose(centred)
         self.mean_ = mean.astype(x.dtype)
         self.components_ = components.astype(x.dtype)
@@ -235,7 +235,7 @@ class Tucker(_Estimator):
         rule = {"ranks": (None, *self.ranks)} if self.ranks else {"energy": self.energy}
         if not self.ranks:
             rule["axes"] = tuple(range(1, stack.ndim))
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), hostmemory.one_blas_thread(max(stack.shape)):
             found = tucker.sthosvd(stack, dtype="float64", **rule)
             self.factors_ = [np.asarray(f, x.dtype) for f in found.factors[1:]]
             self.relative_error_ = float(found.error)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import errors, solvers, stacks, subspace
+from jaxsub import errors, hostmemory, solvers, stacks, subspace
 from jaxsub.decompositions import _fit
 
 FLAG = "solved_again"
@@ -34,9 +34,11 @@ def fit(plugin, stack, options, key):
         SolverError: neither way gives finite numbers.
     """
     try:
-        found = plugin.fit(stack, options, key)
-        if _is_finite(found):
-            return found
+        side = stack.num_models if hasattr(plugin, "BY_ROWS") else max(stack.num_models, *stack.shape)
+        with hostmemory.one_blas_thread(side):
+            found = plugin.fit(stack, options, key)
+            if _is_finite(found):
+                return found
     except FloatingPointError:
         found = None
     name = plugin.__name__.rpartition(".")[2]

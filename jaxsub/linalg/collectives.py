@@ -50,11 +50,17 @@ def gram_svd(rows, rank, itemsize=4):
     return [*short_gram(rows), (REDUCE, 2 * itemsize * rank)]
 
 
-def randomized_svd(rows, rank, size, passes, itemsize=4):
-    """`svd.randomized_svd` with the range finder "power", l = `size` test vectors: (N, l) products and (l, l) Grams.
+def randomized_svd(rows, rank, size, passes, range_finder="power", itemsize=4):
+    """`svd.randomized_svd` with l = `size` test vectors: (N, l) products and (l, l) Gram matrices.
 
     Between passes the long side is orthonormalised, in two rounds each time. The energy of x goes with the first.
+    "krylov" is told for an even number of passes; its core is of l * passes / 2 vectors.
     """
+    if range_finder == "krylov":
+        blocks = passes // 2
+        (kind, first), second = short_gram(size * blocks, 2)
+        small = [*short_gram(size, 2 * (blocks - 1)), (kind, first + WIDE), second, (REDUCE, 2 * itemsize * rank)]
+        return times_tests(rows, size, itemsize) * blocks + small
     products = times_tests(rows, size, itemsize) * ((passes + 1) // 2)
     small = short_gram(size, passes // 2 * 2 - 1)
     [(kind, last)] = short_gram(size)

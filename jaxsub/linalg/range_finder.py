@@ -2,15 +2,16 @@
 
     pass 1: y = x t      pass 2: z = y.T x      pass 3: y = x z.T  ...        orthonormalised between passes
 
-The last pass belongs to whoever uses the basis: a range finder for `passes` in all makes passes - 1 products with x.
-With an even number the basis is of the column space, (N, m), and the last product is basis.T @ x; with an odd one of
-the row space, (m, D), and the last product is x @ basis.T (Bjarkason 2019: any number of passes from 2 on is of use).
-Rows or columns of the basis are orthonormal, or zero where x has no more directions.
+With an even number the basis is of the column space, (N, m), and the last product, the image, is basis.T @ x; with an
+odd one of the row space, (m, D), and the image is x @ basis.T (Bjarkason 2019: any number from 2 on is of use). Rows
+or columns of the basis are orthonormal, or zero where x has no more directions.
 
 Inside shard_map x is (N, local D) and `axis` the mesh axis of D. Long arrays are never gathered; an odd pass adds up
 N * l numbers, an orthonormalisation 2 * l**2 of the long side. Products come out row-major, each in the order that is
 fast on CPU: written as x.T @ y, every second pass takes 4 to 8 times as long.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,13 @@ from jaxsub import errors
 from jaxsub.linalg import operands, orth, products
 
 UNROLLED = 3  # power iterations
+
+
+class Range(NamedTuple):
+    """What a range finder returns."""
+
+    basis: jax.Array  # (N, m) orthonormal or zero columns for even passes, else (m, D) such rows
+    image: jax.Array  # (m, D) basis.T @ x for even passes, else (N, m) x @ basis.T
 
 
 def times_tests(x, zt, axis=None):
@@ -32,16 +40,16 @@ def tests_times(y, x):
 
 
 def power(x, tests, *, passes, axis=None):
-    """Basis from power iterations of x @ x.T on the test matrix.
+    """Range from power iterations of x @ x.T on the test matrix.
 
     Args:
         x: (N, D) float32 or float64; inside shard_map its local columns.
         tests: (D, l) test matrix, dtype of x; l is rank + oversample.
-        passes: passes over x including the caller's last one, at least 2, static.
+        passes: products with x, at least 2, static.
         axis: mesh axis of D inside shard_map, or None.
 
     Returns:
-        (N, l) orthonormal or zero columns if `passes` is even, else (l, D) orthonormal or zero rows.
+        Range with m = l.
 
     Raises:
         ConfigError: for fewer than two passes.
@@ -65,8 +73,10 @@ def power(x, tests, *, passes, axis=None):
     # Few rounds are unrolled (products in a loop were a fifth slower); many are one compiled body.
     y = jax.lax.fori_loop(0, rounds, twice, y, unroll=rounds if 0 < rounds <= UNROLLED else 1)
     if is_left:
-        return orth.cholesky_qr2(y)[0]
-    return orth.cholesky_lq2(tests_times(orth.regularised(y) * scale, x), axis)[0]
+        basis = orth.cholesky_qr2(y)[0]
+        return Range(basis, tests_times(basis, x))
+    basis = orth.cholesky_lq2(tests_times(orth.regularised(y) * scale, x), axis)[0]
+    return Range(basis, times_tests(x, basis, axis))
 
 
 def _scale(y):
@@ -79,15 +89,17 @@ def _scale(y):
 
 
 def krylov(x, tests, *, passes, axis=None):
-    """Basis of the block Krylov space of x @ x.T and x @ tests: wider than `power`'s, and nearer to the range.
+    """Block Krylov space of x @ x.T and x @ tests: wider than the range of `power`, at the same cost of products.
 
     Args: as for `power`; N and D must be at least l * (passes // 2).
 
     Returns:
-        (N, m) for even `passes`, else (m, D), where m = l * (passes // 2). Orthonormal or zero.
+        Range with m = l * (passes // 2).
 
-    Every block is orthogonalised against those before it, twice. More memory and small work (m**2 (N + D)) than
-    `power`, and one wider last pass; in return slow decay needs about the square root of the passes.
+    Every block is orthogonalised against those before it, twice, and the product that the next one is made of is its
+    image: no pass is wider than l. More memory and small work (m**2 (N + D)) than `power`; in return l may be the rank
+    itself, and slow decay needs about the square root of the passes.
+    Fails on: more equal singular values than test vectors, of which l are found.
     Source: Musco and Musco 2015, Algorithm 2; blocks orthogonalised as in block Lanczos (Golub and Underwood 1977).
     """
     _check(passes)
@@ -98,24 +110,26 @@ def krylov(x, tests, *, passes, axis=None):
     first = times_tests(x, tests.T, axis)
     scale = _scale(first)
 
-    def to_block(y):
-        """(long, l) the product that the next block is made of, from y (N, l)."""
-        return y if is_left else tests_times(orth.regularised(y) * scale, x).T
-
-    def from_block(block):
-        z = orth.regularised(tests_times(block * scale, x), axis, is_wide=True) if is_left else block.T
-        return times_tests(x, z, axis) * scale
+    def next_product(image):
+        """Scaled product that the next block is made of, (N, l), from the image of the last one."""
+        if not is_left:
+            return image * scale
+        return times_tests(x, orth.regularised(image * scale, axis, is_wide=True), axis) * scale
 
     # A loop, not unrolled: orth.cholesky_qr2 with its fallbacks takes a second to compile, and six passes had seven.
     def step(j, carry):
-        basis, y = carry
-        block = _next_block(to_block(y), basis, j > 0, long_axis)
+        basis, image, y = carry
+        long = y if is_left else tests_times(orth.regularised(y) * scale, x).T
+        block = _next_block(long, basis, j > 0, long_axis)
+        new = tests_times(block, x) if is_left else times_tests(x, block.T, axis)
         basis = jax.lax.dynamic_update_slice_in_dim(basis, block, j * count, axis=1)
-        return basis, jax.lax.cond(j + 1 < blocks, from_block, lambda _: y, block)
+        image = jax.lax.dynamic_update_slice_in_dim(image, new, j * count, axis=0 if is_left else 1)
+        return basis, image, jax.lax.cond(j + 1 < blocks, next_product, lambda _: y, new)
 
     basis = jnp.zeros((rows, blocks * count), x.dtype)
-    basis, _ = jax.lax.fori_loop(0, blocks, step, (basis, first * scale))
-    return basis if is_left else basis.T
+    image = jnp.zeros((blocks * count, x.shape[1]) if is_left else (x.shape[0], blocks * count), x.dtype)
+    basis, image, _ = jax.lax.fori_loop(0, blocks, step, (basis, image, first * scale))
+    return Range(basis if is_left else basis.T, image)
 
 
 def _next_block(y, basis, has_earlier, axis):

@@ -199,16 +199,16 @@ def randomized_svd(
     count = min(rank + oversample, num_rows, columns)
     start = 0 if axis is None else jax.lax.axis_index(axis) * width
     tests = sketch.named(test)(key, width, count, start=start).astype(x.dtype)
-    basis = ranges.named(range_finder)(x, tests, passes=passes, axis=axis)
+    basis, image = ranges.named(range_finder)(x, tests, passes=passes, axis=axis)
     size = basis.shape[1] if passes % 2 == 0 else basis.shape[0]
     if not rank <= size <= min(num_rows, columns):
         raise errors.ConfigError(f"a basis of {size} vectors for rank {rank} of ({num_rows}, {columns}): fewer passes?")
     if passes % 2 == 0:
-        other, core = orth.cholesky_lq2(ranges.tests_times(basis, x), axis)
+        other, core = orth.cholesky_lq2(image, axis)
         u, s, vt = small_svd(core.T)
         u, vt = products.matmul(basis, u[:, :rank]), products.matmul(vt[:rank], other)
     else:
-        other, core = orth.cholesky_qr2(ranges.times_tests(x, basis, axis))
+        other, core = orth.cholesky_qr2(image)
         u, s, vt = small_svd(core)
         u, vt = products.matmul(other, u[:, :rank]), products.matmul(vt[:rank], basis)
     # A solver that failed gives NaN, which stays one: it is no value under the rounding.

@@ -4,7 +4,9 @@ The model is the longer of arithmetic and reading at this machine's measured rat
 is counted, not timed; scripts/weak_scaling.py foretells larger machines from the same counts.
 
 One process; the project and its peers take turns (A B C, C B A, ...), inputs are where each wants them, and medians are
-compared. A machine is noisy: believe ratios within a run, not seconds across runs.
+compared. Before a sample everybody rests, until threads of the one before have stopped spinning, and makes a call that
+does not count. The project's kernels have one BLAS thread, as in `fit`; peers have all. A machine is noisy: believe
+ratios within a run, not seconds across runs.
 """
 
 import dataclasses
@@ -15,13 +17,15 @@ import time
 
 import numpy as np
 
-from jaxsub import errors, plugins
+from jaxsub import errors, hostmemory, plugins
 from jaxsub.linalg import collectives
 from jaxsub.report import _write
 
 SCHEMA, RECORD = "jaxsub.bench/1", "bench.json"
 SAMPLE_SECONDS = 0.15  # short calls are repeated until a sample is this long
 DEVICES = 8  # that communication is counted for
+REST_SECONDS = 0.3  # before a sample
+WARM_SECONDS = 2  # calls that take longer are not made once more before each sample
 OTHERS = 0.08  # share of all cores that other processes may take in a sample; else it is set aside
 
 
@@ -71,7 +75,7 @@ def run(config, workdir=None, progress=None):
 def _measure(module, config, limits):
     options = module.QUICK if config.quick else module.Options()
     problem = module.problem(options, np.random.default_rng(config.seed))
-    calls = {"jaxsub": module.ours(problem, options)}
+    calls = {"jaxsub": _quiet(module.ours(problem, options))}
     if config.peers:
         calls |= module.peers(problem, options)
     first, results, memory = {}, {}, {}
@@ -118,20 +122,29 @@ def _measure(module, config, limits):
     }
 
 
+def _quiet(call):
+    def with_one_thread():
+        with hostmemory.one_blas_thread():
+            return _finished(call())
+
+    return with_one_thread
+
+
 def _interleaved(calls, rounds):
     """(name -> median seconds a call, name -> clean samples), the calls taking turns, every second round backwards.
 
     Samples in which other processes took more than OTHERS of the cores are set aside; where fewer than half are left,
     all count, and the number of clean ones says so.
     """
-    counts = {}
-    for name, call in calls.items():
-        seconds, _ = _timed(call)
-        counts[name] = max(1, int(SAMPLE_SECONDS / max(seconds, 1e-6)))
+    once = {name: _timed(call)[0] for name, call in calls.items()}
+    counts = {name: max(1, int(SAMPLE_SECONDS / max(seconds, 1e-6))) for name, seconds in once.items()}
     samples = {name: [] for name in calls}
     for turn in range(rounds):
         order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
         for name in order:
+            time.sleep(REST_SECONDS)
+            if once[name] < WARM_SECONDS:
+                _finished(calls[name]())
             before, started = _foreign_seconds(), time.perf_counter()
             for _ in range(counts[name]):
                 _finished(calls[name]())

@@ -11,7 +11,6 @@ import os
 import time
 
 import numpy as np
-import threadpoolctl
 
 from jaxsub import collection, errors, formats, hostmemory, reading, verdict
 from jaxsub.pipelines import lora, memory
@@ -125,7 +124,7 @@ def _eigen():
         np.linalg.eigvalsh(x)
         return time.perf_counter() - started
 
-    with threadpoolctl.threadpool_limits(1, "blas"):  # as an analysis makes them
+    with hostmemory.one_blas_thread():  # as an analysis makes them
         return min(one() for _ in range(5)) / EIGEN_SIZE**3
 
 

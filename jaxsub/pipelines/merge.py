@@ -11,8 +11,6 @@ import json
 import os
 import shutil
 
-import threadpoolctl
-
 from jaxsub import config as configs, errors, formats, hostmemory, lineup, plugins, rows, solvers
 from jaxsub.bundle import files as bundle_files
 from jaxsub.pipelines import (
@@ -112,7 +110,7 @@ def run(config, workdir=None, *, stream=None):
         def work(left):
             ready = prepared if left is opened else _prepare(left, config, module)
             # BLAS threads spin against XLA's and the readers': an SVD of 1024 x 1024 took 17 s instead of 0.9.
-            with threadpoolctl.threadpool_limits(1, "blas"):
+            with hostmemory.one_blas_thread():
                 return _merge(ready, config, module, options, part, identity, stream)
 
         place, record = aside.going_on(work, opened, config, least=1)

@@ -23,9 +23,8 @@ import time
 
 import jax
 import numpy as np
-import threadpoolctl
 
-from jaxsub import config as configuration, errors
+from jaxsub import config as configuration, errors, hostmemory
 from jaxsub.formats import _files
 from jaxsub.pipelines import (
     merge_bench_case as cases,
@@ -162,7 +161,7 @@ def run(config, workdir=None, *, stream=None):
         opened = sources.User.open(config) if config.collection else None
         identity = _identity(config, own, opened)
         stack.enter_context(workdirs.hold(place, identity, restart=config.restart, break_lock=config.break_lock))
-        stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))  # its threads spin against XLA's; see `merge`
+        stack.enter_context(hostmemory.one_blas_thread())
         started = time.perf_counter()
         found = {"schema": SCHEMA, "config": configuration.to_dict(own), "collections": []}
         if opened is not None:
@@ -208,7 +207,7 @@ def _plan(own, methods, worlds):
 def score_zoo(own, methods, place, world, number, stream):
     """Scores one zoo of the bench's worlds: the one with index `world`, its zoo `number`; what is there is kept."""
     one = sources.World(sources.parse(own.worlds[world]), own, place, own.seed + number, stream)
-    with threadpoolctl.threadpool_limits(1, "blas"):
+    with hostmemory.one_blas_thread():
         _zoo(one, number, own.seeds, own, methods, place, stream)
 
 

@@ -11,7 +11,7 @@ import os
 import time
 from concurrent import futures
 
-from jaxsub import errors, plugins, solvers
+from jaxsub import errors, hostmemory, plugins, solvers
 from jaxsub.pipelines import plan, provenance
 
 MAX_NEAR_COPIES = 1000
@@ -100,11 +100,9 @@ class Session:
 
     def run(self):
         """The Report; None but on process 0."""
-        import threadpoolctl
-
         # BLAS threads spin against XLA's and the readers': an eigenproblem of 121 models took 8 ms instead of 0.6.
         # Layers, not their small matrices, are what is worked on in parallel.
-        with threadpoolctl.threadpool_limits(1, "blas"):
+        with hostmemory.one_blas_thread():
             return self._run_pass()
 
     def _run_pass(self):

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from jaxsub import collection, errors, formats
+from jaxsub import collection, errors, formats, hostmemory
 from jaxsub.pipelines import plan, workdir as workdirs
 from jaxsub.report import _write
 
@@ -121,6 +121,7 @@ def run(config, workdir=None, *, stream=None):
             stack.enter_context(held)
             if config.restart:
                 _forget(workdir)
+        stack.enter_context(hostmemory.one_blas_thread())
         return _train(config, setup, workdir, stream)
 
 
