@@ -18,8 +18,8 @@ from jaxsub import errors
 from jaxsub.linalg import dealt, products
 
 WIDE = 256  # trailing width from which slices (d, after) multiply well as they lie; under it, rows are gathered
-PIECE = 2**20  # entries of slices that go through several products together
-ROWS = 4096  # rows gathered for one product: with 9 entries an axis (3 x 3 kernels) 2 to 4 times faster than einsum
+SMALL = 16  # entries that are multiplied as one row: 3 x 3 kernels take a third of the time
+PIECE = 2**21  # entries that are gathered for one product, and of slices that go through several together
 
 
 def view(shape, axis):
@@ -125,14 +125,18 @@ def mode_product(x, factor, axis, *, dtype=None):
 def _local(x, factor, *, axis):
     before, size, after = view(x.shape, axis)
     rank = factor.shape[0]
-    rows = divisor(before, max(1, ROWS // after))
-    if before == 1:
+    rows = divisor(before, max(1, PIECE // (size * after)))
+    if size * after <= SMALL:  # some groups as one, by a matrix with the factor along its diagonal
+        group = divisor(before, SMALL // (size * after))
+        many = jnp.kron(jnp.eye(group, dtype=factor.dtype), jnp.kron(factor, jnp.eye(after, dtype=factor.dtype)))
+        y = products.row_major(products.matmul(x.reshape(-1, many.shape[1]), many.T))
+    elif before == 1:
         y = products.row_major(products.matmul(factor, x.reshape(size, after)))
     elif after == 1:
         y = products.row_major(products.matmul(x.reshape(before, size), factor.T))
     elif after >= WIDE:
         y = jax.lax.map(lambda z: products.row_major(products.matmul(factor, z)), x.reshape(before, size, after))
-    elif 8 * rows * after >= min(ROWS, before * after):
+    elif 8 * rows * size * after >= min(PIECE, x.size):
         y = jax.lax.map(
             lambda z: _row_product(z, factor), x.reshape(before // rows, rows, size, after)
         )  # a short trailing axis is moved in cache, a block at a time
@@ -195,7 +199,8 @@ def _products(x, factors, dtype):
 @functools.partial(jax.jit, static_argnames=("axes", "dtype", "mesh"))
 def _mode_products(x, factors, *, axes, dtype, mesh):
     def local(x, *factors):
-        return in_pieces(lambda z: chain(z.astype(dtype), factors, axes), x, 0 not in axes)
+        is_held = len(factors) > 1 or x.dtype != dtype  # something between x and the result
+        return in_pieces(lambda z: chain(z.astype(dtype), factors, axes), x, is_held and 0 not in axes)
 
     return dealt.each(local, mesh)(x, *factors)
 
@@ -209,9 +214,10 @@ def chain(x, factors, axes):
 
 def in_pieces(function, x, is_free=True):
     """`function` of x (N, ...), which takes its slices apart, over pieces of at most PIECE entries; to be traced."""
-    count, number = len(x), max(1, PIECE * len(x) // max(x.size, 1))
-    if not is_free or number >= count:
+    count, most = len(x), max(1, PIECE * len(x) // max(x.size, 1))
+    if not is_free or most >= count:
         return function(x)
+    number = -(-count // -(-count // most))  # as even as can be
     one = jax.eval_shape(function, x[:number])
 
     def piece(j, found):
