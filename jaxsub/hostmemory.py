@@ -16,9 +16,7 @@ WORTHWHILE = 8 * 2**20
 THREADED = 2048  # float32 on two cores: 0.72 s with one thread, 0.50 with two; 1024: 0.11 and 0.10
 M_MMAP_THRESHOLD = -3  # of malloc.h
 _trimmed = 0  # bytes resident after the last `trim`
-_lock = threading.Lock()  # of the two that follow
-_limit = contextlib.ExitStack()  # gives BLAS its threads back
-_within = 0  # calls that are inside `one_blas_thread`
+_one = threading.RLock()  # of the thread that is inside `one_blas_thread`
 
 
 def zeros(shape, dtype):
@@ -43,28 +41,18 @@ def cores():
 
 @contextlib.contextmanager
 def one_blas_thread(side=0):
-    """Within it BLAS and LAPACK, also those that XLA calls on CPU, work with one thread; nested and from any thread.
-
-    Nothing is limited for eigenproblems of a `side` from THREADED on, which take less time with all of them.
+    """Within it BLAS and LAPACK, also those that XLA calls on CPU, work with one thread; all of the process.
 
     OpenBLAS gives matrices from 32 x 32 on to all its threads, and these then spin for more than 80 ms waiting for the
     next: six products of a randomized SVD with their small factorisations took 425 ms on two cores instead of 248.
+    Nothing is limited for eigenproblems of a `side` from THREADED on, which take less time with all threads, nor where
+    another thread of the process is within: the limit is its own to lift, as threadpoolctl has it.
     """
-    global _within
-    if side >= THREADED:
+    with contextlib.ExitStack() as stack:
+        if side < THREADED and _one.acquire(blocking=False):
+            stack.callback(_one.release)
+            stack.enter_context(_blas().limit(limits=1, user_api="blas"))
         yield
-        return
-    with _lock:
-        if not _within:
-            _limit.enter_context(_blas().limit(limits=1, user_api="blas"))
-        _within += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _within -= 1
-            if not _within:
-                _limit.close()
 
 
 @functools.cache

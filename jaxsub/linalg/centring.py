@@ -4,7 +4,8 @@ Features are taken a chunk at a time. XLA on CPU would hold the whole stack in f
 own memory analysis, and take five to ten times as long (128 MiB: 730 ms, in chunks 97; jax 0.10.2).
 
 What rounding leaves of a mean is the same for all models, a direction of its own that can be over the floor; so it is
-taken off as well: the mean is (2, ...), itself and what is left without it.
+taken off as well: the mean is (2, ...), itself and what is left without it. Both are barred from fusion: XLA would take
+sum * (1 / N) off in one rounding where float64 is subtracted, another mean than the one that `left` is of.
 """
 
 import concurrent.futures
@@ -110,7 +111,8 @@ def _means(x, shared):
             return jax.lax.dynamic_update_slice_in_dim(found, jnp.stack([first, rest]), start, 1)
 
         width = flat.shape[1]
-        return pieces.fold(put, width, CHUNK, jnp.zeros((2, width), dtype)).reshape(2, *x.shape[1:])
+        found = pieces.fold(put, width, CHUNK, jnp.zeros((2, width), dtype))
+        return jax.lax.optimization_barrier(found.reshape(2, *x.shape[1:]))
 
     if shared is None:
         return local(x)
@@ -134,4 +136,5 @@ def _mean_of_columns(x, present, count, first, axis, mesh):
         sizes = [size if a == axis else 1 for a, size in enumerate(x.shape[1:])]
         return jax.lax.fori_loop(0, len(x), add, jnp.zeros(sizes, jnp.float64))
 
-    return (dealt.sums(total, mesh)((x, present), first) / number).astype(first.dtype)
+    sums = dealt.sums(total, mesh)((x, present), first)
+    return jax.lax.optimization_barrier((sums / number).astype(first.dtype))

@@ -41,6 +41,24 @@ def test_mode_products_equal_the_twin(shape, rank):
         assert np.abs(got - want).max() <= 4e-7 * np.sqrt(size) * np.abs(want).max()  # size-term float32 sums
 
 
+@pytest.mark.parametrize("shape", [(11, 6, 5), (7, 12, 4, 2), (13, 5, 3, 3), (10, 300, 3)])
+def test_pieces_change_nothing(shape, monkeypatch):
+    """Of few entries each, so that there are many, the last of another length, and blocks of rows within."""
+    monkeypatch.setattr(unfold, "PIECE", 40)
+    x = tensor(shape, 5)
+    factors = [None, *(tensor((2, d), 6 + d) for d in shape[1:])]
+    for axis in range(1, len(shape)):
+        one = [f if a == axis else None for a, f in enumerate(factors)]
+        want = reference.mode_products(x, one)
+        np.testing.assert_allclose(unfold.mode_product(x, factors[axis], axis), want, rtol=2e-5, atol=2e-5)
+    whole = reference.mode_products(x, factors)
+    half = jnp.asarray(x, jnp.bfloat16)
+    np.testing.assert_allclose(unfold.mode_products(x, factors), whole, rtol=1e-4, atol=1e-4)
+    got = unfold.mode_products(half, factors, dtype="float32")
+    want = reference.mode_products(np.asarray(half, np.float32), factors)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_products_along_several_axes_commute():
     x, fs = tensor((6, 5, 4, 3)), [tensor((2, 6)), None, tensor((3, 4)), tensor((5, 3))]
     want = reference.mode_products(np.float64(x), fs)
