@@ -34,8 +34,7 @@ def fit(plugin, stack, options, key):
         SolverError: neither way gives finite numbers.
     """
     try:
-        side = stack.num_models if hasattr(plugin, "BY_ROWS") else max(stack.num_models, *stack.shape)
-        with hostmemory.one_blas_thread(side):
+        with hostmemory.one_blas_thread(side(plugin, stack.num_models, stack.shape)):
             found = plugin.fit(stack, options, key)
             if _is_finite(found):
                 return found
@@ -50,6 +49,11 @@ def fit(plugin, stack, options, key):
     if not _is_finite(found):
         raise errors.SolverError(f"{name} and NumPy's SVD: no numbers that are finite").of(stack.name)
     return found
+
+
+def side(plugin, num_models, shape):
+    """Side of the largest eigenproblem of a decomposition: of the models, and but for rows of each weight axis."""
+    return num_models if hasattr(plugin, "BY_ROWS") else max(num_models, *shape)
 
 
 def _is_finite(space):

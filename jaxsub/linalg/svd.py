@@ -13,6 +13,7 @@ first, as statistics do; `thin_svd` takes more, from 1e-30 (1e-290), under which
 Components are rows of vt (k, D), singular values non-increasing, the largest entry of each row of vt positive; a
 component that is not told from rounding has a zero row of vt and a zero column of u. Nothing is centred here:
 pass rows that are. Call with x64 on: small matrices, energies and certificates are float64 (else errors.ConfigError).
+On CPU call within `hostmemory.one_blas_thread()`, as the programs do: threads of LAPACK spin against XLA's otherwise.
 With `axis`, inside shard_map with check_vma=False, D is sharded: u, s are replicated, vt and x are local columns.
 """
 

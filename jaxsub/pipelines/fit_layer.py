@@ -41,7 +41,8 @@ def fit(group, opened, config, rank):
     Raises:
         SolverError: numbers that are not finite came out of finite ones, also the second time; names the layer.
     """
-    with solvers.of_layer(group.name):
+    side = _again.side(module(group, config), len(group.members), group.shape or (1,))
+    with solvers.of_layer(group.name), hostmemory.one_blas_thread(side):
         found = _fitted(group, opened, config, rank)
         if not solvers.is_finite((found.values, *found.halves, np.asarray(found.subspace.mean))):
             raise errors.SolverError("coefficients that are not finite")
