@@ -144,7 +144,9 @@ class _PCA(_Estimator):
 def _centred(x):
     """(mean in float64, rows minus it times 2**-power, power), squares of which no dtype has to fear."""
     mean = x.mean(axis=0, dtype=np.float64)
-    centred = (x - mean).astype(x.dtype)
+    centred = x - mean
+    centred -= centred.mean(axis=0)  # what rounding left of the mean, the same in all rows
+    centred = centred.astype(x.dtype)
     power = precision.exponent_of(precision.largest(centred))
     return mean, np.ldexp(centred, -power) if power else centred, power
 

@@ -119,7 +119,8 @@ def gram(machine, devices, models, features, *, itemsize=4, resident=False, bloc
 
 def svd(machine, devices, models, features, *, itemsize=4, resident=False, block_bytes=BLOCK_BYTES):
     """Randomized SVD, k = 32 with 16 more test vectors, 4 passes over a stack that is read once and held."""
-    options = randomized_svd.Options(rows=models, columns=features * devices, rank=32, oversample=16, passes=4)
+    sizes = {"rows": models, "columns": features * devices, "rank": 32, "oversample": 16, "passes": 4}
+    options = randomized_svd.Options(**sizes, range_finder="power")
     flops, num_bytes = (w / devices for w in randomized_svd.work(options))
     stored = 0 if resident else itemsize * models * features
     exchanged = randomized_svd.communication(options)

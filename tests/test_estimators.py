@@ -75,3 +75,13 @@ def test_tucker_of_all_directions_is_exact_and_fewer_say_their_error(rows):
 
 def test_works_in_a_pipeline(rows):
     assert make_pipeline(StandardScaler(), estimators.GramPCA(3)).fit_transform(rows).shape == (40, 3)
+
+
+@pytest.mark.parametrize("num_models", [5, 7])
+def test_rounding_of_a_large_mean_is_no_component(num_models):
+    """Rows exactly of rank one about a base, float64."""
+    rng = np.random.default_rng(0)
+    base = np.ldexp(np.round(rng.standard_normal(3000) * 2**40), -30)
+    step = np.ldexp(np.round(rng.standard_normal(3000) * 2**12), -39)
+    x = base + np.outer(rng.integers(-3, 4, num_models).astype(float), step)
+    assert estimators.GramPCA().fit(x).n_components_ == 1

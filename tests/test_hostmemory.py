@@ -57,6 +57,22 @@ def test_who_limited_them_gives_them_back():
     assert set(threads()) == {2}
 
 
+def test_another_thread_can_limit_them_later():
+    with hostmemory.one_blas_thread():
+        pass
+    seen = []
+
+    def other():
+        seen.append(hostmemory._one.acquire(timeout=5))
+        if seen[0]:
+            hostmemory._one.release()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("module, shape, expected", [(gram, (4, 9), 1), (gram, (9, 40), 1), (hosvd, (9, 40), 2)])
 def test_decompositions_have_one_thread_but_for_large_eigenproblems(monkeypatch, module, shape, expected):
     monkeypatch.setattr(hostmemory, "THREADED", 40)

@@ -59,7 +59,7 @@ def dense_gram(x, weights, *, mesh, dtype):
     Source: method of snapshots, Sirovich 1987; centring before the product, Chan, Golub and LeVeque 1983.
     """
     width = x.shape[1] // mesh.size
-    count = 1 if isinstance(x, jax.core.Tracer) else num_pieces(width, mesh, x.dtype.itemsize)
+    count = 1 if pieces.is_traced(x, weights) else num_pieces(width, mesh, x.dtype.itemsize)
     kernel = functools.partial(_dense_gram, width=width // count, mesh=mesh, dtype=dtype)
     if count == 1:
         return kernel(x, weights, np.int32(0))

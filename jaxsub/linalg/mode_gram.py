@@ -51,6 +51,11 @@ def mode_gram(x, *, axis, dtype):
     return _joined(pieces.side_by_side(kernel, x, number))
 
 
+def num_programs(size, columns):
+    """Number of programs side by side of an axis of `size` with so many columns, on one CPU device; each has sums."""
+    return pieces.number(columns // FEW) if size > SHORT else 1
+
+
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "mesh"))
 def _mode_gram(x, *, axis, dtype, mesh=None):
     return dealt.sums(lambda x: assemble(_local(x, axis, dtype)), mesh)(x)

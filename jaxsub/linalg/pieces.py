@@ -45,14 +45,19 @@ def folds(step, whole, piece, last, carry, share=None):
 
 
 def programs(x, count):
-    """Number of programs that `count` pieces of x are worth: 1 in traced functions, and but for one CPU device.
+    """Number of programs that `count` pieces of x are worth: 1 while a function is traced, and but for one CPU device.
 
     1 for 16-bit floats too, which XLA converts whole in each program.
     """
-    if isinstance(x, jax.core.Tracer) or x.dtype.itemsize <= 2:
+    if x.dtype.itemsize <= 2 or is_traced(x):
         return 1
     devices = x.devices() if isinstance(x, jax.Array) else set(jax.local_devices()[:1])
     return number(count) if [d.platform for d in devices] == ["cpu"] else 1
+
+
+def is_traced(*arrays):
+    """Whether one of them is, or arrays would be that are made now: threads have no part in their trace."""
+    return any(isinstance(a, jax.core.Tracer) for a in (*arrays, jax.device_put(np.int32(0))))
 
 
 def number(count):

@@ -125,9 +125,11 @@ def mode_product(x, factor, axis, *, dtype=None):
 def _local(x, factor, *, axis):
     before, size, after = view(x.shape, axis)
     rank = factor.shape[0]
-    rows = divisor(before, max(1, PIECE // (size * after)))
-    if size * after <= SMALL:  # some groups as one, by a matrix with the factor along its diagonal
-        group = divisor(before, SMALL // (size * after))
+    if not x.size:
+        return jnp.zeros((*x.shape[:axis], rank, *x.shape[axis + 1 :]), x.dtype)
+    rows = _rows(before, size, after)
+    if size * after <= SMALL:  # some groups of a model as one, by a matrix with the factor along its diagonal
+        group = divisor(before // x.shape[0] if axis else 1, SMALL // (size * after))
         many = jnp.kron(jnp.eye(group, dtype=factor.dtype), jnp.kron(factor, jnp.eye(after, dtype=factor.dtype)))
         y = products.row_major(products.matmul(x.reshape(-1, many.shape[1]), many.T))
     elif before == 1:
@@ -136,13 +138,19 @@ def _local(x, factor, *, axis):
         y = products.row_major(products.matmul(x.reshape(before, size), factor.T))
     elif after >= WIDE:
         y = jax.lax.map(lambda z: products.row_major(products.matmul(factor, z)), x.reshape(before, size, after))
-    elif 8 * rows * size * after >= min(PIECE, x.size):
+    elif rows:
         y = jax.lax.map(
             lambda z: _row_product(z, factor), x.reshape(before // rows, rows, size, after)
         )  # a short trailing axis is moved in cache, a block at a time
     else:
         y = products.row_major(products.einsum("kd,bda->bka", factor, x.reshape(before, size, after)))
     return y.reshape(*x.shape[:axis], rank, *x.shape[axis + 1 :])
+
+
+def _rows(before, size, after):
+    """Slices gathered for one product of a short trailing axis; 0 where no divisor of their number is large."""
+    rows = divisor(before, max(1, PIECE // (size * after)))
+    return rows if 8 * rows * size * after >= min(PIECE, before * size * after) else 0
 
 
 def _row_product(z, factor):
@@ -199,7 +207,8 @@ def _products(x, factors, dtype):
 @functools.partial(jax.jit, static_argnames=("axes", "dtype", "mesh"))
 def _mode_products(x, factors, *, axes, dtype, mesh):
     def local(x, *factors):
-        is_held = len(factors) > 1 or x.dtype != dtype  # something between x and the result
+        # Something between x and the result: other dtypes, products, or a copy of all of it that einsum makes.
+        is_held = x.size and (len(factors) > 1 or x.dtype != dtype or not _rows(*view(x.shape, axes[0])))
         return in_pieces(lambda z: chain(z.astype(dtype), factors, axes), x, is_held and 0 not in axes)
 
     return dealt.each(local, mesh)(x, *factors)

@@ -13,6 +13,7 @@ import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
 from jaxsub.decompositions import _fit
+from jaxsub.linalg import mode_gram
 from jaxsub.pipelines import estimate, fit_streamed, plan, sharing
 
 # Bytes of compiled kernels and libraries, and of each further shape of layers: half-way between a first start, which
@@ -22,6 +23,7 @@ KERNELS, SHAPE, LARGE = 155 * 2**20, 40 * 2**20, 31 * 2**20  # of Tucker fits; L
 LAPACK_COPIES = 1.9  # of a stack of float64 rows, by its SVD
 FACTOR_COPIES, SWEEP_COPIES = 2, 5.5  # of low-rank updates' factors in the products' dtype, and where sweeps follow
 SQUARES = 32  # bytes for each entry of the largest Gram matrix: itself, scaled, and what LAPACK takes
+PROGRAM = 12  # the same for each further program that makes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,10 @@ def _tucker(group, module, config, wide):
     kept = count * math.prod(shape) * share
     # After the others an axis may be longer than what is left is wide, and needs no Gram matrix.
     later = [d for d, own in zip(shape, shares, strict=True) if 4 * kept <= own * d**2 and d > min(shape)]
-    squares = SQUARES * max(d for d in shape if not (hasattr(module, "SHRINKS") and d in later)) ** 2
+    side = max(d for d in shape if not (hasattr(module, "SHRINKS") and d in later))
+    is_cpu = jax.default_backend() == "cpu"
+    programs = mode_gram.num_programs(side, count * math.prod(shape) // max(side, 1)) if is_cpu else 1
+    squares = (SQUARES + PROGRAM * (programs - 1)) * side**2
     # Cores of all models, and of half of them in float64; of noise more than of what has structure.
     return int((2 if config.rank else 1) * kept * wide) + squares
 

@@ -98,3 +98,17 @@ def test_errors_of_a_program_are_raised():
 
     with pytest.raises(ValueError, match="second"):
         pieces.side_by_side(kernel, np.zeros(1), 2)
+
+
+def test_a_trace_around_a_concrete_array_stays_in_one_program(cores):
+    """Threads have no part in it: what they were given would be an array of a trace that is not theirs."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((512 * 40 + 3, 70)), jnp.float32)
+    mesh, weights = placement.make_mesh(1), jnp.zeros((0, 70), jnp.float32)
+    kernels = {
+        "gram": lambda: orth.gram(x),
+        "mode Gram": lambda: mode_gram.mode_gram(x, axis=1, dtype="float32"),
+        "dense": lambda: gram.dense_gram(jnp.tile(x.T, (1, 4)), weights, mesh=mesh, dtype="float32")[0].gram,
+    }
+    for name, kernel in kernels.items():
+        inside = jax.jit(lambda w, kernel=kernel: kernel() + w)(0.0)
+        np.testing.assert_allclose(inside, kernel(), rtol=1e-5, atol=1e-2, err_msg=name)

@@ -59,6 +59,21 @@ def test_pieces_change_nothing(shape, monkeypatch):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "shape, axis", [((3, 0, 2), 1), ((3, 0), 1), ((0, 5), 0), ((0, 5), 1), ((2, 3, 0), 1), ((5, 0, 300), 1)]
+)
+def test_products_of_nothing_are_zeros_or_nothing(shape, axis):
+    got = unfold.mode_product(jnp.zeros(shape), jnp.zeros((4, shape[axis])), axis)
+    assert got.shape == (*shape[:axis], 4, *shape[axis + 1 :]) and not np.asarray(got).any()
+
+
+def test_a_number_that_is_none_stays_in_its_model():
+    x = tensor((10, 3, 2))
+    x[4, 1, 0] = np.inf
+    got = np.asarray(unfold.mode_product(jnp.asarray(x), jnp.asarray(tensor((2, 3), 1)), 1))
+    assert np.isfinite(np.delete(got, 4, axis=0)).all() and not np.isfinite(got[4]).all()
+
+
 def test_products_along_several_axes_commute():
     x, fs = tensor((6, 5, 4, 3)), [tensor((2, 6)), None, tensor((3, 4)), tensor((5, 3))]
     want = reference.mode_products(np.float64(x), fs)
