@@ -127,7 +127,6 @@ def _local(x, factor, *, axis):
     rank = factor.shape[0]
     if not x.size:
         return jnp.zeros((*x.shape[:axis], rank, *x.shape[axis + 1 :]), x.dtype)
-    rows = _rows(before, size, after)
     if size * after <= SMALL:  # some groups of a model as one, by a matrix with the factor along its diagonal
         group = divisor(before // x.shape[0] if axis else 1, SMALL // (size * after))
         many = jnp.kron(jnp.eye(group, dtype=factor.dtype), jnp.kron(factor, jnp.eye(after, dtype=factor.dtype)))
@@ -138,7 +137,7 @@ def _local(x, factor, *, axis):
         y = products.row_major(products.matmul(x.reshape(before, size), factor.T))
     elif after >= WIDE:
         y = jax.lax.map(lambda z: products.row_major(products.matmul(factor, z)), x.reshape(before, size, after))
-    elif rows:
+    elif rows := _rows(before, size, after):
         y = jax.lax.map(
             lambda z: _row_product(z, factor), x.reshape(before // rows, rows, size, after)
         )  # a short trailing axis is moved in cache, a block at a time

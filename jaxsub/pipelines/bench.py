@@ -4,9 +4,10 @@ The model is the longer of arithmetic and reading at this machine's measured rat
 is counted, not timed; scripts/weak_scaling.py foretells larger machines from the same counts.
 
 One process; the project and its peers take turns (A B C, C B A, ...), inputs are where each wants them, and medians are
-compared. Before a sample everybody rests, until threads of the one before have stopped spinning, and makes a call that
-does not count. The project's kernels have one BLAS thread, as in `fit`; peers have all. A machine is noisy: believe
-ratios within a run, not seconds across runs.
+compared. Beside peers everybody rests before a sample, until threads of the one before have stopped spinning, and makes
+a call that does not count: what a rest costs, such as memory that the system took back, is nobody's. The project's
+kernels have one BLAS thread, as in `fit`; peers have all. A machine is noisy: believe ratios within a run, not seconds
+across runs.
 """
 
 import dataclasses
@@ -24,8 +25,7 @@ from jaxsub.report import _write
 SCHEMA, RECORD = "jaxsub.bench/1", "bench.json"
 SAMPLE_SECONDS = 0.15  # short calls are repeated until a sample is this long
 DEVICES = 8  # that communication is counted for
-REST_SECONDS = 0.3  # before a sample
-WARM_SECONDS = 2  # calls that take longer are not made once more before each sample
+REST_SECONDS = 0.3  # before a sample beside peers; small sizes, which are for a look, go without
 OTHERS = 0.08  # share of all cores that other processes may take in a sample; else it is set aside
 
 
@@ -84,7 +84,7 @@ def _measure(module, config, limits):
         memory[name] = _peak_growth(call)
     accuracy = {name: module.error(problem, options, result) for name, result in results.items()}
     del results
-    times, clean = _interleaved(calls, config.rounds)
+    times, clean = _interleaved(calls, config.rounds, REST_SECONDS if config.peers and not config.quick else 0)
     flops, num_bytes = module.work(options)
     exchanged = module.communication(options)
     model = max(flops / limits["flops"], num_bytes / limits["bytes"])
@@ -130,20 +130,19 @@ def _quiet(call):
     return with_one_thread
 
 
-def _interleaved(calls, rounds):
+def _interleaved(calls, rounds, rest=0):
     """(name -> median seconds a call, name -> clean samples), the calls taking turns, every second round backwards.
 
     Samples in which other processes took more than OTHERS of the cores are set aside; where fewer than half are left,
     all count, and the number of clean ones says so.
     """
-    once = {name: _timed(call)[0] for name, call in calls.items()}
-    counts = {name: max(1, int(SAMPLE_SECONDS / max(seconds, 1e-6))) for name, seconds in once.items()}
+    counts = {name: max(1, int(SAMPLE_SECONDS / max(_timed(call)[0], 1e-6))) for name, call in calls.items()}
     samples = {name: [] for name in calls}
     for turn in range(rounds):
         order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
         for name in order:
-            time.sleep(REST_SECONDS)
-            if once[name] < WARM_SECONDS:
+            if rest:
+                time.sleep(rest)
                 _finished(calls[name]())
             before, started = _foreign_seconds(), time.perf_counter()
             for _ in range(counts[name]):

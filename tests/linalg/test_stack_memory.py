@@ -42,6 +42,9 @@ KERNELS = {
     "products in float64": lambda: unfold._mode_products.lower(
         like(SHAPE), [like(f.shape, "float64") for f in FACTORS.values()], axes=(1, 2), dtype=jnp.float64, mesh=None
     ),
+    "a factor before which no number of rows goes": lambda: unfold._mode_products.lower(
+        like((3, 34843, 9, 9)), [like((4, 9))], axes=(2,), dtype=jnp.dtype("float32"), mesh=None
+    ),
 }
 
 
