@@ -58,7 +58,7 @@ def energy(x, present, given=None, *, mesh=None, shared=None):
 
     def local(parts, mean, left):
         def add(n, total):
-            y = jax.lax.dynamic_index_in_dim(parts[0], n, keepdims=False).astype(dtype) - mean - left
+            y = pieces.part(parts[0], n, 1)[0].astype(dtype) - mean - left
             return total + jnp.sum(jnp.square(jnp.where(parts[1][n], y, 0).astype(jnp.float64)))
 
         return jax.lax.fori_loop(0, len(parts[0]), add, jnp.zeros((), jnp.float64))
@@ -105,7 +105,7 @@ def _means(x, shared):
         flat = x.reshape(len(x), -1)
 
         def put(start, size, found):
-            part = jax.lax.dynamic_slice_in_dim(flat, start, size, 1)
+            part = pieces.part(flat, start, size, axis=1)
             first = jnp.mean(part.astype(jnp.float64), axis=0).astype(dtype)
             rest = jnp.mean((part.astype(dtype) - first).astype(jnp.float64), axis=0).astype(dtype)
             return jax.lax.dynamic_update_slice_in_dim(found, jnp.stack([first, rest]), start, 1)
@@ -129,7 +129,7 @@ def _mean_of_columns(x, present, count, first, axis, mesh):
         x, present = parts
 
         def add(n, sums):
-            row = jax.lax.dynamic_index_in_dim(x, n, keepdims=False).astype(first.dtype) - first
+            row = pieces.part(x, n, 1)[0].astype(first.dtype) - first
             row = row if mesh is None else jnp.where(present[n], row, 0)
             return sums + jnp.sum(row.astype(jnp.float64), axis=over, keepdims=True)
 

@@ -100,7 +100,7 @@ def residual_error(x, u, s, vt, *, axis=None):
     scaled, right = (u * s.astype(u.dtype)).astype(dtype), vt.astype(dtype)
 
     def add(start, size, sums):
-        y = jax.lax.dynamic_slice_in_dim(x, start, size).astype(dtype)
+        y = pieces.part(x, start, size).astype(dtype)
         left = jax.lax.dynamic_slice_in_dim(scaled, start, size)
         r = y - products.row_major(products.matmul(left, right))
         return sums + jnp.stack([jnp.sum(jnp.square(a.astype(jnp.float64))) for a in (r, y)])

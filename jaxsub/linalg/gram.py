@@ -59,7 +59,7 @@ def dense_gram(x, weights, *, mesh, dtype):
     Source: method of snapshots, Sirovich 1987; centring before the product, Chan, Golub and LeVeque 1983.
     """
     width = x.shape[1] // mesh.size
-    count = 1 if pieces.is_traced(x, weights) else num_pieces(width, mesh, x.dtype.itemsize)
+    count = 1 if pieces.is_traced(x, weights) else num_pieces(width, mesh)
     kernel = functools.partial(_dense_gram, width=width // count, mesh=mesh, dtype=dtype)
     if count == 1:
         return kernel(x, weights, np.int32(0))
@@ -67,12 +67,9 @@ def dense_gram(x, weights, *, mesh, dtype):
     return _joined(*zip(*parts, strict=True))
 
 
-def num_pieces(width, mesh, itemsize):
-    """Number of equal pieces of a device's columns that are worked on side by side, each by a program of its own.
-
-    One for 16-bit numbers, which XLA converts whole in each.
-    """
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or itemsize <= 2 or width // PRODUCT < MANY:
+def num_pieces(width, mesh):
+    """Number of equal pieces of a device's columns that are worked on side by side, each by a program of its own."""
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or width // PRODUCT < MANY:
         return 1
     return next(count for count in range(pieces.number(width // PRODUCT), 0, -1) if width % count == 0)
 
@@ -116,7 +113,7 @@ def _dense_local(x, weights, first, width, dtype):
 
     def step(start, size, carry):
         sums, fourths, mixed = carry
-        z = products.row_major(jax.lax.dynamic_slice_in_dim(x, first + start, size, axis=1).astype(dtype))
+        z = products.row_major(pieces.part(x, first + start, size, axis=1).astype(dtype))
         mean = jnp.mean(z, axis=0)
         y = products.row_major(z - mean)
         lower = products.matmul(y[half:], y.T).astype(wide)
@@ -174,7 +171,7 @@ def _combinations(x, weights, *, mesh, dtype):
         width = x.shape[1]
 
         def step(start, size, out):
-            z = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(dtype)
+            z = pieces.part(x, start, size, axis=1).astype(dtype)
             y = products.row_major(z - jnp.mean(z, axis=0))
             part = products.row_major(products.matmul(weights, y))
             return jax.lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
@@ -200,7 +197,7 @@ class LoraSums(NamedTuple):
     b_gram: jax.Array  # (P * own, r, r) B_n.T @ B_n
 
 
-def lora_gram(a, bt, *, deal, mesh, dtype):
+def lora_gram(a, bt, *, deal, mesh, dtype, stored="float32"):
     """Inner products of low-rank updates, <W_i, W_j> = tr((B_i.T B_j)(A_j A_i.T)); B @ A is never formed.
 
     Args:
@@ -210,29 +207,32 @@ def lora_gram(a, bt, *, deal, mesh, dtype):
         deal: pairs.Deal of the N models.
         mesh: mesh of P devices with an axis "features".
         dtype: "float32" or "float64", the dtype of the products.
+        stored: "bfloat16" where all entries are of that dtype, whatever the dtype of the arrays: products of two such
+            numbers are exact in float32, and some processors form them several times as fast (`products.takes`).
 
     Returns:
         LoraSums. Cost r**2 (o + i) multiply-adds a pair of models; no device sends anything.
 
     Fails on: large ranks; past r**2 = o i / (o + i) forming the updates is cheaper.
     """
-    return _lora_gram(a, bt, deal.table(), size=deal.size, own=deal.own, mesh=mesh, dtype=dtype)
+    factor = stored if dtype == "float32" and products.takes(stored) else dtype
+    return _lora_gram(a, bt, deal.table(), size=deal.size, own=deal.own, mesh=mesh, dtype=dtype, factor=factor)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "own", "mesh", "dtype"))
-def _lora_gram(a, bt, table, *, size, own, mesh, dtype):
-    local, dealt = functools.partial(_lora_local, size=size, own=own, dtype=dtype), P(FEATURES)
+@functools.partial(jax.jit, static_argnames=("size", "own", "mesh", "dtype", "factor"))
+def _lora_gram(a, bt, table, *, size, own, mesh, dtype, factor=None):
+    dealt = P(FEATURES)
+    local = functools.partial(_lora_local, size=size, own=own, dtype=dtype, factor=factor or dtype)
     return jax.shard_map(local, mesh=mesh, in_specs=(dealt,) * 3, out_specs=dealt, check_vma=False)(a, bt, table)
 
 
-def _lora_local(a, bt, table, *, size, own, dtype):
+def _lora_local(a, bt, table, *, size, own, dtype, factor):
     (held, rank), wide = a.shape[:2], jnp.float64
     rows_a, rows_b = (x.reshape(held * rank, x.shape[-1]) for x in (a, bt))
 
     def products_of(x, p, q):
-        left = jax.lax.dynamic_slice_in_dim(x, p * rank, size * rank).astype(dtype)
-        right = jax.lax.dynamic_slice_in_dim(x, q * rank, size * rank).astype(dtype)
-        return products.row_major(products.matmul(left, right.T)).reshape(size, rank, size, rank)
+        left, right = (pieces.part(x, start * rank, size * rank).astype(factor) for start in (p, q))
+        return products.row_major(products.of_rows(left, right, dtype)).reshape(size, rank, size, rank)
 
     def pair(t, carry):
         p, q = table[0, t, 0], table[0, t, 1]

@@ -113,7 +113,7 @@ def _update_local(stream, batch):
     weight = jnp.sqrt(count * share)
 
     def block(start, size, mean, rows):
-        z = jax.lax.dynamic_slice_in_dim(batch, start, size, axis=1).astype(jnp.float64)
+        z = pieces.part(batch, start, size, axis=1).astype(jnp.float64)
         old = jax.lax.dynamic_slice_in_dim(mean, start, size)
         own = jnp.mean(z, axis=0)
         # float64 until the means are off: a common base is many times larger than what is left.

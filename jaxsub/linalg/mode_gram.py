@@ -89,10 +89,10 @@ def _slices(x, width, dtype, share):
 
     def piece(t):
         at = (t // whole, 0, t % whole * width)
-        return _rows(jax.lax.dynamic_slice(x, at, (1, size, width))[0], dtype)
+        return _rows(pieces.box(x, at, (1, size, width))[0], dtype)
 
     def rest(j):
-        return _rows(jax.lax.dynamic_slice(x, (j, 0, whole * width), (1, size, after % width))[0], dtype)
+        return _rows(pieces.box(x, (j, 0, whole * width), (1, size, after % width))[0], dtype)
 
     def last(sums):
         return accumulate(before, after % width, rest, sums) if after % width else sums
@@ -106,7 +106,7 @@ def _gathered(x, number, dtype, share):
     x = x.reshape(before, size * after)  # an axis of one entry would have XLA copy all of x to move it
 
     def piece(start, number):
-        z = jax.lax.dynamic_slice_in_dim(x, start, number, axis=0)
+        z = pieces.part(x, start, number)
         if after > 1:
             z = jnp.transpose(z.reshape(number, size, after), (0, 2, 1)).reshape(number * after, size)
         return _rows(products.row_major(z).T, dtype)

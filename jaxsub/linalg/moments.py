@@ -76,7 +76,7 @@ def _border_local(old, new, mean, dtype):
         m = jax.lax.dynamic_slice_in_dim(mean, start, size)
 
         def centred(x):
-            z = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(jnp.float64)
+            z = pieces.part(x, start, size, axis=1).astype(jnp.float64)
             return products.row_major((z - m).astype(dtype))
 
         y, z = centred(old), centred(new)

@@ -76,7 +76,7 @@ def _gram_sums(x, index=None, *, axis=None, dtype, long, number=1):
     half = width // 2 if width >= 128 else 0
 
     def add(start, size, sums):
-        y = jax.lax.dynamic_slice_in_dim(x, start, size, long).astype(dtype)
+        y = pieces.part(x, start, size, long).astype(dtype)
         if not long:
             y = products.row_major(products.row_major(y).T) if share or width > NARROW else y.T
         lower, upper = products.matmul(y[half:], y.T), products.matmul(y[:half], y[:half].T)

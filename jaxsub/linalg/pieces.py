@@ -34,6 +34,26 @@ def fold(step, length, piece, carry, share=None):
     return folds(step, whole, piece, lambda carry: step(whole * piece, left, carry) if left else carry, carry, share)
 
 
+def part(x, start, size, axis=0):
+    """`size` entries of x along `axis` from `start` on, to be traced; see `box`."""
+    starts, sizes = [0] * x.ndim, list(x.shape)
+    starts[axis], sizes[axis] = start, size
+    return box(x, starts, sizes)
+
+
+def box(x, starts, sizes):
+    """jax.lax.dynamic_slice that makes no float32 copy of a whole bfloat16 array, to be traced.
+
+    XLA on CPU has no slices of bfloat16: it converts the operand, and takes that out of a loop over parts of it, as
+    the same in each turn (jax 0.10.2; float16 is spared). Tied to where a part begins it is another in each turn, and
+    a part alone is converted.
+    """
+    starts = tuple(jnp.asarray(at, int) for at in starts)  # of one dtype, that literals have
+    if x.dtype == jnp.bfloat16:
+        x, starts = jax.lax.optimization_barrier((x, starts))
+    return jax.lax.dynamic_slice(x, starts, sizes)
+
+
 def folds(step, whole, piece, last, carry, share=None):
     """`fold` over `whole` pieces, where what is left is up to `last`, a function of the carry to the carry."""
     if share is None:
@@ -45,11 +65,8 @@ def folds(step, whole, piece, last, carry, share=None):
 
 
 def programs(x, count):
-    """Number of programs that `count` pieces of x are worth: 1 while a function is traced, and but for one CPU device.
-
-    1 for 16-bit floats too, which XLA converts whole in each program.
-    """
-    if x.dtype.itemsize <= 2 or is_traced(x):
+    """Number of programs that `count` pieces of x are worth: 1 in traced functions, and but for one CPU device."""
+    if is_traced(x):
         return 1
     devices = x.devices() if isinstance(x, jax.Array) else set(jax.local_devices()[:1])
     return number(count) if [d.platform for d in devices] == ["cpu"] else 1

@@ -25,7 +25,7 @@ def project_rows(x, mean, basis, *, dtype, mesh=None):
 
     def local(x, mean, basis):
         def add(start, size, total):
-            part = [jax.lax.dynamic_slice_in_dim(one, start, size, -1).astype(dtype) for one in (x, mean, basis)]
+            part = [pieces.part(one, start, size, axis=-1).astype(dtype) for one in (x, mean, basis)]
             return total + products.matmul(part[0] - part[1], part[2].T).astype(jnp.float64)
 
         return pieces.fold(add, x.shape[1], CHUNK, jnp.zeros((len(x), len(basis)), jnp.float64))

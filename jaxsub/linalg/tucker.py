@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub import errors
-from jaxsub.linalg import dealt, leading, mode_gram as grams, orth, products, ranking, unfold
+from jaxsub.linalg import dealt, leading, mode_gram as grams, orth, pieces, products, ranking, unfold
 
 ROUNDING = 4.0  # eps a reduced axis that rounding may take off the squared norms; test_tucker.py, many trials
 # The same where LAPACK finds the directions in the dtype of the products: they are orthonormal to 20 eps only
@@ -211,7 +211,7 @@ def _residual_square(x, core, factors, *, dtype, mesh=None):
                 row = jax.lax.dynamic_slice_in_dim(first, n, 1, axis=1).T
                 part = unfold.mode_product(core, row, 0)
             whole = unfold.mode_products(part, (None, *others), transpose=True)[0]
-            gone = jax.lax.dynamic_index_in_dim(x, n, 0, keepdims=False).astype(dtype) - whole
+            gone = pieces.part(x, n, 1)[0].astype(dtype) - whole
             return total + jnp.sum(jnp.square(gone.astype(jnp.float64)))
 
         return jax.lax.fori_loop(0, x.shape[0], one, jnp.zeros((), jnp.float64))

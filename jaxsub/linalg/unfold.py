@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsub import errors
-from jaxsub.linalg import dealt, products
+from jaxsub.linalg import dealt, pieces, products
 
 WIDE = 256  # trailing width from which slices (d, after) multiply well as they lie; under it, rows are gathered
 SMALL = 16  # entries that are multiplied as one row: 3 x 3 kernels take a third of the time
@@ -230,7 +230,7 @@ def in_pieces(function, x, is_free=True):
 
     def piece(j, found):
         start = jnp.minimum(j * number, count - number)  # the last piece begins earlier: one shape for all
-        rows = function(jax.lax.dynamic_slice_in_dim(x, start, number))
+        rows = function(pieces.part(x, start, number))
         return jax.lax.dynamic_update_slice_in_dim(found, rows, start, 0)
 
     return jax.lax.fori_loop(0, -(-count // number), piece, jnp.zeros((count, *one.shape[1:]), one.dtype))

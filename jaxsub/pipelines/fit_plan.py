@@ -83,8 +83,6 @@ def of_layer(group, module, config):
         device = _updates(group, module, stack)
     else:
         device = stack + count * size * wide + (_rows if of_rows else _tucker)(group, module, config, wide)
-        if not of_rows and wide > stack // (count * size):
-            device += count * size * wide  # XLA on CPU converts 16-bit floats whole before it slices them
     if mesh.size > 1 and not (of_rows or is_lora):
         device += mesh.size * 2 * size * wide  # the mean, and what its rounding left of it, on each
     # One CPU device works on the host's stack in place.

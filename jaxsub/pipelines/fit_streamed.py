@@ -148,7 +148,7 @@ def _rest(x, basis, coefficients, step, *, mesh):
     def local(x, basis):
         def one(start, size, carry):
             means, left = carry
-            z = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(narrow) * step.astype(narrow)
+            z = pieces.part(x, start, size, axis=1).astype(narrow) * step.astype(narrow)
             mean = jnp.mean(z.astype(jnp.float64), axis=0).astype(narrow)
             part = jax.lax.dynamic_slice_in_dim(basis, start, size, axis=1)
             rest = z - mean - products.row_major(products.matmul(wide, part))

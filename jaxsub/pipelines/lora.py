@@ -45,7 +45,7 @@ def statistics(group, models, mesh, options, meter, key):
 
     started = time.perf_counter()
     factors = [placement.deal(x, here, dealt, mesh) for x in (a, bt)]
-    sums = gram_kernels.lora_gram(*factors, deal=dealt, mesh=mesh, dtype=dtype)
+    sums = gram_kernels.lora_gram(*factors, deal=dealt, mesh=mesh, dtype=dtype, stored=storage)
     gram, b_overlap, a_cosines = (dealt.assemble(placement.whole(x)) for x in sums[:3])
     outer = scales[:, None] * scales[None, :]
     stats = Statistics.empty(group.name, pairs[0].shape, "lora", tuple(i for i, _ in models), storage, dtype)

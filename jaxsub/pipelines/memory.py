@@ -73,8 +73,6 @@ def _dense(plan, group, mesh, base):
         held += block  # the columns of one device do not lie together: device_put copies
     if any(t.extent is None for t in group.entries):
         held += n * math.prod(shape) * stored  # loaded whole, and kept while the layer lasts
-    if stored == 2:
-        held += n * width * 4  # XLA on CPU converts a block of 16-bit floats before it slices it
     if stored == 2 or any(t.dtype != plan.storage for t in group.entries):
         held += min(reading.READERS, n) * width * 4  # what a reader converts
     if base is not None:
@@ -87,7 +85,7 @@ def _dense(plan, group, mesh, base):
     sums = sum(exact) + short + tests
 
     # What each step over a block adds to them.
-    pieces = gram.num_pieces(width // mesh.size, mesh, stored)
+    pieces = gram.num_pieces(width // mesh.size, mesh)
     steps = [pieces * (2 * wide * n * min(width, gram.PRODUCT) + 8 * 8 * n**2)]
     if plan.sketched_axes:
         mixed = wide * SKETCHES * width
@@ -118,11 +116,11 @@ def _dense_device(plan, mesh):
     """Bytes of one device in the pass over a dense layer: it holds its share of the columns, and all of the results."""
     n, width, shape = plan.num_models, -(-plan.width // mesh.size), plan.shape
     size, block = math.prod(shape) // shape[0] * plan.rows if shape[0] else 0, plan.block_bytes // mesh.size
-    stored, wide = descriptors.numpy_dtype(plan.storage).itemsize, 8 if plan.dtype == "float64" else 4
+    wide = 8 if plan.dtype == "float64" else 4
     mixed = wide * SKETCHES * width if plan.sketched_axes else 0
     tests = sum(wide * TESTS * (plan.rows if a == 0 else shape[a]) for a in plan.sketched_axes)
     results = 8 * n**2 + tests
-    pieces = gram.num_pieces(width, mesh, stored)
+    pieces = gram.num_pieces(width, mesh)
     steps = [mixed * min(pieces, 2) + pieces * (3 * wide * n * min(width, gram.PRODUCT) + 4 * 8 * n**2)]
     if plan.sketched_axes:
         dealt = math.prod(shape) if mesh.size > 1 else 0  # a mixture as it comes from all devices
@@ -131,10 +129,9 @@ def _dense_device(plan, mesh):
     steps += [3 * 8 * side**2 + 3 * 8 * size for side in exact]  # a model and the mean in float64
     if plan.strengths:
         steps.append(8 * n * min(shape) ** 2 + 2 * 8 * size)
-    converted = 4 * n * width if stored == 2 else 0  # blocks of 16-bit floats, whole
     # The results of the block before are still there; a new block comes while the last one is, before any kernel runs.
     blocks = min(plan.num_blocks, 2)
-    return SMALL_BYTES + max(blocks * block + results, block + blocks * results + converted + max(steps))
+    return SMALL_BYTES + max(blocks * block + results, block + blocks * results + max(steps))
 
 
 def written(plans, num_models):

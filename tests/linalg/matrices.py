@@ -74,12 +74,12 @@ def deal_factors(x, dealt, mesh):
     return placement.deal(padded, models, dealt, mesh)
 
 
-def lora_sums(a, bt, mesh, dtype, size=None):
+def lora_sums(a, bt, mesh, dtype, size=None, **how):
     """`gram.lora_gram` of factors (N, r, i) and (N, r, o), its blocks assembled, on the host."""
     dealt = pairs.Deal.create(len(a), a.shape[1], mesh.size, size=size)
     with jax.enable_x64(True):
         placed = [deal_factors(x, dealt, mesh) for x in (a, bt)]
-        sums = jax.device_get(gram.lora_gram(*placed, deal=dealt, mesh=mesh, dtype=dtype))
+        sums = jax.device_get(gram.lora_gram(*placed, deal=dealt, mesh=mesh, dtype=dtype, **how))
     return gram.LoraSums(*(dealt.assemble(s) for s in sums[:3]), *(s[: len(a)] for s in sums[3:]))
 
 

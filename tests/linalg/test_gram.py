@@ -1,11 +1,15 @@
 """Gram kernels against float64 twins, on one and on eight devices, where cancellation would show."""
 
+import re
+
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxsub import hostmemory, placement, spectrum
-from jaxsub.linalg import gram, reference
+from jaxsub.linalg import gram, products, reference
 from tests.linalg.matrices import lora_sums, place
 from tests.selected import first
 
@@ -143,6 +147,39 @@ def test_lora_gram_equals_dense_products(num_models, dtype, tolerance, devices):
         np.testing.assert_allclose(found, np.einsum("nri,nsi->nrs", x.astype(np.float64), x), atol=1e-3)
 
 
+@pytest.fixture
+def has_tiles(monkeypatch):
+    monkeypatch.setattr(products, "takes", lambda dtype: dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_factors_of_16_bits_are_multiplied_as_they_are(has_tiles, devices):
+    rng, mesh = np.random.default_rng(4), placement.make_mesh(devices)
+    a, bt = (rng.standard_normal((33, 4, d)).astype(ml_dtypes.bfloat16).astype(np.float32) for d in (64, 128))
+    expected = reference.lora_gram(a.astype(np.float64), np.swapaxes(bt, 1, 2).astype(np.float64), np.ones(33))
+    sums = lora_sums(a, bt, mesh, "float32", stored="bfloat16")
+    assert np.abs(sums.gram - expected).max() < 2e-6 * expected.max()
+    double = lora_sums(a, bt, mesh, "float64", stored="bfloat16")
+    assert np.abs(double.gram - expected).max() < 1e-12 * expected.max()  # float64 stays what it is
+    wider = rng.standard_normal(a.shape).astype(np.float32)
+    exact = reference.lora_gram(wider.astype(np.float64), np.swapaxes(bt, 1, 2).astype(np.float64), np.ones(33))
+    assert np.abs(lora_sums(wider, bt, mesh, "float32").gram - exact).max() < 2e-6 * exact.max()
+    wrong = lora_sums(wider, bt, mesh, "float32", stored="bfloat16")  # said of what it is not true of
+    assert np.abs(wrong.gram - exact).max() > 1e-4 * exact.max()
+
+
+@pytest.mark.skipif("amx_bf16" not in products._flags(), reason="this processor has no tiles")
+def test_no_float32_copy_stands_between_16_bit_factors_and_their_product():
+    factors, table = jax.ShapeDtypeStruct((64, 16, 256), jnp.float32), np.zeros((1, 3, 2), np.int32)
+    given = {"size": 32, "own": 64, "mesh": placement.make_mesh(1), "dtype": "float32", "factor": "bfloat16"}
+    with jax.enable_x64(True):
+        text = gram._lora_gram.lower(factors, factors, table, **given).compile().as_text()
+        turned = jax.jit(lambda x: jnp.matmul(x, (2 * x).T, preferred_element_type=jnp.float32))
+        other = turned.lower(jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)).compile().as_text()
+    assert re.findall(r"(\w+)\[512,256\]\S* parameter", text) == ["bf16"] * 4
+    assert re.findall(r"(\w+)\[64,256\]\S* parameter", other).count("f32") == 2  # why rows are named as such
+
+
 def test_eight_devices_equal_one():
     x = np.random.default_rng(5).standard_normal((40, 8 * 4096)).astype(np.float32)
     one, eight = run_dense(x, 1, "float32"), run_dense(x, 8, "float32")
@@ -156,7 +193,7 @@ def test_pieces_side_by_side_equal_one_program(width, monkeypatch):
     mesh, rng = placement.make_mesh(1), np.random.default_rng(9)
     x = rng.standard_normal((130, width), np.float32) + 1
     weights = rng.standard_normal((3, 130)).astype(np.float32)
-    assert gram.num_pieces(width, mesh, 4) == 2 and gram.num_pieces(width, placement.make_mesh(8), 4) == 1
+    assert gram.num_pieces(width, mesh) == 2 and gram.num_pieces(width, placement.make_mesh(8)) == 1
     with jax.enable_x64(True):
         given = {"width": width, "mesh": mesh, "dtype": "float32"}
         one, mixed = jax.device_get(gram._dense_gram(jax.device_put(x), weights, np.int32(0), **given))

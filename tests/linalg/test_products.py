@@ -81,6 +81,14 @@ def test_a_product_of_default_precision_would_be_seen():
     assert dots(text) and not any("highest" in line for line in dots(text))
 
 
+def test_which_16_bit_numbers_are_multiplied_as_they_are(monkeypatch):
+    for flags, expected in (("fpu avx512_bf16 amx_bf16 amx_tile", True), ("fpu avx2", False), ("", False)):
+        monkeypatch.setattr(products, "_flags", flags.split)
+        takes = products.takes.__wrapped__
+        assert takes("bfloat16") is expected
+        assert not takes("float16") and not takes("float32")
+
+
 def test_a_pinned_product_is_computed_as_it_is_written():
     """(48, D) tests: unpinned, XLA turns the product for a consumer that takes its transpose, 4 to 8 times slower."""
     turned = jax.jit(lambda x, y: products.row_major(products.matmul(y.T, x)).T)

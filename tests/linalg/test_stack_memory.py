@@ -5,8 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsub import hostmemory, subspace
-from jaxsub.linalg import centring, mode_gram, orth, rebuild, svd, unfold
+from jaxsub import hostmemory, placement, subspace
+from jaxsub.linalg import (
+    centring,
+    certificates,
+    gram,
+    incremental,
+    mode_gram,
+    modes,
+    moments,
+    orth,
+    pieces,
+    rebuild,
+    svd,
+    tucker,
+    unfold,
+)
 from jaxsub.linalg.gram import CHUNK
 from tests.programs import resident
 
@@ -53,11 +67,75 @@ def test_a_kernel_holds_less_than_the_stack_besides(name):
     assert temporary(KERNELS[name]()) < STACK
 
 
+BLOCK = (32, 2**18)
+MESH = placement.make_mesh
+OF_16_BITS = {
+    "dense sums": lambda dtype: gram._dense_gram.lower(
+        like(BLOCK, dtype), like((0, 32)), np.int32(0), width=2**18, mesh=MESH(1), dtype="float32"
+    ),
+    "combinations": lambda dtype: gram._combinations.lower(
+        like(BLOCK, dtype), like((4, 32)), mesh=MESH(1), dtype="float32"
+    ),
+    "Gram matrix of rows": lambda dtype: orth._gram_sums.lower(like(BLOCK, dtype), dtype=jnp.dtype("float32"), long=1),
+    "mode Gram, pieces of slices": lambda dtype: mode_gram._mode_gram.lower(
+        like(SHAPE, dtype), axis=1, dtype="float32"
+    ),
+    "mode Gram, gathered": lambda dtype: mode_gram._mode_gram.lower(like(SHAPE, dtype), axis=2, dtype="float32"),
+    "centred mode Gram": lambda dtype: modes.mode_gram.lower(
+        like(BLOCK, dtype), shape=(256, 1024), axis=0, dtype="float32"
+    ),
+    "the axis' other side": lambda dtype: modes.unfolding_gram.lower(
+        like(BLOCK, dtype), shape=(2**16, 4), dtype="float32"
+    ),
+    "coefficients of rows": lambda dtype: rebuild.project_rows.lower(
+        like(BLOCK, dtype), like((2**18,)), like((4, 2**18)), dtype=jnp.dtype("float32")
+    ),
+    "mode products": lambda dtype: unfold._mode_products.lower(
+        like(SHAPE, dtype), list(FACTORS.values()), axes=(1, 2), dtype=jnp.dtype("float32"), mesh=None
+    ),
+    "residual": lambda dtype: certificates.residual_error.lower(
+        like(BLOCK[::-1], dtype), like((2**18, 4)), like((4,)), like((4, 32))
+    ),
+    "residual of a Tucker decomposition": lambda dtype: tucker._residual_square.lower(
+        like(SHAPE, dtype), like((32, 80, 300)), (None, *FACTORS.values()), dtype="float32"
+    ),
+    "a stream": lambda dtype: incremental._update.lower(
+        incremental.start(2**18, rows=64, dtype="float32"), like(BLOCK, dtype), mesh=MESH(1)
+    ),
+    "mean": lambda dtype: jax.jit(lambda x: centring._means(x, None)).lower(like(SHAPE, dtype)),
+    "new models": lambda dtype: moments._border.lower(
+        like(BLOCK, dtype), like(BLOCK, dtype), like((2**18,), "float64"), mesh=MESH(1), dtype="float32"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_16_BITS)
+def test_16_bits_are_not_made_32_of_a_whole_block(name):
+    assert temporary(OF_16_BITS[name]("bfloat16")) < temporary(OF_16_BITS[name]("float16")) + 2**20
+
+
+def test_a_plain_slice_of_bfloat16_would_convert_all():
+    """What `pieces.box` is there for."""
+
+    def run(slice_of):
+        def sums(x):
+            return pieces.fold(
+                lambda start, size, s: s + jnp.sum(slice_of(x, start, size, 1).astype(jnp.float32), 1),
+                2**18,
+                CHUNK,
+                jnp.zeros(32),
+            )
+
+        return temporary(jax.jit(sums).lower(like(BLOCK, "bfloat16")))
+
+    assert run(pieces.part) < STACK / 8 < STACK <= run(jax.lax.dynamic_slice_in_dim)
+
+
 def test_a_transposed_product_would_hold_the_stack():
     """What `row_gram` is there for."""
     whole = jax.jit(lambda x: orth.gram(x.T, dtype="float32")).lower(like((32, 2**18)))
-    pieces = jax.jit(lambda x: orth.row_gram(x, dtype="float32")).lower(like((32, 2**18)))
-    assert temporary(whole) >= STACK > 4 * temporary(pieces)
+    parts = jax.jit(lambda x: orth.row_gram(x, dtype="float32")).lower(like((32, 2**18)))
+    assert temporary(whole) >= STACK > 4 * temporary(parts)
     x = normal((7, 3 * CHUNK + 5))
     np.testing.assert_allclose(orth.row_gram(jnp.asarray(x)), x.astype(np.float64) @ x.T.astype(np.float64), rtol=1e-12)
 
@@ -105,8 +183,8 @@ def test_pieces_of_models_are_the_whole_whatever_is_left_over(count, monkeypatch
     x, factors = normal((count, 6, 5)), [None, jnp.asarray(normal((2, 6))), jnp.asarray(normal((3, 5)))]
     whole = unfold.mode_products(jnp.asarray(x), factors)
     monkeypatch.setattr(unfold, "PIECE", 4 * 30)
-    pieces = unfold.in_pieces(lambda z: unfold.chain(z, factors[1:], (1, 2)), jnp.asarray(x))
-    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
+    some = unfold.in_pieces(lambda z: unfold.chain(z, factors[1:], (1, 2)), jnp.asarray(x))
+    np.testing.assert_allclose(some, whole, rtol=1e-6)
     np.testing.assert_allclose(whole, np.einsum("noi,ko,li->nkl", x, *factors[1:]), atol=1e-5)
 
 
