@@ -85,7 +85,7 @@ class DenseStack:
         present[np.flatnonzero(self.present)[models]] = True
         return dataclasses.replace(self, model_ids=(), present=present)
 
-    def centred(self, by="models", axis=None):
+    def centred(self, by="models", axis=None, *, as_rows=False):
         """The models, float32 or wider, minus a mean, and that mean in a shape that broadcasts to `shape`.
 
         Where models are dealt the mean comes from the host: devices would exchange sums as large as a model. Means of
@@ -95,12 +95,13 @@ class DenseStack:
             by: "models" subtracts the mean model, "columns" one mean for each entry of weight axis `axis`, "none"
                 nothing.
             axis: of "columns".
+            as_rows: (N, D) and (D,), of "models".
 
         Returns:
             As `x`; models that are none are zeros.
         """
         present, given, meshes = self._dealt(by)
-        y, mean = centring.centred(self.x, present, self.num_models, given, by=by, axis=axis, **meshes)
+        y, mean = centring.centred(self.x, present, self.num_models, given, by=by, axis=axis, as_rows=as_rows, **meshes)
         return y, mean if meshes["mesh"] is None else jnp.asarray(np.asarray(mean))
 
     def _dealt(self, by="models"):
@@ -113,8 +114,7 @@ class DenseStack:
 
     def rows(self):
         """The models as rows (N, D), minus the mean model, and that (D,)."""
-        y, mean = self.centred()
-        return y.reshape(len(y), -1), mean.reshape(-1)
+        return self.centred(as_rows=True)
 
     def centred_energy(self):
         """Sum of the squared distances of the models to their mean."""

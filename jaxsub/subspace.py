@@ -95,7 +95,7 @@ class LinearSubspace:
         """
         with jax.enable_x64(True):
             x, dtype = _at_hand(x, self.basis.dtype)
-            x = _models(x, self.shape).reshape(-1, math.prod(self.shape))
+            _require(x, self.shape)
             return rebuild.project_rows(x, self.mean, self.basis, dtype=dtype, mesh=dealt.mesh_of(x, 1))
 
     def reconstruct(self, c):
@@ -135,7 +135,8 @@ class TuckerSubspace:
         """
         with jax.enable_x64(True):
             x, dtype = _at_hand(x, self.dtype)
-            x = _models(x, self.shape)
+            _require(x, self.shape)
+            x = x if x.shape[1:] == tuple(self.shape) else x.reshape(len(x), *self.shape)
             return rebuild.project_models(x, self.mean, self.factors, dtype=dtype, mesh=dealt.mesh_of(x))
 
     def project_factors(self, a, b, scales):
@@ -204,13 +205,9 @@ def error_figures(left, energies, total):
 
 
 def from_mean(space, x):
-    """(n,) squared distances of models (n, *shape) to the mean, float64; one model at a time."""
-    if _mesh(x) is not None:
-        rank = (space.rank,) if isinstance(space, LinearSubspace) else _core_shape(space)
-        return missed(space, x, np.zeros((len(x), *rank)))[1]
-    mean = np.asarray(space.mean, np.float64)
-    mean = mean.reshape(space.shape) if mean.size == math.prod(space.shape) else mean  # or one that broadcasts
-    return np.array([np.square(np.asarray(row, np.float64) - mean).sum() for row in x])
+    """(n,) squared distances of models (n, *shape) to the mean, float64."""
+    rank = (space.rank,) if isinstance(space, LinearSubspace) else _core_shape(space)
+    return missed(space, x, np.zeros((len(x), *rank)))[1]
 
 
 def missed(space, x, values):
@@ -223,21 +220,20 @@ def missed(space, x, values):
 
     On several devices they send each other nothing but these numbers.
     """
-    if not isinstance(x, tuple) and _mesh(x) is not None:
-        return _missed_there(space, x, values)
-    energies, left = np.zeros(len(values)), np.zeros(len(values))
+    if isinstance(x, tuple):
+        return _missed_updates(space, x, values)
+    mesh, count = _mesh(x), len(values)
+    is_linear = isinstance(space, LinearSubspace)
     with jax.enable_x64(True):
-        if isinstance(x, tuple):
-            sides = [np.linalg.qr(np.asarray(space.factors[axis], np.float64).T) for axis in (0, 1)]
-        for n in range(len(values)):  # one model at a time: no second copy of the stack
-            if isinstance(x, tuple):
-                factors = tuple(np.asarray(part[n : n + 1], np.float64) for part in x)
-                energies[n], left[n] = _missed_update(factors, sides, np.asarray(values[n], np.float64))
-            else:
-                row = np.asarray(x[n], np.float64)
-                energies[n] = np.square(row).sum()
-                left[n] = np.square(row - np.asarray(space.reconstruct(values[n : n + 1]))[0]).sum()
-    return energies, left
+        if is_linear:
+            c = _roomy(values, space.basis.dtype)
+            found = rebuild.missed_rows(x, c, space.mean, space.basis, mesh=mesh)
+        else:
+            c = _roomy(values, jnp.promote_types(space.dtype, space.mean.dtype))
+            if mesh is not None:
+                c = jnp.pad(c, [(0, len(x) - count), *[(0, 0)] * (c.ndim - 1)])
+            found = rebuild.missed_models(x, c, space.mean, space.factors, mesh=mesh)
+        return tuple(np.array(one)[:count] for one in found)
 
 
 def _mesh(x):
@@ -251,18 +247,14 @@ def _core_shape(space):
     return tuple(space.rank.get(axis, size) for axis, size in enumerate(space.shape))
 
 
-def _missed_there(space, x, values):
-    """`missed` of models that several devices share, each working on what it has."""
+def _missed_updates(space, x, values):
+    """`missed` of low-rank updates, one at a time."""
+    sides = [np.linalg.qr(np.asarray(space.factors[axis], np.float64).T) for axis in (0, 1)]
+    energies, left = np.zeros(len(values)), np.zeros(len(values))
     with jax.enable_x64(True):
-        if isinstance(space, LinearSubspace):
-            found = rebuild.missed_rows(
-                x, jnp.asarray(values, space.basis.dtype), space.mean, space.basis, mesh=_mesh(x)
-            )
-        else:
-            more = [(0, len(x) - len(values)), *[(0, 0)] * (values.ndim - 1)]
-            c = np.pad(np.asarray(values, space.dtype), more)
-            found = rebuild.missed_models(x, c, space.mean.astype(space.dtype), space.factors, mesh=_mesh(x))
-        energies, left = (np.array(one)[: len(values)] for one in found)
+        for n, core in enumerate(values):
+            factors = tuple(np.asarray(part[n : n + 1], np.float64) for part in x)
+            energies[n], left[n] = _missed_update(factors, sides, np.asarray(core, np.float64))
     return energies, left
 
 
@@ -346,16 +338,10 @@ class Coefficients:
     corrections: dict = dataclasses.field(default_factory=dict)
 
 
-def _models(x, shape):
-    """`x` as (n, *shape).
-
-    Raises:
-        ConfigError: if it is neither that nor (n, D).
-    """
-    x = jnp.asarray(x)
+def _require(x, shape):
+    """Refuses models that are neither (n, *shape) nor (n, D): ConfigError."""
     if x.shape[1:] not in (tuple(shape), (math.prod(shape),)):
         raise errors.ConfigError(f"models of shape {x.shape[1:]}, the subspace is of {tuple(shape)}")
-    return x if x.shape[1:] == tuple(shape) else x.reshape(x.shape[0], *shape)
 
 
 def _at_hand(x, dtype):

@@ -21,8 +21,8 @@ from jaxsub.linalg import dealt, pieces
 from jaxsub.linalg.gram import CHUNK, FEATURES
 
 
-@functools.partial(jax.jit, static_argnames=("by", "axis", "mesh", "shared"))
-def centred(x, present, count, given=None, *, by="models", axis=None, mesh=None, shared=None):
+@functools.partial(jax.jit, static_argnames=("by", "axis", "mesh", "shared", "as_rows"))
+def centred(x, present, count, given=None, *, by="models", axis=None, mesh=None, shared=None, as_rows=False):
     """Models in float32 or wider, minus a mean, and that mean in a shape that broadcasts to `shape`.
 
     Args:
@@ -35,6 +35,7 @@ def centred(x, present, count, given=None, *, by="models", axis=None, mesh=None,
         axis: of "columns".
         mesh: that models are dealt to, or None; means of columns are few numbers, which devices add up.
         shared: mesh that the first weight axis is shared by, or None; nothing is sent for the mean model.
+        as_rows: (N', D) and (D,) of "models"; outside of a traced function a reshape copies.
 
     Returns:
         As `x`, and the mean.
@@ -44,7 +45,8 @@ def centred(x, present, count, given=None, *, by="models", axis=None, mesh=None,
         return _kept(x.astype(dtype), present, mesh), jnp.zeros((1,) * (x.ndim - 1), dtype)
     if by == "models":
         mean, left = _means(x, shared) if given is None else given[:, 0]
-        return _kept(x.astype(dtype) - mean - left, present, mesh), mean
+        y = _kept(x.astype(dtype) - mean - left, present, mesh)
+        return (y.reshape(len(y), -1), mean.reshape(-1)) if as_rows else (y, mean)
     first = _mean_of_columns(x, present, count, jnp.zeros((), dtype), axis, mesh)
     rest = _mean_of_columns(x, present, count, first, axis, mesh)
     return _kept(x.astype(dtype) - first - rest, present, mesh), first

@@ -9,12 +9,13 @@ All kernels accumulate in float64 (call them with x64 enabled) and shard feature
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxsub.linalg import pieces, products
 
@@ -46,7 +47,7 @@ def dense_gram(x, weights, *, mesh, dtype):
 
     Args:
         x: (N, D) rows in storage dtype, D a multiple of the number of devices, features sharded; zero columns
-            at the end are exact padding.
+            at the end are exact padding. Or (N, *shape), its first weight axis sharded.
         weights: (m, N) coefficients of the mixtures, m >= 0.
         mesh: mesh with an axis "features".
         dtype: "float32" or "float64", the dtype of the products.
@@ -58,7 +59,7 @@ def dense_gram(x, weights, *, mesh, dtype):
     Fails on: non-finite entries, which spread to everything. The caller refuses them before.
     Source: method of snapshots, Sirovich 1987; centring before the product, Chan, Golub and LeVeque 1983.
     """
-    width = x.shape[1] // mesh.size
+    width = math.prod(x.shape[1:]) // mesh.size
     count = 1 if pieces.is_traced(x, weights) else num_pieces(width, mesh)
     kernel = functools.partial(_dense_gram, width=width // count, mesh=mesh, dtype=dtype)
     if count == 1:
@@ -88,6 +89,7 @@ def _dense_gram(x, weights, first, *, width, mesh, dtype):
         return jax.lax.psum(sums, FEATURES), mixed
 
     features = P(None, FEATURES)
+    x = jax.lax.with_sharding_constraint(x.reshape(len(x), -1), NamedSharding(mesh, features))  # here it is no copy
     specs = (features, P(), P())
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), features), check_vma=False)(
         x, weights, first
@@ -230,6 +232,8 @@ def _lora_local(a, bt, table, *, size, own, dtype, factor):
     (held, rank), wide = a.shape[:2], jnp.float64
     rows_a, rows_b = (x.reshape(held * rank, x.shape[-1]) for x in (a, bt))
 
+    each_row, each_model = jnp.arange(rank), jnp.arange(size)
+
     def products_of(x, p, q):
         left, right = (pieces.part(x, start * rank, size * rank).astype(factor) for start in (p, q))
         return products.row_major(products.of_rows(left, right, dtype)).reshape(size, rank, size, rank)
@@ -240,11 +244,11 @@ def _lora_local(a, bt, table, *, size, own, dtype, factor):
         found = (
             jnp.sum((pa * pb).astype(wide), axis=(1, 3)),
             jnp.sum(jnp.square(pb).astype(wide), axis=(1, 3)),
-            jnp.trace(pa, axis1=1, axis2=3).astype(wide),
+            jnp.sum(pa[:, each_row, :, each_row].astype(wide), axis=0),  # traces; jnp.trace would read all of pa
         )
         blocks = [jax.lax.dynamic_update_index_in_dim(c, f, t, 0) for c, f in zip(carry, found, strict=False)]
         # A model's products with itself; right once q has come to p, which is the last of the pairs.
-        alone = [jnp.einsum("nrns->nrs", x).astype(wide) for x in (pa, pb)]
+        alone = [x[each_model, :, each_model].astype(wide) for x in (pa, pb)]
         return (
             *blocks,
             *(jax.lax.dynamic_update_slice_in_dim(c, f, p, 0) for c, f in zip(carry[3:], alone, strict=True)),

@@ -16,7 +16,7 @@ from jaxsub.linalg.gram import CHUNK, FEATURES
 
 @functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
 def project_rows(x, mean, basis, *, dtype, mesh=None):
-    """(n, k) coefficients (x - mean) @ basis.T of x (n, D), in the wider of `dtype` and the mean's.
+    """(n, k) coefficients (x - mean) @ basis.T of x (n, *shape), in the wider of `dtype` and the mean's.
 
     In chunks of features whose sums are float64: no second copy of x, and one float32 product over millions of features
     is a hundred times less exact. `mesh`: that shares the features of all three.
@@ -31,7 +31,13 @@ def project_rows(x, mean, basis, *, dtype, mesh=None):
         return pieces.fold(add, x.shape[1], CHUNK, jnp.zeros((len(x), len(basis)), jnp.float64))
 
     wide = P(None, FEATURES)
-    return dealt.feature_sums(local, mesh, wide, P(FEATURES), wide)(x, mean, basis).astype(dtype)
+    return dealt.feature_sums(local, mesh, wide, P(FEATURES), wide)(_rows(x, mesh), mean, basis).astype(dtype)
+
+
+def _rows(x, mesh):
+    """(n, D) rows of x (n, *shape), whose first weight axis a mesh shares: inside a traced function it is no copy."""
+    x = x.reshape(len(x), -1)
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, FEATURES)))
 
 
 @functools.partial(jax.jit, static_argnames="is_shared")
@@ -79,40 +85,52 @@ def _whole(c, mean, factors):
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def missed_rows(x, c, mean, basis, *, mesh):
-    """((n,) squared norms, (n,) squared distances to mean + c @ basis), float64, of x (n, *shape) on a mesh.
+def missed_rows(x, c, mean, basis, *, mesh=None):
+    """((n,) squared norms, (n,) squared distances to mean + c @ basis), float64, of the first n models of x.
 
-    Its second axis is shared by the devices, as is the last of mean (D,) and basis (k, D).
+    Args:
+        x: (N, *shape).
+        c: (n, k); models are rebuilt in the wider of its dtype and the mean's, a chunk of features at a time.
+        mean, basis: (D,) and (k, D).
+        mesh: that shares the second axis of x, and the last of the mean and the basis.
     """
+    dtype = jnp.promote_types(c.dtype, mean.dtype)
 
     def local(x, c, mean, basis):
-        return jax.lax.map(lambda part: _squares(part[0], products.matmul(part[1], basis) + mean), (x, c))
+        def add(start, size, sums):
+            wide = pieces.box(x, (0, start), (len(c), size)).astype(jnp.float64)
+            at = [pieces.part(one, start, size, axis=-1).astype(dtype) for one in (mean, basis)]
+            rebuilt = products.row_major(products.matmul(c.astype(dtype), at[1])) + at[0]
+            found = jnp.square(wide), jnp.square(wide - rebuilt.astype(jnp.float64))
+            return tuple(s + jnp.sum(f, axis=1) for s, f in zip(sums, found, strict=True))
+
+        return pieces.fold(add, x.shape[1], CHUNK, (jnp.zeros(len(c), jnp.float64),) * 2)
 
     wide = P(None, FEATURES)
-    x = jax.lax.with_sharding_constraint(x.reshape(len(x), -1), NamedSharding(mesh, wide))
-    return dealt.feature_sums(local, mesh, wide, P(), P(FEATURES), wide)(x, c, mean, basis)
+    return dealt.feature_sums(local, mesh, wide, P(), P(FEATURES), wide)(_rows(x, mesh), c, mean, basis)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def missed_models(x, c, mean, factors, *, mesh):
-    """The same of models x (n, *shape) dealt to a mesh and their cores c (n, k...); stays dealt.
+def missed_models(x, c, mean, factors, *, mesh=None):
+    """The same of models x (N, *shape) and cores c (n, k...), one model at a time; dealt to a mesh it stays dealt.
 
     Args:
-        x, c: models and coefficients, one model at a time: no second copy of x.
+        x, c: models, of which the first n count, and coefficients; of a mesh as many of both.
         mean: broadcasts to `shape`.
         factors: weight axis -> (k_m, d_m) rows.
         mesh: of `dealt.mesh_of(x)`.
     """
+    dtype = jnp.promote_types(c.dtype, mean.dtype)
 
     def local(parts, mean, factors):
-        def one(part):
-            return _squares(part[0], _whole(part[1][None], mean, factors)[0])
+        x, c = parts
+        mean, factors = mean.astype(dtype), {axis: f.astype(dtype) for axis, f in factors.items()}
 
-        return jax.lax.map(one, parts)
+        def one(n):
+            wide = pieces.part(x, n, 1)[0].astype(jnp.float64)
+            rebuilt = _whole(pieces.part(c, n, 1).astype(dtype), mean, factors)[0]
+            return jnp.sum(jnp.square(wide)), jnp.sum(jnp.square(wide - rebuilt.astype(jnp.float64)))
+
+        return jax.lax.map(one, jnp.arange(len(c)))
 
     return dealt.each(local, mesh)((x, c), mean, factors)
-
-
-def _squares(row, rebuilt):
-    wide = row.astype(jnp.float64)
-    return jnp.sum(jnp.square(wide)), jnp.sum(jnp.square(wide - rebuilt.astype(jnp.float64)))

@@ -245,8 +245,7 @@ def _figures(stack, x, values, space, found, exponent, config, mesh):
         return {**subspace.error_figures(left, energies, stack.centred_energy()), **held}
     count, width = len(x), math.prod(x.shape[1:])
     dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
-    flat = stack.x.reshape(count, width)
-    sums, _ = gram.dense_gram(flat, np.zeros((0, count), np.float32), mesh=mesh, dtype=dtype)
+    sums, _ = gram.dense_gram(stack.x, np.zeros((0, count), np.float32), mesh=mesh, dtype=dtype)
     centred = spectrum.centred(np.asarray(sums.gram))
     held = heldout.of_one_model(centred, space.rank)
     return {**subspace.error_figures(left, energies, float(np.trace(centred))), **held}

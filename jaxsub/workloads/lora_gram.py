@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxsub import placement
+from jaxsub import descriptors, placement
 from jaxsub.linalg import collectives, gram, pairs
 from jaxsub.workloads import _peers
 
@@ -15,21 +15,24 @@ BLOCK = 32  # models a block of pairs of the hand-written peers
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Size of the collection."""
+    """Size of the collection, and the dtype that its factors are stored in."""
 
     models: int = 512
     rank: int = 16
     inputs: int = 4096
     outputs: int = 4096
+    stored: str = "float32"
 
 
 QUICK = Options(models=64, inputs=1024, outputs=1024)
 
 
 def problem(options, rng):
-    """(a (N, r, i), bt (N, r, o)) float32."""
+    """(a (N, r, i), bt (N, r, o)) float32, of entries that the stored dtype has."""
     shapes = [(options.models, options.rank, d) for d in (options.inputs, options.outputs)]
-    return tuple(rng.standard_normal(s, dtype=np.float32) / np.float32(np.sqrt(s[2])) for s in shapes)
+    stored = descriptors.numpy_dtype(options.stored)
+    drawn = (rng.standard_normal(s, dtype=np.float32) / np.float32(np.sqrt(s[2])) for s in shapes)
+    return tuple(f.astype(stored).astype(np.float32) for f in drawn)
 
 
 def work(options):
@@ -55,7 +58,7 @@ def ours(factors, options):
 
     def call():
         with jax.enable_x64(True):
-            sums = gram.lora_gram(*placed, deal=dealt, mesh=mesh, dtype="float32")
+            sums = gram.lora_gram(*placed, deal=dealt, mesh=mesh, dtype="float32", stored=options.stored)
             return dealt.assemble(np.asarray(sums.gram))
 
     return call

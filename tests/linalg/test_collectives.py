@@ -43,7 +43,8 @@ def lora_gram(o, devices=8):
     mesh, dealt = placement.make_mesh(devices), pairs.Deal.create(o.models, o.rank, devices)
     held = [array((devices * dealt.held, o.rank, d), P(FEATURES), devices) for d in (o.inputs, o.outputs)]
     table = jax.ShapeDtypeStruct(dealt.table().shape, jnp.int32, sharding=NamedSharding(mesh, P(FEATURES)))
-    return [gram._lora_gram.lower(*held, table, size=dealt.size, own=dealt.own, mesh=mesh, dtype="float32")]
+    given = {"size": dealt.size, "own": dealt.own, "mesh": mesh, "dtype": "float32", "factor": o.stored}
+    return [gram._lora_gram.lower(*held, table, **given)]
 
 
 def orthonormalise(o):
@@ -100,6 +101,7 @@ CASES = [  # workload, how it is lowered, options other than its quick ones
     ("gram_pca_basis", gram_pca_basis, {"models": 20, "features": 8 * 4096, "rank": 4}),
     ("lora_gram", lora_gram, {"models": 70, "rank": 16, "inputs": 64, "outputs": 96}),
     ("lora_gram", lora_gram, {"models": 6, "rank": 4, "inputs": 64, "outputs": 96}),
+    ("lora_gram_bfloat16", lora_gram, {"models": 70, "rank": 16, "inputs": 64, "outputs": 96}),
     slow("orthonormalise", orthonormalise, {"rows": WIDTH, "columns": 16}),
     slow("orthonormalise", orthonormalise, {"rows": WIDTH, "columns": 130}),
     slow("tall_pca", tall_pca, {"rows": WIDTH, "columns": 16, "rank": 5}),

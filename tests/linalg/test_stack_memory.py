@@ -41,6 +41,8 @@ def normal(shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+BLOCK = (32, 2**18)
+MESH = placement.make_mesh
 FACTORS = {0: like((80, 256)), 1: like((300, 1024))}
 KERNELS = {
     "rows' singular vectors": lambda: jax.jit(lambda x: svd.gram_svd(x, rank=4, dtype="float32")).lower(
@@ -56,6 +58,15 @@ KERNELS = {
     "products in float64": lambda: unfold._mode_products.lower(
         like(SHAPE), [like(f.shape, "float64") for f in FACTORS.values()], axes=(1, 2), dtype=jnp.float64, mesh=None
     ),
+    "centred rows of models with axes": lambda: centring.centred.lower(
+        like(SHAPE), np.ones(32, bool), 32, as_rows=True
+    ),
+    "their coefficients": lambda: rebuild.project_rows.lower(
+        like(SHAPE), like((2**18,)), like((4, 2**18)), dtype=jnp.dtype("float32")
+    ),
+    "their Gram matrix": lambda: gram._dense_gram.lower(
+        like(SHAPE), like((0, 32)), np.int32(0), width=2**18, mesh=MESH(1), dtype="float32"
+    ),
     "a factor before which no number of rows goes": lambda: unfold._mode_products.lower(
         like((3, 34843, 9, 9)), [like((4, 9))], axes=(2,), dtype=jnp.dtype("float32"), mesh=None
     ),
@@ -67,8 +78,6 @@ def test_a_kernel_holds_less_than_the_stack_besides(name):
     assert temporary(KERNELS[name]()) < STACK
 
 
-BLOCK = (32, 2**18)
-MESH = placement.make_mesh
 OF_16_BITS = {
     "dense sums": lambda dtype: gram._dense_gram.lower(
         like(BLOCK, dtype), like((0, 32)), np.int32(0), width=2**18, mesh=MESH(1), dtype="float32"
@@ -89,6 +98,12 @@ OF_16_BITS = {
     ),
     "coefficients of rows": lambda dtype: rebuild.project_rows.lower(
         like(BLOCK, dtype), like((2**18,)), like((4, 2**18)), dtype=jnp.dtype("float32")
+    ),
+    "what rows miss": lambda dtype: rebuild.missed_rows.lower(
+        like(SHAPE, dtype), like((32, 4)), like((2**18,)), like((4, 2**18))
+    ),
+    "what models miss": lambda dtype: rebuild.missed_models.lower(
+        like(SHAPE, dtype), like((32, 80, 300)), like((1, 1)), FACTORS
     ),
     "mode products": lambda dtype: unfold._mode_products.lower(
         like(SHAPE, dtype), list(FACTORS.values()), axes=(1, 2), dtype=jnp.dtype("float32"), mesh=None

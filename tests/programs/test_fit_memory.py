@@ -32,6 +32,7 @@ CASES = {
     "rows, four devices": (1, 64, (512, 1024), "float32", {"rank": 8}),
     "hosvd, four devices": (1, 64, (512, 1024), "float32", {"energy": 0.5, "decomposition": "hosvd"}),
     "rows, bfloat16": (1, 100, (512, 512), "bfloat16", {"rank": 8}),
+    "rows, one large layer": (1, 100, (1024, 2048), "float32", {"rank": 8}),
     "rows, float64": (1, 40, (500, 500), "float64", {"rank": 8}),
     "rows by energy": (1, 64, (512, 1024), "float32", {"energy": 0.5}),
     "randomized": (1, 64, (512, 1024), "float32", {"rank": 8, "decomposition": "randomized"}),
