@@ -19,7 +19,7 @@ from jaxsub.pipelines import estimate, fit_streamed, plan, sharing
 # Bytes of compiled kernels and libraries, and of each further shape of layers: half-way between a first start, which
 # compiles them, and a later one, which finds them in the cache; 30 to 60 MiB either way.
 ROW_KERNELS, ROW_SHAPE, LARGE_ROWS = 61 * 2**20, 17 * 2**20, 8 * 2**20  # the last of large layers
-KERNELS, SHAPE, LARGE = 155 * 2**20, 33 * 2**20, 31 * 2**20  # of Tucker fits; LARGE by the square of further axes
+KERNELS, SHAPE, LARGE = 148 * 2**20, 33 * 2**20, 31 * 2**20  # of Tucker fits; LARGE by the square of further axes
 LAPACK_COPIES = 1.9  # of a stack of float64 rows, by its SVD
 FACTOR_COPIES, SWEEP_COPIES = 2, 5.5  # of low-rank updates' factors in the products' dtype, and where sweeps follow
 SQUARES = 32  # bytes for each entry of the largest Gram matrix: itself, scaled, and what LAPACK takes
