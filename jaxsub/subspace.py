@@ -206,45 +206,57 @@ def error_figures(left, energies, total):
 
 def from_mean(space, x):
     """(n,) squared distances of models (n, *shape) to the mean, float64."""
-    rank = (space.rank,) if isinstance(space, LinearSubspace) else _core_shape(space)
-    return missed(space, x, np.zeros((len(x), *rank)))[1]
+    return missed(space, x)[1]
 
 
-def missed(space, x, values):
+def missed(space, x, values=None):
     """What a subspace misses of models: ((n,) squared norms, (n,) squared errors of their reconstructions), float64.
 
     Args:
         space: LinearSubspace or TuckerSubspace; its directions need not be orthonormal, as rounded ones are not.
         x: (n, *shape) models, or (a, b, scales) of low-rank updates, whose products are not formed.
         values: (n, k...) coefficients to rebuild from, as they are stored; fewer than `x` where other models follow.
+            None: the mean stands for all of x.
 
-    On several devices they send each other nothing but these numbers.
+    On several devices they send each other nothing but these numbers. Models of the host are taken one at a time.
     """
     if isinstance(x, tuple):
         return _missed_updates(space, x, values)
-    mesh, count = _mesh(x), len(values)
-    is_linear = isinstance(space, LinearSubspace)
+    count = len(x if values is None else values)
+    if not isinstance(x, jax.Array) or not count:
+        found = [_missed_model(space, x, values, n) for n in range(count)]
+        return tuple(np.array(found, np.float64).reshape(count, 2).T)
+    mesh = _mesh(x)
     with jax.enable_x64(True):
-        if is_linear:
-            c = _roomy(values, space.basis.dtype)
+        if isinstance(space, LinearSubspace):
+            c = None if values is None else _roomy(values, space.basis.dtype)
             found = rebuild.missed_rows(x, c, space.mean, space.basis, mesh=mesh)
         else:
-            c = _roomy(values, jnp.promote_types(space.dtype, space.mean.dtype))
-            if mesh is not None:
+            c = None if values is None else _roomy(values, jnp.promote_types(space.dtype, space.mean.dtype))
+            if c is not None and mesh is not None:
                 c = jnp.pad(c, [(0, len(x) - count), *[(0, 0)] * (c.ndim - 1)])
             found = rebuild.missed_models(x, c, space.mean, space.factors, mesh=mesh)
-        return tuple(np.array(one)[:count] for one in found)
+    energies, left = (np.array(one)[:count] for one in found)
+    for n in np.flatnonzero(energies < 4.0 ** -precision.ROOM["float32"]):  # XLA may have taken such weights for zero
+        energies[n], left[n] = _missed_model(space, x, values, n)
+    return energies, left
+
+
+def _missed_model(space, x, values, n):
+    """`missed` of the n-th model alone, on the host."""
+    row = np.asarray(x[n], np.float64)
+    if values is None:
+        mean = np.asarray(space.mean, np.float64)
+        rebuilt = mean.reshape(row.shape) if mean.size == row.size else mean  # or one that broadcasts
+    else:
+        rebuilt = np.asarray(space.reconstruct(values[n : n + 1]))[0]
+    return np.square(row).sum(), np.square(row - rebuilt).sum()
 
 
 def _mesh(x):
     """The mesh that models, or their features, are shared by; or None."""
     found = dealt.mesh_of(x)
     return dealt.mesh_of(x, 1) if found is None else found
-
-
-def _core_shape(space):
-    """Shape of the coefficients of one model in a TuckerSubspace."""
-    return tuple(space.rank.get(axis, size) for axis, size in enumerate(space.shape))
 
 
 def _missed_updates(space, x, values):

@@ -1,11 +1,14 @@
 """What a fitted subspace says of models, against NumPy in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxsub import subspace
+from jaxsub.linalg import rebuild
 from jaxsub.linalg.gram import CHUNK
 
 SHAPE = (3, CHUNK + 5)  # chunks of features, and a rest
@@ -18,21 +21,31 @@ def linear(rng, dtype):
     return subspace.LinearSubspace(*given, None, SHAPE, None, None)
 
 
-def tucker(rng, dtype, mean_shape=SHAPE):
-    frames = {axis: np.linalg.qr(rng.standard_normal((size, 2)))[0].T for axis, size in enumerate(SHAPE)}
+def tucker(rng, dtype, mean_shape=SHAPE, axes=(0, 1)):
+    frames = {axis: np.linalg.qr(rng.standard_normal((SHAPE[axis], 2)))[0].T for axis in axes}
     factors = {axis: jnp.asarray(frame, dtype) for axis, frame in frames.items()}
     return subspace.TuckerSubspace(jnp.asarray(rng.standard_normal(mean_shape), dtype), factors, {}, SHAPE, None, None)
+
+
+def broadcast(rng, dtype):
+    return tucker(rng, dtype, (1, 1))
+
+
+def one_axis(rng, dtype):
+    return tucker(rng, dtype, axes=(1,))
 
 
 def rebuilt(space, c):
     mean = np.asarray(space.mean, np.float64)
     if isinstance(space, subspace.LinearSubspace):
         return (mean + c @ np.asarray(space.basis, np.float64)).reshape(-1, *SHAPE)
-    return mean + np.einsum("nkl,ki,lj->nij", c, *(np.asarray(f, np.float64) for f in space.factors.values()))
+    for axis, factor in space.factors.items():
+        c = np.moveaxis(np.tensordot(c, np.asarray(factor, np.float64), ([axis + 1], [0])), -1, axis + 1)
+    return mean + c
 
 
 @pytest.mark.parametrize("stored", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("make", [linear, tucker, lambda rng, dtype: tucker(rng, dtype, (1, 1))])
+@pytest.mark.parametrize("make", [linear, tucker, broadcast, one_axis])
 def test_what_is_missed_of_models_is_measured_entry_by_entry(make, stored):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
@@ -45,7 +58,48 @@ def test_what_is_missed_of_models_is_measured_entry_by_entry(make, stored):
             np.testing.assert_allclose(norms, np.square(exact).sum((1, 2)), rtol=1e-12)
             np.testing.assert_allclose(left, np.square(exact - rebuilt(space, c)).sum((1, 2)), rtol=tolerance)
         mean = np.broadcast_to(rebuilt(space, 0 * c.astype(np.float64)), exact.shape)
-        np.testing.assert_allclose(subspace.from_mean(space, x)[:5], np.square(exact - mean).sum((1, 2)), rtol=1e-12)
+        for given in (x, np.asarray(x)):
+            distances = subspace.from_mean(space, given)[:5]
+            np.testing.assert_allclose(distances, np.square(exact - mean).sum((1, 2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [linear, tucker])
+def test_a_model_too_small_for_xla_is_missed_like_the_others(make):
+    """XLA takes float32 numbers under 2**-126 for zero, coefficients that stand for such weights too."""
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        space = make(rng, "float32")
+        space = dataclasses.replace(space, mean=0 * space.mean)
+        x = rng.standard_normal((3, *SHAPE)).astype(np.float32)
+        x[1] *= np.float32(1e-41)
+        _, left = subspace.missed(space, jnp.asarray(x), np.zeros((3, *np.shape(subspace.project(space, x))[1:])))
+        np.testing.assert_allclose(left, np.square(x.astype(np.float64)).sum((1, 2)), rtol=1e-6)
+        c = rng.standard_normal(np.shape(subspace.project(space, x)))
+        c[1] *= 1e-40  # float64: the bundle's, where float32 has no room
+        x = jnp.asarray(rebuilt(space, c))
+        norms, left = subspace.missed(space, x, c)
+        assert np.all(left < 1e-12 * norms)
+
+
+@pytest.mark.parametrize("make", [linear, tucker])
+def test_no_models_miss_nothing(make):
+    space = make(np.random.default_rng(4), "float32")
+    x = np.zeros((0, *SHAPE), np.float32)
+    for given in (x, jnp.asarray(x), jnp.zeros((5, *SHAPE))):
+        c = subspace.project(space, given)[:0]
+        assert [len(one) for one in subspace.missed(space, given, c)] == [0, 0]
+    assert subspace.from_mean(space, jnp.asarray(x)).shape == (0,)
+
+
+def test_models_of_the_host_are_taken_as_they_are():
+    """One at a time, without a copy of all: of another byte order too."""
+    space = linear(np.random.default_rng(5), "float32")
+    x = np.random.default_rng(6).standard_normal((4, *SHAPE)).astype(np.float32)
+    c = subspace.project(space, x)
+    before = rebuild.missed_rows._cache_size()
+    for given in (x.astype(">f4"), x[::-1][::-1]):
+        np.testing.assert_array_equal(subspace.missed(space, given, c), subspace.missed(space, x, c))
+    assert rebuild.missed_rows._cache_size() == before
 
 
 def test_a_small_miss_beside_large_weights_is_not_lost():

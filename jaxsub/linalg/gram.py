@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
 from jaxsub.linalg import pieces, products
 
@@ -89,7 +89,7 @@ def _dense_gram(x, weights, first, *, width, mesh, dtype):
         return jax.lax.psum(sums, FEATURES), mixed
 
     features = P(None, FEATURES)
-    x = jax.lax.with_sharding_constraint(x.reshape(len(x), -1), NamedSharding(mesh, features))  # here it is no copy
+    x = x.reshape(len(x), math.prod(x.shape[1:]))  # in a traced function it is no copy
     specs = (features, P(), P())
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), features), check_vma=False)(
         x, weights, first
@@ -217,21 +217,21 @@ def lora_gram(a, bt, *, deal, mesh, dtype, stored="float32"):
 
     Fails on: large ranks; past r**2 = o i / (o + i) forming the updates is cheaper.
     """
-    factor = stored if dtype == "float32" and products.takes(stored) else dtype
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    factor = stored if dtype == "float32" and is_cpu and products.takes(stored) else dtype
     return _lora_gram(a, bt, deal.table(), size=deal.size, own=deal.own, mesh=mesh, dtype=dtype, factor=factor)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "own", "mesh", "dtype", "factor"))
-def _lora_gram(a, bt, table, *, size, own, mesh, dtype, factor=None):
+def _lora_gram(a, bt, table, *, size, own, mesh, dtype, factor):
     dealt = P(FEATURES)
-    local = functools.partial(_lora_local, size=size, own=own, dtype=dtype, factor=factor or dtype)
+    local = functools.partial(_lora_local, size=size, own=own, dtype=dtype, factor=factor)
     return jax.shard_map(local, mesh=mesh, in_specs=(dealt,) * 3, out_specs=dealt, check_vma=False)(a, bt, table)
 
 
 def _lora_local(a, bt, table, *, size, own, dtype, factor):
     (held, rank), wide = a.shape[:2], jnp.float64
     rows_a, rows_b = (x.reshape(held * rank, x.shape[-1]) for x in (a, bt))
-
     each_row, each_model = jnp.arange(rank), jnp.arange(size)
 
     def products_of(x, p, q):

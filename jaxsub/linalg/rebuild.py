@@ -5,10 +5,11 @@ models   x (n, *shape), factors (k_m, d_m): models may be dealt out (`dealt`); n
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
 from jaxsub.linalg import dealt, pieces, products, unfold
 from jaxsub.linalg.gram import CHUNK, FEATURES
@@ -31,13 +32,12 @@ def project_rows(x, mean, basis, *, dtype, mesh=None):
         return pieces.fold(add, x.shape[1], CHUNK, jnp.zeros((len(x), len(basis)), jnp.float64))
 
     wide = P(None, FEATURES)
-    return dealt.feature_sums(local, mesh, wide, P(FEATURES), wide)(_rows(x, mesh), mean, basis).astype(dtype)
+    return dealt.feature_sums(local, mesh, wide, P(FEATURES), wide)(_rows(x), mean, basis).astype(dtype)
 
 
-def _rows(x, mesh):
-    """(n, D) rows of x (n, *shape), whose first weight axis a mesh shares: inside a traced function it is no copy."""
-    x = x.reshape(len(x), -1)
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, FEATURES)))
+def _rows(x):
+    """(n, D) rows of x (n, *shape): inside a traced function they are no copy."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 @functools.partial(jax.jit, static_argnames="is_shared")
@@ -90,24 +90,27 @@ def missed_rows(x, c, mean, basis, *, mesh=None):
 
     Args:
         x: (N, *shape).
-        c: (n, k); models are rebuilt in the wider of its dtype and the mean's, a chunk of features at a time.
+        c: (n, k); models are rebuilt in the wider of its dtype and the mean's, a chunk of features at a time. None:
+            the mean stands for all of x.
         mean, basis: (D,) and (k, D).
         mesh: that shares the second axis of x, and the last of the mean and the basis.
     """
-    dtype = jnp.promote_types(c.dtype, mean.dtype)
+    dtype, count = (mean.dtype, len(x)) if c is None else (jnp.promote_types(c.dtype, mean.dtype), len(c))
 
     def local(x, c, mean, basis):
         def add(start, size, sums):
-            wide = pieces.box(x, (0, start), (len(c), size)).astype(jnp.float64)
-            at = [pieces.part(one, start, size, axis=-1).astype(dtype) for one in (mean, basis)]
-            rebuilt = products.row_major(products.matmul(c.astype(dtype), at[1])) + at[0]
+            wide = pieces.box(x, (0, start), (count, size)).astype(jnp.float64)
+            rebuilt = pieces.part(mean, start, size).astype(dtype)
+            if c is not None:
+                part = pieces.part(basis, start, size, axis=1).astype(dtype)
+                rebuilt += products.row_major(products.matmul(c.astype(dtype), part))
             found = jnp.square(wide), jnp.square(wide - rebuilt.astype(jnp.float64))
             return tuple(s + jnp.sum(f, axis=1) for s, f in zip(sums, found, strict=True))
 
-        return pieces.fold(add, x.shape[1], CHUNK, (jnp.zeros(len(c), jnp.float64),) * 2)
+        return pieces.fold(add, x.shape[1], CHUNK, (jnp.zeros(count, jnp.float64),) * 2)
 
     wide = P(None, FEATURES)
-    return dealt.feature_sums(local, mesh, wide, P(), P(FEATURES), wide)(_rows(x, mesh), c, mean, basis)
+    return dealt.feature_sums(local, mesh, wide, P(), P(FEATURES), wide)(_rows(x), c, mean, basis)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -115,12 +118,12 @@ def missed_models(x, c, mean, factors, *, mesh=None):
     """The same of models x (N, *shape) and cores c (n, k...), one model at a time; dealt to a mesh it stays dealt.
 
     Args:
-        x, c: models, of which the first n count, and coefficients; of a mesh as many of both.
+        x, c: models, of which the first n count, and coefficients; of a mesh as many of both. c None: the mean alone.
         mean: broadcasts to `shape`.
         factors: weight axis -> (k_m, d_m) rows.
         mesh: of `dealt.mesh_of(x)`.
     """
-    dtype = jnp.promote_types(c.dtype, mean.dtype)
+    dtype = mean.dtype if c is None else jnp.promote_types(c.dtype, mean.dtype)
 
     def local(parts, mean, factors):
         x, c = parts
@@ -128,9 +131,9 @@ def missed_models(x, c, mean, factors, *, mesh=None):
 
         def one(n):
             wide = pieces.part(x, n, 1)[0].astype(jnp.float64)
-            rebuilt = _whole(pieces.part(c, n, 1).astype(dtype), mean, factors)[0]
+            rebuilt = mean if c is None else _whole(pieces.part(c, n, 1).astype(dtype), mean, factors)[0]
             return jnp.sum(jnp.square(wide)), jnp.sum(jnp.square(wide - rebuilt.astype(jnp.float64)))
 
-        return jax.lax.map(one, jnp.arange(len(c)))
+        return jax.lax.map(one, jnp.arange(len(x if c is None else c)))
 
     return dealt.each(local, mesh)((x, c), mean, factors)

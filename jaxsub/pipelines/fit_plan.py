@@ -13,7 +13,7 @@ import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
 from jaxsub.decompositions import _fit
-from jaxsub.linalg import mode_gram
+from jaxsub.linalg import leading, mode_gram
 from jaxsub.pipelines import estimate, fit_streamed, plan, sharing
 
 # Bytes of compiled kernels and libraries, and of each further shape of layers: half-way between a first start, which
@@ -141,7 +141,8 @@ def _tucker(group, module, config, wide):
     side = max(d for d in shape if not (hasattr(module, "SHRINKS") and d in later))
     is_cpu = jax.default_backend() == "cpu"
     programs = mode_gram.num_programs(side, count * math.prod(shape) // max(side, 1)) if is_cpu else 1
-    squares = (SQUARES + PROGRAM * (programs - 1)) * side**2
+    few = config.rank and side >= leading.ITERATE_FROM and 4 * config.rank < side  # found without LAPACK
+    squares = (SQUARES // (2 if few else 1) + PROGRAM * (programs - 1)) * side**2
     # Cores of all models, and of half of them in float64; of noise more than of what has structure.
     return int((2 if config.rank else 1) * kept * wide) + squares
 

@@ -1,7 +1,4 @@
-"""Inner products of LoRA updates that are stored in bfloat16, as adapters often are; peers make them float32.
-
-Where the processor has tiles the time is under what float32 products need, which is what the bench's model counts.
-"""
+"""Inner products of LoRA updates from factors stored in bfloat16; peers, and the model, make them float32."""
 
 import dataclasses
 

@@ -38,6 +38,7 @@ def kernels():
             own=64,
             mesh=mesh,
             dtype="float32",
+            factor="float32",
         ),
         "mode_gram": lambda: mode_gram._mode_gram.lower(zeros(16, 256, 128), axis=1, dtype="float32"),
         "mode_gram_last": lambda: mode_gram._mode_gram.lower(zeros(16, 128, 256), axis=2, dtype="float32"),
