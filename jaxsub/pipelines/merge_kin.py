@@ -1,6 +1,6 @@
 """Whether models share a start, from a sample of their weights: those that do not have no mean that is a model.
 
-Cosines of a quarter of a million weights a model, the same places of all, tell kin from strangers: models of one
+Cosines of up to a quarter of a million weights a model, the same places of all, tell kin from strangers: models of one
 start keep a cosine of .19 and more, strangers have one of about 0 (`lineage`). Low-rank updates say nothing of their
 start; there the names of their base models are compared.
 """
@@ -15,6 +15,7 @@ from jaxsub.rows import files
 
 SAMPLED = 2**18  # weights of each model that are looked at, over all layers
 LEAST = 4096  # of each layer
+HELD = 2**23  # of a layer, all models together: 64 MiB
 ALIGN = "models of different starts have their hidden units in another order: align them first, or merge kin"
 
 
@@ -55,12 +56,12 @@ def look(found, sources):
 
 
 def _dense(layers, sources, names):
+    labels = [*names, *(["the base"] if sources.base is not None else [])]
     total, parts = 0, []
     for layer in layers:
-        x = sample(layer, sources, max(LEAST, SAMPLED // len(layers)))
+        x = sample(layer, sources, max(LEAST, min(SAMPLED // len(layers), HELD // len(labels))))
         parts.append((np.arange(len(x)), lineage.cosines(x @ x.T), x.shape[1]))
         total += x.shape[1]
-    labels = [*names, *(["the base"] if sources.base is not None else [])]
     cosine = lineage.combine(parts, len(labels))
     if lineage.chance_threshold(total) >= 1:
         said = f"{total} weights are too few to tell whether the models share a start: this was not looked at"
@@ -101,10 +102,11 @@ def sample(layer, sources, count):
         source = reading.Source(model, tensor)
         for i, start in enumerate(starts):
             source.read(start, length, row[i * length : (i + 1) * length])
-    return _within(np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0))
+    np.nan_to_num(x, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    return _within(x)
 
 
 def _within(x):
-    """Rows scaled by powers of two so that squares are finite."""
-    largest = np.abs(x).max(axis=1, initial=0.0)
-    return np.ldexp(x, -np.frexp(np.where(largest > 0, largest, 1.0))[1][:, None])
+    """Rows scaled by powers of two, in place, so that squares are finite."""
+    largest = np.maximum(x.max(axis=1, initial=0.0), -x.min(axis=1, initial=0.0))
+    return np.ldexp(x, -np.frexp(np.where(largest > 0, largest, 1.0))[1][:, None], out=x)
