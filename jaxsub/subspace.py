@@ -373,4 +373,4 @@ def _roomy(x, dtype):
         return x.astype(dtype)
     x = np.asarray(x)
     has_room = precision.has_room(precision.power_of(precision.largest(x)), dtype)
-    return jnp.asarray(x.astype(dtype if has_room else np.float64))
+    return jnp.asarray(x.astype(dtype if has_room else np.float64, copy=False))

@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import bundle, descriptors, errors, plugins, precision, stacks, subspace
+from jaxsub import bundle, descriptors, errors, hostmemory, plugins, precision, stacks, subspace
 from jaxsub.bundle import cores, corrections, storage
 from jaxsub.decompositions import _again
-from jaxsub.linalg import unfold
+from jaxsub.linalg import orth, unfold
 
 PLUGINS = {"gram": "gram", "randomized": "gram", "hosvd": "hosvd", "sthosvd": "sthosvd", "hooi": "hooi"}
 LOSSLESS = 2e-6  # relative error of the worst model under which a bundle holds all of its models
 ROUNDINGS = 32  # of the largest new model: what a frame does not hold of it
+CHUNK = 2**16  # features at once
 
 
 def captured(layer, x):
@@ -211,7 +212,8 @@ def _frame(space, x):
         rows = np.asarray(space.basis)
         new = np.zeros((0, rows.shape[1]), rows.dtype)
         if x is not None:
-            new = np.asarray(x, rows.dtype).reshape(len(x), -1) - np.asarray(space.mean)
+            new = hostmemory.aligned(np.asarray(x).reshape(len(x), -1), rows.dtype)
+            new -= np.asarray(space.mean)
         return dataclasses.replace(space, basis=jnp.asarray(_rows_of(rows, new)))
     factors = {}
     for axis, factor in space.factors.items():
@@ -220,6 +222,7 @@ def _frame(space, x):
         if isinstance(x, tuple):
             a, b, _ = (np.asarray(part, rows.dtype) for part in x)
             new = a.reshape(-1, a.shape[-1]) if axis else b.transpose(0, 2, 1).reshape(-1, b.shape[1])
+            new = new.copy()  # it is changed
         elif x is not None:
             y = np.asarray(x, rows.dtype) - np.asarray(space.mean)
             new = np.moveaxis(y, axis + 1, -1).reshape(-1, rows.shape[1])
@@ -228,18 +231,46 @@ def _frame(space, x):
 
 
 def _rows_of(rows, new):
-    """Orthonormal rows that span `rows`, and `new` up to rounding; as few as that takes."""
-    own = np.linalg.qr(rows.T)[0].T
-    noise = ROUNDINGS * np.finfo(rows.dtype).eps * np.sqrt(np.square(new).sum(1).max(initial=0.0))
+    """Orthonormal rows that span `rows`, and `new` up to rounding; as few as that takes. Changes `new`."""
+    own = _orthonormal(rows)
+    noise = ROUNDINGS * np.finfo(rows.dtype).eps * math.sqrt(max((float(row @ row) for row in new), default=0.0))
     for _ in range(2):  # twice is enough: what is left is orthogonal to rounding
-        new = new - (new @ own.T) @ own
+        _take_off(new, own)
     if not new.size:
         return own
-    _, values, right = np.linalg.svd(
-        np.linalg.qr(new, mode="r") if len(new) > new.shape[1] else new, full_matrices=False
-    )
-    right = right[values > noise][: own.shape[1] - len(own)]
-    return np.concatenate([own, np.linalg.qr((right - (right @ own.T) @ own).T)[0].T])
+    if rows.dtype == np.float64 or len(new) > new.shape[1]:
+        wide = np.linalg.qr(new, mode="r") if len(new) > new.shape[1] else new
+        _, values, right = np.linalg.svd(wide, full_matrices=False)
+        right = right[values > noise][: own.shape[1] - len(own)]
+    else:
+        # A Gram matrix of float32 entries in float64 resolves 1e-8 of the largest value, `noise` is 4e-6 of it.
+        energies, turn = np.linalg.eigh(np.asarray(orth.row_gram(new, dtype="float64")))
+        values = np.sqrt(np.maximum(energies, 0.0))
+        found = np.flatnonzero(values > noise)[::-1][: own.shape[1] - len(own)]
+        right = hostmemory.zeros((len(found), new.shape[1]), new.dtype)
+        np.matmul((turn[:, found] / values[found]).T.astype(new.dtype), new, out=right)
+    _take_off(right, own)
+    return np.concatenate([own, _orthonormal(right)])
+
+
+def _take_off(rows, own):
+    """Takes what is in the span of orthonormal rows off other rows, in place."""
+    inside = rows @ own.T
+    for start in range(0, rows.shape[1], CHUNK):
+        rows[:, start : start + CHUNK] -= inside @ own[:, start : start + CHUNK]
+
+
+def _orthonormal(rows):
+    """Orthonormal rows with the span of `rows`; of float32 ones that nearly are so already by their Gram matrix.
+
+    LAPACK takes a hundred times as long of 128 rows of 2**21 entries.
+    """
+    if len(rows) and rows.dtype == np.float32:
+        gram = np.asarray(orth.row_gram(rows, dtype="float64"))
+        values = np.linalg.eigvalsh(gram)
+        if values[0] > values[-1] / 4:
+            return np.linalg.inv(np.linalg.cholesky(gram)).astype(rows.dtype) @ rows
+    return np.linalg.qr(rows.T)[0].T
 
 
 def _turned(space, frame, values):
