@@ -26,7 +26,6 @@ from jaxsub.linalg import orth, unfold
 PLUGINS = {"gram": "gram", "randomized": "gram", "hosvd": "hosvd", "sthosvd": "sthosvd", "hooi": "hooi"}
 LOSSLESS = 2e-6  # relative error of the worst model under which a bundle holds all of its models
 ROUNDINGS = 32  # of the largest new model: what a frame does not hold of it
-CHUNK = 2**16  # features at once
 
 
 def captured(layer, x):
@@ -232,23 +231,13 @@ def _frame(space, x):
 
 def _rows_of(rows, new):
     """Orthonormal rows that span `rows`, and `new` up to rounding; as few as that takes. Changes `new`."""
-    own = _orthonormal(rows)
+    own = _orthonormal(rows.copy())
     noise = ROUNDINGS * np.finfo(rows.dtype).eps * math.sqrt(max((float(row @ row) for row in new), default=0.0))
     for _ in range(2):  # twice is enough: what is left is orthogonal to rounding
         _take_off(new, own)
     if not new.size:
         return own
-    if rows.dtype == np.float64 or len(new) > new.shape[1]:
-        wide = np.linalg.qr(new, mode="r") if len(new) > new.shape[1] else new
-        _, values, right = np.linalg.svd(wide, full_matrices=False)
-        right = right[values > noise][: own.shape[1] - len(own)]
-    else:
-        # A Gram matrix of float32 entries in float64 resolves 1e-8 of the largest value, `noise` is 4e-6 of it.
-        energies, turn = np.linalg.eigh(np.asarray(orth.row_gram(new, dtype="float64")))
-        values = np.sqrt(np.maximum(energies, 0.0))
-        found = np.flatnonzero(values > noise)[::-1][: own.shape[1] - len(own)]
-        right = hostmemory.zeros((len(found), new.shape[1]), new.dtype)
-        np.matmul((turn[:, found] / values[found]).T.astype(new.dtype), new, out=right)
+    right = _directions(new, noise)[: own.shape[1] - len(own)]
     _take_off(right, own)
     return np.concatenate([own, _orthonormal(right)])
 
@@ -256,20 +245,32 @@ def _rows_of(rows, new):
 def _take_off(rows, own):
     """Takes what is in the span of orthonormal rows off other rows, in place."""
     inside = rows @ own.T
-    for start in range(0, rows.shape[1], CHUNK):
-        rows[:, start : start + CHUNK] -= inside @ own[:, start : start + CHUNK]
+    for start in range(0, rows.shape[1], orth.PIECE):
+        rows[:, start : start + orth.PIECE] -= inside @ own[:, start : start + orth.PIECE]
+
+
+def _directions(new, noise):
+    """Unit rows that span others but for directions of at most `noise`, the largest first."""
+    if len(new) > new.shape[1] or new.dtype == np.float64:
+        wide = np.linalg.qr(new, mode="r") if len(new) > new.shape[1] else new
+        _, values, right = np.linalg.svd(wide, full_matrices=False)
+        return right[values > noise]
+    # A Gram matrix of float32 entries in float64 resolves 1e-8 of the largest value, `noise` is 4e-6 of it.
+    energies, turn = np.linalg.eigh(np.asarray(orth.row_gram(new, dtype="float64")))
+    values = np.sqrt(np.maximum(energies, 0.0))
+    found = np.flatnonzero(values > noise)[::-1]
+    right = hostmemory.zeros((len(found), new.shape[1]), new.dtype)
+    return np.matmul((turn[:, found] / values[found]).T.astype(new.dtype), new, out=right)
 
 
 def _orthonormal(rows):
-    """Orthonormal rows with the span of `rows`; of float32 ones that nearly are so already by their Gram matrix.
-
-    LAPACK takes a hundred times as long of 128 rows of 2**21 entries.
-    """
+    """Orthonormal rows with the span of `rows`; of float32 ones that nearly are so already in place."""
     if len(rows) and rows.dtype == np.float32:
         gram = np.asarray(orth.row_gram(rows, dtype="float64"))
         values = np.linalg.eigvalsh(gram)
-        if values[0] > values[-1] / 4:
-            return np.linalg.inv(np.linalg.cholesky(gram)).astype(rows.dtype) @ rows
+        if values[0] > values[-1] / 4:  # LAPACK takes many times as long of long rows
+            orth.one_round(rows, gram)
+            return rows
     return np.linalg.qr(rows.T)[0].T
 
 

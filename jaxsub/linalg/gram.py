@@ -89,7 +89,7 @@ def _dense_gram(x, weights, first, *, width, mesh, dtype):
         return jax.lax.psum(sums, FEATURES), mixed
 
     features = P(None, FEATURES)
-    x = x.reshape(len(x), math.prod(x.shape[1:]))  # in a traced function it is no copy
+    x = x.reshape(len(x), -1)  # in a traced function it is no copy
     specs = (features, P(), P())
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), features), check_vma=False)(
         x, weights, first

@@ -49,9 +49,13 @@ def leading(gram, *, rank, dtype, method="auto"):
     extrapolates the captured energy geometrically (Aitken).
     """
     size = gram.shape[0]
-    few = size >= ITERATE_FROM and 4 * rank < size
-    iterate = method == "iteration" or (method == "auto" and few)
+    iterate = method == "iteration" or (method == "auto" and are_few(size, rank))
     return _leading(gram, rank=rank, dtype=dtype, iterate=iterate and rank < size)
+
+
+def are_few(size, rank):
+    """Whether `rank` of `size` directions are found by iteration, if the method is "auto"."""
+    return size >= ITERATE_FROM and 4 * rank < size
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "dtype", "iterate"))

@@ -44,7 +44,7 @@ def mode_gram(x, *, axis, dtype):
     before, size, after = unfold.view(x.shape, axis)
     mesh, axis = dealt.mesh_of(x), axis % x.ndim
     dealt.require_free(axis, x.ndim, mesh)
-    number = pieces.programs(x, before * after // FEW) if mesh is None and size > SHORT else 1
+    number = pieces.programs(x, _pieces(size, before * after)) if mesh is None else 1
     if number == 1:
         return _mode_gram(x, axis=axis, dtype=dtype, mesh=mesh)
     kernel = functools.partial(_share, axis=axis, dtype=dtype, number=number)
@@ -53,7 +53,12 @@ def mode_gram(x, *, axis, dtype):
 
 def num_programs(size, columns):
     """Number of programs side by side of an axis of `size` with so many columns, on one CPU device; each has sums."""
-    return pieces.number(columns // FEW) if size > SHORT else 1
+    return pieces.number(_pieces(size, columns))
+
+
+def _pieces(size, columns):
+    """Pieces that programs side by side share; none of short axes, where reading is the cost."""
+    return columns // FEW if size > SHORT else 0
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "mesh"))

@@ -42,7 +42,7 @@ def mode_gram(x, *, shape, axis, dtype, mesh=None):
         # One model at a time, sliced from x itself: of x[:, :count], or of a mean over converted models, XLA makes a
         # copy of the whole block.
         def add(n, total):
-            return total + pieces.box(x, (n, 0), (1, width))[0].astype(dtype)
+            return total + pieces.part(x, n, 1)[0].astype(dtype)
 
         mean = (jax.lax.fori_loop(0, num_models, add, jnp.zeros(width, jnp.float64)) / num_models).astype(dtype)
 
@@ -77,14 +77,14 @@ def _dealt(work, x, carry, mesh, prepare=lambda part: part):
         mesh: mesh with an axis "features", or None.
         prepare: what is done to this device's part of rows before they are sent.
     """
-    devices, (rows, width) = 1 if mesh is None else mesh.size, x.shape
+    devices, rows = 1 if mesh is None else mesh.size, len(x)
     if devices == 1:
-        return jax.lax.fori_loop(0, rows, lambda n, c: work(prepare(pieces.box(x, (n, 0), (1, width)))[0], n, c), carry)
+        return jax.lax.fori_loop(0, rows, lambda n, c: work(prepare(pieces.part(x, n, 1))[0], n, c), carry)
     me, together = jax.lax.axis_index(FEATURES), min(devices, rows)
 
     def step(j, carry):
         start = jnp.minimum(j * together, rows - together)  # the last few overlap: what is done already counts as zero
-        part = prepare(pieces.box(x, (start, 0), (together, width)))
+        part = prepare(pieces.part(x, start, together))
         new = start + jnp.arange(together) >= j * together
         part = jnp.pad(jnp.where(new[:, None], part, 0), ((0, devices - together), (0, 0)))
         row = jax.lax.all_to_all(part, FEATURES, split_axis=0, concat_axis=1, tiled=True)[0]
@@ -106,7 +106,7 @@ def unfolding_gram(x, *, shape, dtype, mesh=None):
 
     def local(x):
         def step(row, rows, total):
-            z = pieces.box(x, (0, row * rest), (len(x), rows * rest)).astype(dtype)
+            z = pieces.part(x, row * rest, rows * rest, axis=1).astype(dtype)
             y = (z - jnp.mean(z, axis=0)).reshape(len(x), rows, rest)
             y = products.row_major(jnp.transpose(y, (0, 2, 1)).reshape(-1, rows))
             return total + products.matmul(y, y.T).astype(jnp.float64)

@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsub import errors
 from jaxsub.linalg import pieces, products
@@ -19,6 +20,7 @@ from jaxsub.linalg import pieces, products
 CHUNK = 4096  # rows a Gram product: as fast as 16384 at l = 64, and sums of 4096 float32 terms lose less
 FEW = 512  # the same of programs side by side
 NARROW = 64  # columns up to which y.T @ y is fast as it stands: 256 take half the time moved first, 48 near twice
+PIECE = 2**16  # columns of rows of the host transformed at once
 DEVIATION = 0.1  # |q.T q - I| after one round up to which a second one reaches round-off
 
 
@@ -90,6 +92,30 @@ def _gram_sums(x, index=None, *, axis=None, dtype, long, number=1):
 def _joined(parts):
     lower, upper = jax.tree.map(lambda *own: sum(own), *parts)
     return jnp.concatenate([jnp.concatenate([upper, lower[:, : len(upper)].T], axis=1), lower])
+
+
+def one_round(rows, gram):
+    """Makes float32 rows of the host (k, D) orthonormal in place; rows of zeros stay.
+
+    One round of CholeskyQR, for rows that nearly are orthonormal: from a condition number of 2 it reaches rounding.
+
+    Args:
+        rows: (k, D) NumPy array.
+        gram: (k, k) rows @ rows.T, products in float64.
+
+    Returns:
+        (k, k) float64, lower triangular: the rows that were are it times the rows that are.
+
+    Raises:
+        numpy.linalg.LinAlgError: rows that depend on one another.
+    """
+    empty = np.diag(gram) == 0
+    lower = np.linalg.cholesky(gram + np.diag(empty.astype(np.float64)))
+    inverse = np.linalg.inv(lower)
+    for start in range(0, rows.shape[1], PIECE):
+        part = rows[:, start : start + PIECE]
+        part[...] = inverse @ part
+    return lower
 
 
 def fix_signs(vt, u=None, *, axis=None):

@@ -141,8 +141,8 @@ def _tucker(group, module, config, wide):
     side = max(d for d in shape if not (hasattr(module, "SHRINKS") and d in later))
     is_cpu = jax.default_backend() == "cpu"
     programs = mode_gram.num_programs(side, count * math.prod(shape) // max(side, 1)) if is_cpu else 1
-    few = config.rank and side >= leading.ITERATE_FROM and 4 * config.rank < side  # found without LAPACK
-    squares = (SQUARES // (2 if few else 1) + PROGRAM * (programs - 1)) * side**2
+    by_iteration = config.rank and leading.are_few(side, config.rank)  # without LAPACK
+    squares = (SQUARES // (2 if by_iteration else 1) + PROGRAM * (programs - 1)) * side**2
     # Cores of all models, and of half of them in float64; of noise more than of what has structure.
     return int((2 if config.rank else 1) * kept * wide) + squares
 

@@ -17,11 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsub import bundle, errors, heldout, placement, precision, reading, subspace
 from jaxsub.decompositions import _fit, gram as plugin
-from jaxsub.linalg import gram as kernels, pieces, products
+from jaxsub.linalg import gram as kernels, orth, pieces, products
 from jaxsub.pipelines import layers, memory, plan as plans
 from jaxsub.statistics import Statistics
 
-PIECE = 2**20  # columns of the basis transformed at once
 KERNELS = memory.RUNTIME_BYTES + 64 * 2**20  # of an analysis, and those of the second read
 
 
@@ -170,15 +169,10 @@ def _orthonormal(values, basis):
     Rows of values near the floor lean on each other by the Gram matrix' rounding; B = L B' with L L.T = B B.T takes
     that out (one round of CholeskyQR), and c B = (c L) B'. Rows of zeros stay.
     """
-    ends = range(0, basis.shape[1], PIECE)
-    gram = sum(np.asarray(basis[:, j : j + PIECE], np.float64) @ basis[:, j : j + PIECE].T for j in ends)
-    empty = np.diag(gram) == 0
-    lower = np.linalg.cholesky(gram + np.diag(empty.astype(np.float64)))
-    inverse = np.linalg.inv(lower)
+    parts = [basis[:, j : j + orth.PIECE] for j in range(0, basis.shape[1], orth.PIECE)]
+    lower = orth.one_round(basis, sum(np.asarray(part, np.float64) @ part.T for part in parts))
     largest = np.zeros(len(basis))
-    for j in ends:
-        part = (inverse @ basis[:, j : j + PIECE]).astype(np.float32)
-        basis[:, j : j + PIECE] = part
+    for part in parts:
         most = part[np.arange(len(part)), np.abs(part).argmax(axis=1)]
         largest = np.where(np.abs(most) > np.abs(largest), most, largest)
     signs = np.where(largest < 0, -1.0, 1.0)

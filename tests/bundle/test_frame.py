@@ -18,8 +18,7 @@ def test_directions_are_held_down_to_rounding_and_no_further(width, dtype):
     rng, eps = np.random.default_rng(width), np.finfo(dtype).eps
     all_rows = orthonormal(rng, 4 + 12, width)
     basis, fresh = all_rows[:4], all_rows[4:]
-    sizes = np.array([1, 0.5, 1e-1, 1e-2, 1e-3, 3e-4, 1e-4, 1e-4, 1e-12, 0, 0, 0])
-    sizes[8] = eps / 100  # under what the dtype resolves
+    sizes = np.array([1, 0.5, 1e-1, 1e-2, 1e-3, 3e-4, 1e-4, 1e-4, eps / 100, 0, 0, 0])  # eps / 100 is not resolved
     new = orthonormal(rng, 12, 12) @ (sizes[:, None] * fresh) + rng.standard_normal((12, 4)) @ basis
     with jax.enable_x64(True):
         frame = refit._rows_of(basis.astype(dtype), new.astype(dtype))
