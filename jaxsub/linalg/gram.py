@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxsub.linalg import pieces, products
 
 CHUNK = 4096  # columns taken at once: N * 4096 * 4 bytes stay in cache
+NARROW = 512  # of combinations by programs side by side, whose centring has one thread each
+FEW = 4  # times as many rows as combinations: of more, putting shares together costs what programs gain
 PRODUCT = 1024  # columns of a Gram product: of 512 to 8192 the fastest at N = 256 and 500, 4096 a tenth slower
 SAMPLED = 128  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
 MANY = 64
@@ -60,12 +62,18 @@ def dense_gram(x, weights, *, mesh, dtype):
     Source: method of snapshots, Sirovich 1987; centring before the product, Chan, Golub and LeVeque 1983.
     """
     width = math.prod(x.shape[1:]) // mesh.size
+    kernel = functools.partial(_dense_gram, mesh=mesh, dtype=dtype)
+    parts = _by_programs(kernel, x, weights, width, mesh)
+    return parts[0] if len(parts) == 1 else _joined(*zip(*parts, strict=True))
+
+
+def _by_programs(kernel, x, weights, width, mesh):
+    """[kernel(x, weights, first, width=share), ...] over equal shares of a device's columns, side by side."""
     count = 1 if pieces.is_traced(x, weights) else num_pieces(width, mesh)
-    kernel = functools.partial(_dense_gram, width=width // count, mesh=mesh, dtype=dtype)
+    share = width // count
     if count == 1:
-        return kernel(x, weights, np.int32(0))
-    parts = pieces.side_by_side(lambda x, index: kernel(x, weights, index * np.int32(width // count)), x, count)
-    return _joined(*zip(*parts, strict=True))
+        return [kernel(x, weights, np.int32(0), width=share)]
+    return pieces.side_by_side(lambda x, index: kernel(x, weights, index * np.int32(share), width=share), x, count)
 
 
 def num_pieces(width, mesh):
@@ -164,25 +172,37 @@ def combinations(x, weights, *, mesh, dtype):
     proportion and are no longer orthogonal (`svd.gram_svd` mends them).
     Source: method of snapshots, Sirovich 1987.
     """
-    return _combinations(x, weights, mesh=mesh, dtype=dtype)
+    width, is_few = x.shape[1] // mesh.size, FEW * len(weights) <= len(x)
+    kernel = functools.partial(_combinations, mesh=mesh, dtype=dtype)
+    if not is_few:
+        return kernel(x, weights, np.int32(0), width=width)
+    parts = _by_programs(kernel, x, weights, width, mesh)
+    return parts[0] if len(parts) == 1 else _beside(parts)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
-def _combinations(x, weights, *, mesh, dtype):
-    def local(x, weights):
-        width = x.shape[1]
+@jax.jit
+def _beside(parts):
+    return jnp.concatenate(parts, axis=1)
 
+
+@functools.partial(jax.jit, static_argnames=("width", "mesh", "dtype"))
+def _combinations(x, weights, first, *, width, mesh, dtype):
+    """Of `width` columns of each device's, from its column `first` on."""
+
+    def local(x, weights, first):
         def step(start, size, out):
-            z = pieces.part(x, start, size, axis=1).astype(dtype)
+            z = pieces.part(x, first + start, size, axis=1).astype(dtype)
             y = products.row_major(z - jnp.mean(z, axis=0))
             part = products.row_major(products.matmul(weights, y))
             return jax.lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
 
-        return pieces.fold(step, width, CHUNK, jnp.zeros((weights.shape[0], width), dtype))
+        chunk = CHUNK if width == x.shape[1] else NARROW
+        return pieces.fold(step, width, chunk, jnp.zeros((weights.shape[0], width), dtype))
 
     features = P(None, FEATURES)
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(features, P()), out_specs=features, check_vma=False)
-    return mapped(x, weights.astype(dtype))
+    specs = (features, P(), P())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=features, check_vma=False)
+    return mapped(x, weights.astype(dtype), first)
 
 
 class LoraSums(NamedTuple):

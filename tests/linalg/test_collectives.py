@@ -36,7 +36,8 @@ def gram_pca(o, devices=8):
 
 def gram_pca_basis(o):
     x, weights = array((o.models, o.features), WIDE), array((o.rank, o.models))
-    return [*gram_pca(o), gram._combinations.lower(x, weights, mesh=placement.make_mesh(8), dtype="float32")]
+    given = {"width": o.features // 8, "mesh": placement.make_mesh(8), "dtype": "float32"}
+    return [*gram_pca(o), gram._combinations.lower(x, weights, jnp.int32(0), **given)]
 
 
 def lora_gram(o, devices=8):

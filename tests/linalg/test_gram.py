@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxsub import hostmemory, placement, spectrum
-from jaxsub.linalg import gram, products, reference
+from jaxsub.linalg import gram, pieces, products, reference
 from tests.linalg.matrices import lora_sums, place
 from tests.selected import first
 
@@ -204,3 +204,18 @@ def test_pieces_side_by_side_equal_one_program(width, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max(), err_msg=name)
     exact = reference.dense_sums(x)[0]
     assert np.abs(found.gram - exact).max() < 3e-6 * exact.max()
+
+
+@pytest.mark.parametrize("count, programs", [(3, 2), (32, 2), (33, 0)])
+def test_few_combinations_are_made_side_by_side(count, programs, monkeypatch):
+    monkeypatch.setattr(hostmemory, "cores", lambda: 2)
+    ran, side_by_side = [], pieces.side_by_side
+    monkeypatch.setattr(pieces, "side_by_side", lambda k, x, number: ran.append(number) or side_by_side(k, x, number))
+    rng, mesh = np.random.default_rng(11), placement.make_mesh(1)
+    x = rng.standard_normal((130, 16 * 4096 + 72), np.float32) + 100
+    weights = rng.standard_normal((count, 130)).astype(np.float32)
+    with jax.enable_x64(True):
+        found = np.asarray(gram.combinations(jax.device_put(x), weights, mesh=mesh, dtype="float32"))
+    want = weights.astype(np.float64) @ (x - x.astype(np.float64).mean(0))
+    assert sum(ran) == programs
+    assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()  # of a mean a hundred times as large

@@ -29,7 +29,9 @@ def kernels():
         "dense_gram": lambda: gram._dense_gram.lower(
             zeros(256, 8192), zeros(16, 256), np.int32(0), width=8192, mesh=mesh, dtype="float32"
         ),
-        "combinations": lambda: gram._combinations.lower(zeros(64, 8192), zeros(8, 64), mesh=mesh, dtype="float32"),
+        "combinations": lambda: gram._combinations.lower(
+            zeros(64, 8192), zeros(8, 64), np.int32(0), width=8192, mesh=mesh, dtype="float32"
+        ),
         "lora_gram": lambda: gram._lora_gram.lower(
             zeros(64, 16, 256),
             zeros(64, 16, 256),

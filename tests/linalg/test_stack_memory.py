@@ -84,7 +84,7 @@ OF_16_BITS = {
         like(BLOCK, dtype), like((0, 32)), np.int32(0), width=2**18, mesh=MESH(1), dtype="float32"
     ),
     "combinations": lambda dtype: gram._combinations.lower(
-        like(BLOCK, dtype), like((4, 32)), mesh=MESH(1), dtype="float32"
+        like(BLOCK, dtype), like((4, 32)), np.int32(0), width=2**18, mesh=MESH(1), dtype="float32"
     ),
     "Gram matrix of rows": lambda dtype: orth._gram_sums.lower(like(BLOCK, dtype), dtype=jnp.dtype("float32"), long=1),
     "mode Gram, pieces of slices": lambda dtype: mode_gram._mode_gram.lower(
