@@ -87,7 +87,7 @@ def run(config, workdir=None, *, stream=None):
     if config.mergekit_yaml:
         config, dtype = mergekit.apply(config)
     module, options = validate(config)
-    opened = aside.open_collection(config, smallest=1, odd=False)
+    opened = _open(config)
     if dtype:
         mergekit.require_dtype(opened, dtype)
     out = config.out or (os.path.join(workdir, "merged") if workdir else "")
@@ -118,6 +118,21 @@ def run(config, workdir=None, *, stream=None):
         merge_store.install(place, out)
     shutil.rmtree(part, ignore_errors=True)
     return record
+
+
+def _open(config):
+    opened = aside.open_collection(config, smallest=1, odd=False)
+    if config.max_quarantined == 0 or config.strict or config.mismatched != "fail":
+        return opened
+    return merge_layers.without_odd(opened, _base(config), _chosen(config), config)
+
+
+def _base(config):
+    return formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
+
+
+def _chosen(config):
+    return lineup.layer_filter(config.layers or None, config.exclude_layers or None)
 
 
 def validate(config):
@@ -162,9 +177,8 @@ class _Prepared:
 
 
 def _prepare(opened, config, module, *, is_checked=True):
-    chosen = lineup.layer_filter(config.layers or None, config.exclude_layers or None)
-    base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
-    found = merge_layers.line_up(opened, base, config.mismatched, chosen)
+    base = _base(config)
+    found = merge_layers.line_up(opened, base, config.mismatched, _chosen(config))
     sources = merge_rows.Sources(
         opened=opened,
         base=base,

@@ -11,6 +11,7 @@ import logging
 import numpy as np
 
 from jaxsub import collection, descriptors, errors, formats, lineup
+from jaxsub.pipelines import aside
 
 POLICIES = ("fail", "copy", "crop")
 MOST_SHOWN = 5
@@ -93,6 +94,30 @@ def line_up(opened, base, policy, chosen):
         raise errors.ConfigError("no layer to merge: none that the models share matches --layers, --exclude_layers")
     copied = {**opened.models[template].skipped, **work.copied}
     return Lineup(tuple(work.found), template, copied, tuple(work.said))
+
+
+def without_odd(opened, base, chosen, config):
+    """The Collection without models of another architecture, or lacking a layer that nearly all agree on, set aside.
+
+    As an analysis sets them aside, but only where the layers of all do not fit. Arguments as in `line_up`, and the
+    program's configuration.
+
+    Raises:
+        InputError: more are odd than may be set aside.
+    """
+    try:
+        line_up(opened, base, "fail", chosen)
+        return opened
+    except errors.InputError:
+        own = [{key: entry for key, entry in layers.items() if chosen(key[0])} for layers in opened.layers]
+        odd = lineup.odd_models(own, max(1, opened.num_candidates // 20))
+    for ref, (layer, what) in [(opened.refs[position], found) for position, found in odd.items()]:
+        error = errors.InputError(ref.path, what, key=layer, rule="N2")
+        log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
+        opened = opened.without([ref.id], {ref.id: error.message()})
+        total = len(opened.refs) + len(opened.quarantined)
+        aside.require_few(error, len(opened.quarantined), total, len(opened.refs), config, least=1)
+    return opened
 
 
 class _Work:
@@ -198,7 +223,7 @@ class _Work:
         more = f"; and {len(self.misfits) - MOST_SHOWN} more" if len(self.misfits) > MOST_SHOWN else ""
         crop = ", --config.mismatched=crop merges the rows they share" if any(c for *_, c in self.misfits) else ""
         hint = (
-            "move models of another architecture out of the collection; "
+            "move models of another architecture out of the collection, or let --max_quarantined=1 set one aside; "
             f"--config.mismatched=copy takes those of {self._template_id()}{crop}, --exclude_layers leaves layers out"
         )
         name = self.misfits[0][0]

@@ -276,6 +276,45 @@ def test_nan_stops_a_merge_unless_models_may_be_set_aside(tmp_path):
     assert np.abs(written(tmp_path)["embed.weight"] - stack(models, "embed.weight").mean(axis=0)).max() < 1e-6
 
 
+@pytest.mark.parametrize("odd", ["another architecture", "a layer less", "the first model"])
+def test_models_that_do_not_fit_are_set_aside_if_some_may_be(tmp_path, odd):
+    def change(n, model):
+        if n == (0 if odd == "the first model" else 2):
+            gone = {"a.weight": model.pop("a.weight")}
+            if odd != "a layer less":
+                gone |= model
+                model.clear()
+                model.update({f"other.{k}": v for k, v in gone.items()})
+
+    models, _ = collection(tmp_path, 5, change=change)
+    with pytest.raises(errors.InputError, match="layers do not fit"):
+        run(tmp_path, "mean")
+    with pytest.raises(errors.InputError, match="layers do not fit"):
+        run(tmp_path, "mean", max_quarantined=1, strict=True)
+    found = run(tmp_path, "mean", max_quarantined=1)
+    name = "m0" if odd == "the first model" else "m2"
+    assert [q["id"] for q in found["quarantined"]] == [name] and name not in [m["id"] for m in found["models"]]
+    del models[name]
+    assert np.abs(written(tmp_path)["a.weight"] - stack(models, "a.weight").mean(axis=0)).max() < 1e-6
+    if odd == "a layer less":
+        copied = run(tmp_path, "mean", max_quarantined=1, mismatched="copy", out=str(tmp_path / "copied"))
+        assert copied["quarantined"] == []  # layers, not models, are left out then
+
+
+def test_more_models_that_do_not_fit_than_may_be_set_aside_stop_a_merge(tmp_path):
+    def change(n, model):
+        if n == 2:
+            del model["a.weight"]
+
+    collection(tmp_path, 5, change=change)
+    with open(tmp_path / "models" / "m1.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(errors.InputError, match="2 of 5 models set aside, the last because it is missing"):
+        run(tmp_path, "mean", max_quarantined=1)
+    found = run(tmp_path, "mean", max_quarantined=2)
+    assert sorted(q["id"] for q in found["quarantined"]) == ["m1", "m2"]
+
+
 def test_numbers_that_the_dtype_cannot_hold_are_refused(tmp_path):
     collection(tmp_path, dtype=np.float16)
     options = {"base": str(tmp_path / "base.safetensors"), "options": ("scaling=1e6",)}
