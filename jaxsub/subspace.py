@@ -17,6 +17,7 @@ import numpy as np
 from jaxsub import errors, precision
 from jaxsub.linalg import dealt, factored, products, rebuild
 
+GROUP = 64 * 2**20  # bytes of the host's models that are put on a device at once
 CENTRINGS = ("models", "columns", "none")
 
 
@@ -218,14 +219,14 @@ def missed(space, x, values=None):
         values: (n, k...) coefficients to rebuild from, as they are stored; fewer than `x` where other models follow.
             None: the mean stands for all of x.
 
-    On several devices they send each other nothing but these numbers. Models of the host are taken one at a time.
+    On several devices they send each other nothing but these numbers. Models of the host are taken GROUP bytes at a
+    time, of less than that one by one.
     """
     if isinstance(x, tuple):
         return _missed_updates(space, x, values)
     count = len(x if values is None else values)
     if not isinstance(x, jax.Array) or not count:
-        found = [_missed_model(space, x, values, n) for n in range(count)]
-        return tuple(np.array(found, np.float64).reshape(count, 2).T)
+        return _missed_on_host(space, np.asarray(x), values, count)
     mesh = _mesh(x)
     with jax.enable_x64(True):
         if isinstance(space, LinearSubspace):
@@ -239,6 +240,22 @@ def missed(space, x, values=None):
     energies, left = (np.array(one)[:count] for one in found)
     for n in np.flatnonzero(energies < 4.0 ** -precision.ROOM["float32"]):  # XLA may have taken such weights for zero
         energies[n], left[n] = _missed_model(space, x, values, n)
+    return energies, left
+
+
+def _missed_on_host(space, x, values, count):
+    """`missed` of NumPy arrays: no copy of more than a group, and one compilation, whatever the number of models."""
+    energies, left = found = np.zeros((2, count))
+    if x[:count].nbytes <= GROUP:  # not worth a kernel
+        for n in range(count):
+            energies[n], left[n] = _missed_model(space, x, values, n)
+        return energies, left
+    step = max(1, GROUP // x[0].nbytes)
+    for start in range(0, count, step):
+        own = slice(min(start, count - step), min(start + step, count))  # the last group overlaps the one before
+        with jax.enable_x64(True):
+            group = jax.device_put(x[own].astype(x.dtype.newbyteorder("="), copy=False))
+        found[:, own] = missed(space, group, None if values is None else values[own])
     return energies, left
 
 

@@ -103,6 +103,29 @@ def test_models_of_the_host_are_taken_as_they_are():
     assert rebuild.missed_rows._cache_size() == before
 
 
+@pytest.mark.parametrize("group", [1, 3, 4, 6])
+@pytest.mark.parametrize("stored", ["bfloat16", "float32", ">f4", "float64"])
+@pytest.mark.parametrize("make", first([linear, tucker]))
+def test_models_of_the_host_in_groups_are_missed_as_one_by_one(make, stored, group, monkeypatch):
+    rng = np.random.default_rng(8)
+    with jax.enable_x64(True):
+        space = make(rng, "float64" if stored == "float64" else "float32")
+        x = rng.standard_normal((7, *SHAPE)).astype(jnp.bfloat16 if stored == "bfloat16" else stored)
+        c = subspace.project(space, x)[:6]
+        wanted = subspace.missed(space, x, c), subspace.missed(space, x)
+        monkeypatch.setattr(subspace, "GROUP", group * x[0].nbytes)
+        ran, by_kernel = [], subspace.rebuild.missed_rows
+        monkeypatch.setattr(
+            subspace.rebuild, "missed_rows", lambda x, *a, **k: ran.append(len(x)) or by_kernel(x, *a, **k)
+        )
+        found = subspace.missed(space, x, c), subspace.missed(space, x)
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
+        np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
+    if make is linear:
+        assert set(ran) == {group} and len(ran) == (0 if group == 6 else -(-6 // group)) + -(-7 // group)
+
+
 def test_a_small_miss_beside_large_weights_is_not_lost():
     """Squares of differences, never differences of squares: those keep 1e-16 of the norm, here more than the miss."""
     rng = np.random.default_rng(1)
