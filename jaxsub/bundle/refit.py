@@ -21,7 +21,7 @@ import numpy as np
 from jaxsub import bundle, descriptors, errors, hostmemory, plugins, precision, stacks, subspace
 from jaxsub.bundle import cores, corrections, storage
 from jaxsub.decompositions import _again
-from jaxsub.linalg import orth, unfold
+from jaxsub.linalg import orth, rebuild, unfold
 
 PLUGINS = {"gram": "gram", "randomized": "gram", "hosvd": "hosvd", "sthosvd": "sthosvd", "hooi": "hooi"}
 LOSSLESS = 2e-6  # relative error of the worst model under which a bundle holds all of its models
@@ -155,7 +155,8 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
         frame = _frame(space, x)
         every = _turned(space, frame, layer.values[list(keep)])
         if x is not None:
-            every = np.concatenate([every, subspace.project(frame, x)])
+            there = x if isinstance(x, tuple) else jax.device_put(x)  # a CPU device takes it where it is
+            every = np.concatenate([every, subspace.project(frame, there)])
         small = _fit(layer, every, plugins.load("decompositions", PLUGINS[name]), rank, key)
         found, values = _composed(space, frame, small), np.asarray(small.project(every))
         found = bundle.rounded(_with_losses(layer, found, small), layer.storage[0])
@@ -213,7 +214,9 @@ def _frame(space, x):
         if x is not None:
             new = hostmemory.aligned(np.asarray(x).reshape(len(x), -1), rows.dtype)
             new -= np.asarray(space.mean)
-        return dataclasses.replace(space, basis=jnp.asarray(_rows_of(rows, new)))
+        found = _rows_of(rows, new)
+        del new  # as large as the models; a CPU device then takes the others where they are
+        return dataclasses.replace(space, basis=jax.device_put(found))
     factors = {}
     for axis, factor in space.factors.items():
         rows = np.asarray(factor)
@@ -231,15 +234,24 @@ def _frame(space, x):
 
 def _rows_of(rows, new):
     """Orthonormal rows that span `rows`, and `new` up to rounding; as few as that takes. Changes `new`."""
-    own = _orthonormal(rows.copy())
+    own = _make_orthonormal(rows.copy())
     noise = ROUNDINGS * np.finfo(rows.dtype).eps * math.sqrt(max((float(row @ row) for row in new), default=0.0))
     for _ in range(2):  # twice is enough: what is left is orthogonal to rounding
         _take_off(new, own)
     if not new.size:
         return own
-    right = _directions(new, noise)[: own.shape[1] - len(own)]
-    _take_off(right, own)
-    return np.concatenate([own, _orthonormal(right)])
+    turn, right = _directions(new, noise)
+    count = min(len(right if turn is None else turn), own.shape[1] - len(own))
+    found = hostmemory.zeros((len(own) + count, own.shape[1]), own.dtype)
+    found[: len(own)] = own
+    own, more = found[: len(own)], found[len(own) :]
+    if turn is None:
+        more[...] = right[:count]
+    else:
+        np.matmul(turn[:count], right, out=more)
+    _take_off(more, own)
+    _make_orthonormal(more)
+    return found
 
 
 def _take_off(rows, own):
@@ -250,34 +262,38 @@ def _take_off(rows, own):
 
 
 def _directions(new, noise):
-    """Unit rows that span others but for directions of at most `noise`, the largest first."""
+    """(turn, rows): unit rows turn @ rows that span others but for directions of at most `noise`, the largest first.
+
+    `turn` is None where the rows are these already.
+    """
     if len(new) > new.shape[1] or new.dtype == np.float64:
         wide = np.linalg.qr(new, mode="r") if len(new) > new.shape[1] else new
         _, values, right = np.linalg.svd(wide, full_matrices=False)
-        return right[values > noise]
+        return None, right[values > noise]
     # A Gram matrix of float32 entries in float64 resolves 1e-8 of the largest value, `noise` is 4e-6 of it.
     energies, turn = np.linalg.eigh(np.asarray(orth.row_gram(new, dtype="float64")))
     values = np.sqrt(np.maximum(energies, 0.0))
     found = np.flatnonzero(values > noise)[::-1]
-    right = hostmemory.zeros((len(found), new.shape[1]), new.dtype)
-    return np.matmul((turn[:, found] / values[found]).T.astype(new.dtype), new, out=right)
+    return (turn[:, found] / values[found]).T.astype(new.dtype), new
 
 
-def _orthonormal(rows):
-    """Orthonormal rows with the span of `rows`; of float32 ones that nearly are so already in place."""
+def _make_orthonormal(rows):
+    """`rows`, made orthonormal with the span that they have."""
     if len(rows) and rows.dtype == np.float32:
         gram = np.asarray(orth.row_gram(rows, dtype="float64"))
         values = np.linalg.eigvalsh(gram)
         if values[0] > values[-1] / 4:  # LAPACK takes many times as long of long rows
             orth.one_round(rows, gram)
             return rows
-    return np.linalg.qr(rows.T)[0].T
+    rows[...] = np.linalg.qr(rows.T)[0].T
+    return rows
 
 
 def _turned(space, frame, values):
     """Coefficients (n, k...) in `space` as coordinates in the frame."""
     if isinstance(space, subspace.LinearSubspace):
-        return values @ np.asarray(space.basis @ frame.basis.T)
+        none = jnp.zeros_like(frame.mean)
+        return values @ np.asarray(rebuild.project_rows(space.basis, none, frame.basis, dtype=frame.basis.dtype))
     for axis, factor in space.factors.items():
         values = np.asarray(unfold.mode_product(jnp.asarray(values), frame.factors[axis] @ factor.T, axis + 1))
     return values

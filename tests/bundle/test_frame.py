@@ -45,7 +45,7 @@ def test_a_basis_that_is_not_orthonormal_is_made_so():
     rows = orthonormal(rng, 4, 900)
     for given in (rows * [[1], [0.9], [1.1], [1]], rows + 0.999 * rows[::-1], rows * [[1], [0], [1], [1]]):
         with jax.enable_x64(True):
-            found = refit._orthonormal(given.astype(np.float32)).astype(np.float64)
+            found = refit._make_orthonormal(given.astype(np.float32)).astype(np.float64)
         np.testing.assert_allclose(found @ found.T, np.eye(4), atol=1e-5)
         np.testing.assert_allclose((given @ found.T) @ found, given, atol=1e-5)
 
