@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import zipfile
 
 import numpy as np
 
+LIMIT_MB = 2048
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
 NAMES = {"safetensors": "m.safetensors", "torch": "m.pt", "numpy": "m.npy", "msgpack": "m.msgpack"}
 
@@ -78,7 +80,10 @@ def child(parser, corpus, seconds):
             if path not in str(error):
                 raise
 
-    limits = ["-timeout=10", "-rss_limit_mb=2048", "-max_len=4096", "-print_final_stats=1"]
+    # libFuzzer counts the largest memory so far, which Linux hands on from the process that started this one.
+    inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    limits = ["-timeout=10", f"-rss_limit_mb={inherited + LIMIT_MB}", f"-malloc_limit_mb={LIMIT_MB}"]
+    limits += ["-max_len=4096", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", f"-artifact_prefix={corpus}/stop-", *limits, corpus], one)
     atheris.Fuzz()
 

@@ -21,7 +21,7 @@ import numpy as np
 from jaxsub import bundle, descriptors, errors, hostmemory, plugins, precision, stacks, subspace
 from jaxsub.bundle import cores, corrections, storage
 from jaxsub.decompositions import _again
-from jaxsub.linalg import orth, rebuild, unfold
+from jaxsub.linalg import mode_gram, orth, rebuild, unfold
 
 PLUGINS = {"gram": "gram", "randomized": "gram", "hosvd": "hosvd", "sthosvd": "sthosvd", "hooi": "hooi"}
 LOSSLESS = 2e-6  # relative error of the worst model under which a bundle holds all of its models
@@ -151,27 +151,29 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
             x = precision.scaled(np.asarray(x), -exponent).astype(layer.values.dtype)
         made = refitted(_scaled(layer, -exponent), keep, x, ids, dtypes, rank=rank, key=key)
         return _scaled(made, exponent)
+    old, options = layer.values[list(keep)], {"plugin": plugins.load("decompositions", PLUGINS[name]), "key": key}
     with jax.enable_x64(True):
-        frame = _frame(space, x)
-        every = _turned(space, frame, layer.values[list(keep)])
-        if x is not None:
-            there = x if isinstance(x, tuple) else jax.device_put(x)  # a CPU device takes it where it is
-            every = np.concatenate([every, subspace.project(frame, there)])
-        small = _fit(layer, every, plugins.load("decompositions", PLUGINS[name]), rank, key)
-        found, values = _composed(space, frame, small), np.asarray(small.project(every))
-        found = bundle.rounded(_with_losses(layer, found, small), layer.storage[0])
+        if layer.parametrisation == "lora":
+            found, values = _fit_updates(layer, old, x, rank, **options)
+        else:
+            frame = _frame(space, x)
+            every = _cores(space, frame, old, x)
+            small = _fit(layer, every, rank, **options)
+            found, values = _composed(space, frame, small), np.asarray(small.project(every))
+            found = _with_losses(layer, found, small)
+        found = bundle.rounded(found, layer.storage[0])
         values, halves = _stored(layer, values)
-        moved = np.asarray(small.reconstruct(values), np.float64) - every
-        old = len(keep)
-        change = np.sqrt(np.square(moved[:old]).reshape(old, -1).sum(1))
-        norms = _norms(frame, every[:old])
+        change = np.zeros(0)
+        if layer.parametrisation != "lora":
+            norms, left = _norms(frame, every[: len(old)]), subspace.missed(small, every, values[: len(old)])[1]
+            change = subspace.relative(left, np.square(norms))
+        if layer.parametrisation == "lora" or layer.storage[0]:  # rounded directions leave the frame
+            moved = _moved(layer, old, found, values[: len(old)])
+            change = np.maximum(change, moved) if len(change) else moved
         relative = np.zeros(0)
         if x is not None:
-            energies, left = subspace.missed(found, x, values[old:])
+            energies, left = subspace.missed(found, x, values[len(old) :])
             relative = subspace.relative(left, energies)
-        change = change / np.where(norms > 0, norms, 1.0)
-        if layer.storage[0]:  # rounded directions leave the frame
-            change = np.maximum(change, _moved(layer, layer.values[list(keep)], found, values[:old]))
     kept = 1.0 - found.certificate.relative_error**2
     figures = _figures(layer, change, relative, kept)
     return dataclasses.replace(
@@ -217,19 +219,34 @@ def _frame(space, x):
         found = _rows_of(rows, new)
         del new  # as large as the models; a CPU device then takes the others where they are
         return dataclasses.replace(space, basis=jax.device_put(found))
-    factors = {}
-    for axis, factor in space.factors.items():
-        rows = np.asarray(factor)
-        new = np.zeros((0, rows.shape[1]), rows.dtype)
-        if isinstance(x, tuple):
-            a, b, _ = (np.asarray(part, rows.dtype) for part in x)
-            new = a.reshape(-1, a.shape[-1]) if axis else b.transpose(0, 2, 1).reshape(-1, b.shape[1])
-            new = new.copy()  # it is changed
-        elif x is not None:
-            y = np.asarray(x, rows.dtype) - np.asarray(space.mean)
-            new = np.moveaxis(y, axis + 1, -1).reshape(-1, rows.shape[1])
-        factors[axis] = jnp.asarray(_rows_of(rows, new))
+    factors, y = {axis: np.asarray(factor) for axis, factor in space.factors.items()}, None
+    if x is not None:
+        y = hostmemory.aligned(x, space.dtype)
+        y -= np.asarray(space.mean)
+    for axis, rows in factors.items():
+        if y is None:
+            rows = _make_orthonormal(rows.copy())
+        elif rows.dtype == np.float64:  # of which a Gram matrix keeps half the digits
+            rows = _rows_of(rows, np.moveaxis(y, axis + 1, -1).reshape(-1, rows.shape[1]).copy())
+        else:
+            rows = _axis_of(rows, y, axis + 1)
+        factors[axis] = jnp.asarray(rows)
     return dataclasses.replace(space, factors=factors)
+
+
+def _axis_of(rows, y, axis):
+    """`_rows_of` float32 rows (k, d) and all that lies along an axis (d) of models y, by its Gram matrix in float64.
+
+    That resolves 1e-8 of the norm of all models, where rounding leaves more; nothing of their size is made.
+    """
+    gram = np.asarray(mode_gram.mode_gram(y, axis=axis, dtype="float64"))
+    noise = ROUNDINGS * np.finfo(rows.dtype).eps * max((float(np.linalg.norm(one)) for one in y), default=0.0)
+    own = _make_orthonormal(rows.astype(np.float64))
+    rest = np.eye(len(gram)) - own.T @ own
+    energies, vectors = np.linalg.eigh(rest @ gram @ rest)
+    count = min(int((energies > noise**2).sum()), len(gram) - len(own))
+    more = vectors[:, len(gram) - count :].T[::-1]
+    return np.concatenate([own, more]).astype(rows.dtype)
 
 
 def _rows_of(rows, new):
@@ -289,6 +306,17 @@ def _make_orthonormal(rows):
     return rows
 
 
+def _cores(space, frame, old, x):
+    """All models as coordinates in the frame: old ones from their coefficients, and new ones, or None."""
+    old = _turned(space, frame, old)
+    if x is None:
+        return jax.device_put(old)
+    new = subspace.project(frame, jax.device_put(x))  # on a CPU device where it is
+    every = hostmemory.zeros((len(old) + len(new), *old.shape[1:]), old.dtype)
+    every[: len(old)], every[len(old) :] = old, new
+    return jax.device_put(every)
+
+
 def _turned(space, frame, values):
     """Coefficients (n, k...) in `space` as coordinates in the frame."""
     if isinstance(space, subspace.LinearSubspace):
@@ -301,29 +329,41 @@ def _turned(space, frame, values):
 
 def _norms(frame, cores):
     """(n,) lower bounds of the norms of the models: of their parts inside the frame, mean included."""
+    mean = 0.0
     if isinstance(frame, subspace.LinearSubspace) or frame.procedure.centring == "models":
         doubled = 2 * np.asarray(frame.mean).reshape(_mean_shape(frame))  # project subtracts the mean once
-        cores = cores + np.asarray(frame.project(np.broadcast_to(doubled, frame.shape)[None]))
-    return np.sqrt(np.square(cores).reshape(len(cores), -1).sum(1))
+        mean = np.asarray(frame.project(np.broadcast_to(doubled, frame.shape)[None]))[0]
+    return np.array([np.linalg.norm(core + mean) for core in np.asarray(cores)])
 
 
-def _fit(layer, cores, plugin, rank, key):
+def _fit(layer, cores, rank, *, plugin, key):
     """The decomposition of the cores at `rank`, or at the layer's own."""
     count, sizes = len(cores), cores.shape[1:]
+    stack = stacks.DenseStack.create(cores, layer.name)
     if layer.is_linear:
         most = min(count - 1, sizes[0])
         if most < 1:
             raise errors.ConfigError(f"{errors.quote(layer.name)}: {count} models are left; fit again")
-        options = plugin.Options(rank=min(rank or layer.subspace.rank, most))
-        return _again.fit(plugin, stacks.DenseStack.create(cores, layer.name), options, key)
-    ranks = tuple(min(rank or k, size) for k, size in zip(layer.subspace.rank.values(), sizes, strict=True))
-    if layer.parametrisation == "lora":  # uncentred: the core is its own right factor
-        eye = np.broadcast_to(np.eye(sizes[0], dtype=cores.dtype), (count, sizes[0], sizes[0]))
-        stack = stacks.LoraStack(cores, eye, np.ones(count), layer.name)
-        return _again.fit(plugin, stack, plugin.Options(ranks=ranks), key)
+        return _again.fit(plugin, stack, plugin.Options(rank=min(rank or layer.subspace.rank, most)), key)
     if len(sizes) != len(layer.subspace.factors):
         raise errors.ConfigError(f"{errors.quote(layer.name)}: axes that are not reduced; fit again")
-    return _again.fit(plugin, stacks.DenseStack.create(cores, layer.name), plugin.Options(ranks=ranks), key)
+    return _again.fit(plugin, stack, plugin.Options(ranks=_ranks(layer, rank, sizes)), key)
+
+
+def _ranks(layer, rank, sizes):
+    return tuple(min(rank or k, size) for k, size in zip(layer.subspace.rank.values(), sizes, strict=True))
+
+
+def _fit_updates(layer, old, x, rank, *, plugin, key):
+    """(subspace, coefficients) of low-rank updates, old ones (coefficients) and new, all by their factors."""
+    kept = [np.asarray(part) for part in layer.subspace.reconstruct_factors(old)]
+    parts = [(*kept, np.ones(len(old)))] + ([] if x is None else [x])
+    most, dtype = max(a.shape[1] for a, _, _ in parts), kept[0].dtype
+    a = np.concatenate([np.pad(a.astype(dtype), ((0, 0), (0, most - a.shape[1]), (0, 0))) for a, _, _ in parts])
+    b = np.concatenate([np.pad(b.astype(dtype), ((0, 0), (0, 0), (0, most - b.shape[2]))) for _, b, _ in parts])
+    stack = stacks.LoraStack(a, b, np.concatenate([scales for *_, scales in parts]), layer.name)
+    found = _again.fit(plugin, stack, plugin.Options(ranks=_ranks(layer, rank, stack.shape)), key)
+    return _with_losses(layer, found, found), subspace.project(found, (a, b, stack.scales))
 
 
 def _composed(space, frame, small):
