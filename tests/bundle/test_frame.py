@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxsub.bundle import refit
+from jaxsub.linalg import mode_gram
 
 
 def orthonormal(rng, count, width):
@@ -28,6 +29,36 @@ def test_directions_are_held_down_to_rounding_and_no_further(width, dtype):
     np.testing.assert_allclose((basis @ wide.T) @ wide, basis, atol=40 * eps)
     lost = new - (new @ wide.T) @ wide
     assert np.sqrt(np.square(lost).sum(1)).max() < refit.ROUNDINGS * eps * np.sqrt(np.square(new).sum(1)).max()
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 200)])
+def test_directions_of_an_axis_are_held_down_to_rounding_and_no_further(shape, axis):
+    """As of rows: in float32 the Gram matrix would take all under 3e-3 for noise."""
+    rng, eps, size = np.random.default_rng(axis), np.finfo(np.float32).eps, shape[axis - 1]
+    all_rows, rest = orthonormal(rng, 3 + 9, size), shape[2 - axis]
+    sizes = np.array([1, 1, 1, 1, 0.1, 1e-2, 1e-3, 3e-4, 1e-4, eps / 100, 0, 0])
+    y = np.einsum("nrk,k,kd->nrd", rng.standard_normal((6, rest, 12)) / rest**0.5, sizes, all_rows)
+    y = np.ascontiguousarray(np.moveaxis(y, 2, axis)).astype(np.float32)
+    with jax.enable_x64(True):
+        frame = refit._axis_of(all_rows[:3].astype(np.float32), y, axis)
+    assert len(frame) == 3 + 6
+    wide, rows = frame.astype(np.float64), np.moveaxis(y.astype(np.float64), axis, 2)
+    np.testing.assert_allclose(wide @ wide.T, np.eye(len(frame)), atol=40 * eps)
+    np.testing.assert_allclose((all_rows[:3] @ wide.T) @ wide, all_rows[:3], atol=40 * eps)
+    lost, norms = np.linalg.norm(rows - (rows @ wide.T) @ wide, axis=(1, 2)), np.linalg.norm(rows, axis=(1, 2))
+    assert lost.max() < refit.ROUNDINGS * eps * norms.max()
+    with jax.enable_x64(True):
+        weak = np.linalg.eigvalsh(np.asarray(mode_gram.mode_gram(y, axis=axis, dtype="float32")))
+    assert (weak > 64 * eps * weak[-1]).sum() < 3 + 6  # all that it resolves
+
+
+def test_an_axis_that_new_models_fill_is_held_whole():
+    rng = np.random.default_rng(3)
+    rows, y = orthonormal(rng, 2, 20).astype(np.float32), rng.standard_normal((5, 20, 30)).astype(np.float32)
+    with jax.enable_x64(True):
+        frame = refit._axis_of(rows, y, 1)
+    np.testing.assert_allclose(frame @ frame.T, np.eye(20), atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -199,6 +199,25 @@ def test_low_rank_updates_are_added_by_their_factors(tmp_path):
     np.testing.assert_allclose(made.reconstruct(made.coefficients())["layer.q"], updates, atol=2e-4)
 
 
+@pytest.mark.parametrize("new", [(2,), (1, 4)])
+def test_low_rank_updates_are_fitted_again_without_their_products(tmp_path, monkeypatch, new):
+    """64 of rank 16 fill a frame of 1024 directions: as cores there they were as large as their products."""
+    old, updates = test_lora_bundle.adapters(tmp_path / "m", count=6)
+    more, others = test_lora_bundle.adapters(tmp_path / "n", count=8, ranks=new, seed=5)
+    for n in range(8):
+        shutil.move(tmp_path / "n" / f"a{n}", tmp_path / "n" / f"b{n}")
+    jaxsub.fit(old, tmp_path / "b", rank=2, decomposition="hosvd")
+    given, fit = [], refit._again.fit
+    monkeypatch.setattr(refit._again, "fit", lambda plugin, stack, *a: given.append(stack) or fit(plugin, stack, *a))
+    made = update.run(update.Config(str(tmp_path / "b"), (more,), captured=1.0, rank=3))
+    (stack,) = given
+    assert stack.a.shape == (14, max(2, *new), 9) and stack.b.shape == (14, 11, max(2, *new))
+    rebuilt = made.reconstruct(made.coefficients())["layer.q"]
+    error = np.linalg.norm(rebuilt[6:] - others, axis=(1, 2)) / np.linalg.norm(others, axis=(1, 2))
+    assert error.max() < 1e-5  # three common directions
+    assert np.linalg.norm(rebuilt[:6] - updates) <= made.layers[0].figures["error_max"] * np.linalg.norm(updates)
+
+
 @pytest.mark.slow
 def test_adding_reads_the_new_models_alone(places, tmp_path):
     shutil.copytree(places["old"], tmp_path / "gone")
