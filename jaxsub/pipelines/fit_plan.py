@@ -52,7 +52,7 @@ def mesh_of(group, module):
     is_by_rows = by_rows(group, module)
     if is_by_rows and "float64" in group.dtypes:
         return placement.make_mesh(1, is_local=True)
-    return sharing.mesh(len(group.members), group.shape, _stored_bytes(group), by_rows=is_by_rows)
+    return sharing.mesh(len(group.members), group.shape, stored_bytes(group), by_rows=is_by_rows)
 
 
 def by_rows(group, module):
@@ -60,7 +60,7 @@ def by_rows(group, module):
     return group.parametrisation != lineup.LORA and hasattr(module, "BY_ROWS")
 
 
-def _stored_bytes(group):
+def stored_bytes(group):
     """Bytes of a group's stack as it is read; of low-rank updates, of their factors."""
     wide = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize
     if group.parametrisation != lineup.LORA:
@@ -74,7 +74,7 @@ def of_layer(group, module, config):
     count, size = len(group.members), math.prod(group.shape)
     of_rows, is_lora = by_rows(group, module), group.parametrisation == lineup.LORA
     wide = max(descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize, 4)
-    stack, kept = _stored_bytes(group), 0
+    stack, kept = stored_bytes(group), 0
     if of_rows and config.rank:
         each = wide if not config.basis_dtype else 1 if config.basis_dtype == "int8" else 2
         kept = (1 + min(config.rank, count - 1)) * size * each + count * config.rank * wide

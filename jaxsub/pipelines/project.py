@@ -10,7 +10,7 @@ import numpy as np
 from jaxsub import bundle as bundles, errors, formats, precision, subspace
 from jaxsub.bundle import export, files
 from jaxsub.formats import _files, _rewrite, peft, safetensors
-from jaxsub.pipelines import aside, progress, scoring, sharing
+from jaxsub.pipelines import aside, progress, project_plan, scoring, sharing
 from jaxsub.report import _write
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
@@ -37,6 +37,7 @@ class Config:
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
+    max_host_bytes: int = 0  # bound on the plan's peak; 0: what is free
 
 
 def run(config, workdir=None, *, stream=None):
@@ -109,6 +110,10 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
     pairs = bundle.pairs(opened)
     if not pairs:
         raise errors.ConfigError(bundles.NOTHING_SHARED)
+    planned = [(group.name, project_plan.projection(group)) for group, _ in pairs]
+    project_plan.require_memory(planned, config)
+    if stream is not None:
+        stream.write(project_plan.text(planned, [group for group, _ in pairs]))
     base = formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
     records, values, again = [], {}, []
     with progress.Progress(sum(g.num_bytes for g, _ in pairs), len(pairs), stream=stream) as bar:

@@ -5,7 +5,7 @@ import os
 
 from jaxsub import bundle as bundles, collection as collections, config as configs, errors
 from jaxsub.bundle import files, refit
-from jaxsub.pipelines import aside, fit, fit_layer, layers, progress
+from jaxsub.pipelines import aside, fit, fit_layer, layers, progress, project_plan
 
 SMALLEST = 3  # models of a layer that is fitted
 
@@ -23,6 +23,7 @@ class Config:
     allow_roots: tuple[str, ...] = ()  # folders that links may lead into
     strict: bool = False  # any model set aside is fatal
     max_quarantined: int = -1  # models that may be set aside; -1: max(1, 5 %)
+    max_host_bytes: int = 0  # bound on the plan's peak; 0: what is free
 
 
 def run(config, path=None, *, stream=None):
@@ -93,7 +94,13 @@ def _is_in(path, given):
 
 
 def _update(opened, bundle, config, stream):
-    pairs = {} if opened is None else {bundle.key(layer): group for group, layer in bundle.pairs(opened)}
+    both = [] if opened is None else bundle.pairs(opened)
+    pairs = {bundle.key(layer): group for group, layer in both}
+    if both:
+        planned = [(group.name, project_plan.refit(group, layer)) for group, layer in both]
+        project_plan.require_memory(planned, config)
+        if stream is not None:
+            stream.write(project_plan.text(planned, pairs.values()))
     found, how = [], {}
     total = sum(g.num_bytes for g in pairs.values())
     with progress.Progress(total, len(bundle.layers), stream=stream) as bar:
@@ -153,7 +160,7 @@ def _recorded(result, bundle, config, opened, how):
         "added": [] if opened is None else [r.id for r in opened.refs if r.id not in stay],
         "removed": list(config.remove),
         "quarantined": [] if opened is None else [dict(q) for q in opened.quarantined],
-        "config": configs.to_dict(config),
+        "config": configs.to_dict(dataclasses.replace(config, max_host_bytes=0)),
         "collection_fingerprint": None if opened is None else opened.fingerprint,
         "layers": {key: {"how": word, "exact": exact} for key, (word, exact) in how.items()},
     }
