@@ -153,7 +153,7 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
     old, options = layer.values[list(keep)], {"plugin": plugins.load("decompositions", PLUGINS[name]), "key": key}
     with jax.enable_x64(True):
         if layer.parametrisation == "lora":
-            found, values = _fit_updates(layer, old, x, rank, **options)
+            found, values, kept = _fit_updates(layer, old, x, rank, **options)
         else:
             frame = frames.of(space, x)
             every = _cores(space, frame, old, x)
@@ -162,13 +162,14 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
             found = _with_losses(layer, found, small)
         found = bundle.rounded(found, layer.storage[0])
         values, halves = _stored(layer, values)
-        change = np.zeros(0)
-        if layer.parametrisation != "lora":
+        if layer.parametrisation == "lora":
+            energies, left = subspace.missed(found, kept, values[: len(old)])
+            change = subspace.relative(left, energies) * (1.0 + layer.figures["error_max"])  # of what they stand for
+        else:
             norms, left = _norms(frame, every[: len(old)]), subspace.missed(small, every, values[: len(old)])[1]
             change = subspace.relative(left, np.square(norms))
-        if layer.parametrisation == "lora" or layer.storage[0]:  # rounded directions leave the frame
-            moved = _moved(layer, old, found, values[: len(old)])
-            change = np.maximum(change, moved) if len(change) else moved
+            if layer.storage[0]:  # rounded directions leave the frame
+                change = np.maximum(change, _moved(layer, old, found, values[: len(old)]))
         relative = np.zeros(0)
         if x is not None:
             energies, left = subspace.missed(found, x, values[len(old) :])
@@ -256,15 +257,15 @@ def _ranks(layer, rank, sizes):
 
 
 def _fit_updates(layer, old, x, rank, *, plugin, key):
-    """(subspace, coefficients) of low-rank updates, old ones (coefficients) and new, all by their factors."""
-    kept = [np.asarray(part) for part in layer.subspace.reconstruct_factors(old)]
-    parts = [(*kept, np.ones(len(old)))] + ([] if x is None else [x])
+    """(subspace, coefficients, factors of the old) of low-rank updates, old ones (coefficients) and new."""
+    kept = (*(np.asarray(part) for part in layer.subspace.reconstruct_factors(old)), np.ones(len(old)))
+    parts = [kept] if x is None else [kept, x]
     most, dtype = max(a.shape[1] for a, _, _ in parts), kept[0].dtype
     a = np.concatenate([np.pad(a.astype(dtype), ((0, 0), (0, most - a.shape[1]), (0, 0))) for a, _, _ in parts])
     b = np.concatenate([np.pad(b.astype(dtype), ((0, 0), (0, 0), (0, most - b.shape[2]))) for _, b, _ in parts])
     stack = stacks.LoraStack(a, b, np.concatenate([scales for *_, scales in parts]), layer.name)
     found = _again.fit(plugin, stack, plugin.Options(ranks=_ranks(layer, rank, stack.shape)), key)
-    return _with_losses(layer, found, found), subspace.project(found, (a, b, stack.scales))
+    return _with_losses(layer, found, found), subspace.project(found, (a, b, stack.scales)), kept
 
 
 def _composed(space, frame, small):

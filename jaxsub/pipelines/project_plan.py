@@ -8,7 +8,7 @@ import math
 from jaxsub import errors, lineup, precision
 from jaxsub.pipelines import fit_plan, plan
 
-KERNELS = 90 * 2**20  # of a projection, half-way between starts that compile them and others
+KERNELS = 60 * 2**20  # of a projection, half-way between starts that compile them and others
 REFIT, UPDATES = 190 * 2**20, 560 * 2**20  # of a basis fitted again, and of one of low-rank updates
 FACTORS = 3  # copies of low-rank updates' factors, with those that were read
 LAPACK = 5  # of new rows in float64, which LAPACK makes orthonormal
