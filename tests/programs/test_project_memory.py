@@ -62,6 +62,13 @@ def write(folder, kind, count, seed):
         safetensors.write(folder / f"{seed}_{n}.safetensors", {"w": stored})
 
 
+def run(*arguments):
+    """The output of Python in a process of its own, with one device."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """kind -> (bundle, folder of new models)."""
@@ -72,8 +79,9 @@ def made(tmp_path_factory):
             place, (old, new, *_, decomposition, rank) = tmp_path_factory.mktemp("kind"), KINDS[kind]
             write(place / "old", kind, old, 1)
             write(place / "new", kind, new, 2)
-            jaxsub.fit(str(place / "old"), place / "b", rank=rank, decomposition=decomposition)
-            there[kind] = place / "b", place / "new"
+            options = [f"--config.{name}={value}" for name, value in (("rank", rank), ("decomposition", decomposition))]
+            run("-m", "jaxsub", "fit", f"--collection={place / 'old'}", f"--workdir={place}", *options)
+            there[kind] = place / "bundle", place / "new"
         return there[kind]
 
     return make
@@ -84,10 +92,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", ["project", "update"])
 def test_a_projection_stays_near_its_plan(made, what, kind, tmp_path):
-    command = [sys.executable, "-c", CODE, what, *map(str, made(kind)), str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    peak, planned = map(int, done.stdout.split()[-2:])
+    peak, planned = map(int, run("-c", CODE, what, *made(kind), tmp_path).split()[-2:])
     print(f"{what} {kind}: {peak / 2**20:.0f} MiB, planned {planned / peak:.2f} of it")
     assert 0.75 < planned / peak < 1.35
     record("BUDGET, plan", f"plan of {what} over the peak, {kind}", round(planned / peak, 2))
