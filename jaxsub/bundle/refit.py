@@ -5,6 +5,7 @@
     cores           all models in the frame: as many numbers as it has directions, not weights
     decomposition   of the cores, by the plug-in that made the layer; turned back by the frame
 
+Low-rank updates need no frame: factors of the old ones, from their coefficients, and of the new ones are decomposed.
 Exact, up to rounding of the stored dtype, where the bundle holds all of its models. Else the part of the old models
 outside the basis stays lost: certificate and figures are then bounds.
 
