@@ -9,7 +9,8 @@ from jaxsub import errors, lineup, precision
 from jaxsub.pipelines import fit_plan, plan
 
 KERNELS = 60 * 2**20  # of a projection, half-way between starts that compile them and others
-REFIT, UPDATES = 190 * 2**20, 560 * 2**20  # of a basis fitted again, and of one of low-rank updates
+REFIT = 190 * 2**20  # of a basis fitted again
+UPDATES, SWEEPS = 310 * 2**20, 250 * 2**20  # of one of low-rank updates, and what sweeps add
 FACTORS = 3  # copies of low-rank updates' factors, with those that were read
 LAPACK = 5  # of new rows in float64, which LAPACK makes orthonormal
 
@@ -28,9 +29,10 @@ def refit(group, layer):
     if layer.parametrisation == lineup.LORA:
         shape = lineup.flat_shape(group.shape)
         most = max(min(ranks.values()), *(e.rank for e in group.entries))
-        copies = fit_plan.SWEEP_COPIES if layer.subspace.procedure.name == "hooi" else fit_plan.FACTOR_COPIES
+        sweeps = layer.subspace.procedure.name == "hooi"
+        copies = 1 + (fit_plan.SWEEP_COPIES if sweeps else fit_plan.FACTOR_COPIES)
         factors = (new + old) * most * sum(shape) * wide
-        return UPDATES + stack + int((1 + copies) * factors) + fit_plan.SQUARES * max(shape) ** 2
+        return UPDATES + sweeps * SWEEPS + stack + int(copies * factors) + fit_plan.SQUARES * max(shape) ** 2
     if layer.is_linear:  # new models about the mean, the frame, and two bases
         rows = 2 * new + 3 * ranks + (LAPACK * new if wide == 8 else 0)
         return REFIT + stack + rows * size * wide
