@@ -38,6 +38,11 @@ def mesh(count, shape, num_bytes, *, by_rows):
 
 def placed(x, mesh, *, by_rows):
     """A stack x (N, *shape) on the mesh; by models it may end with some of zeros. One CPU device may use x in place."""
+    with jax.enable_x64(True):  # else float64 would become float32
+        return _placed(x, mesh, by_rows)
+
+
+def _placed(x, mesh, by_rows):
     if mesh.size == 1:
         return jax.device_put(x)
     if by_rows:
@@ -76,6 +81,7 @@ def spread(space, mesh):
     """A subspace as it goes with stacks placed on the mesh: features of mean and basis are shared, factors are not."""
     if mesh.size == 1 or not isinstance(space, subspace.LinearSubspace):
         return space
-    mean = jax.device_put(space.mean, NamedSharding(mesh, P(FEATURES)))
-    basis = jax.device_put(space.basis, NamedSharding(mesh, P(None, FEATURES)))
+    with jax.enable_x64(True):
+        mean = jax.device_put(space.mean, NamedSharding(mesh, P(FEATURES)))
+        basis = jax.device_put(space.basis, NamedSharding(mesh, P(None, FEATURES)))
     return dataclasses.replace(space, mean=mean, basis=basis)

@@ -112,6 +112,16 @@ def test_models_are_written_and_added_as_they_are(tmp_path, dtype, largest):
     assert off < 0.02 and np.isfinite(rebuilt).all()
 
 
+def test_float64_models_keep_their_digits_through_a_projection(tmp_path):
+    x, _ = stack("float64", 1.0, scatter=0)
+    jaxsub.fit(save(tmp_path / "c", x), str(tmp_path / "f"), rank=COUNT - 1)
+    models = (str(tmp_path / "c"),)
+    project.run(project.Config(str(tmp_path / "f"), models, write_models=str(tmp_path / "w")), str(tmp_path / "p"))
+    for n in range(COUNT):
+        again = formats.open_model(tmp_path / "w" / f"m{n}.safetensors")
+        assert np.abs(formats.read(again, again.tensors["w"]) - x[n]).max() < 1e-14
+
+
 @pytest.mark.parametrize("largest", [1.7e308, 1e-300])
 def test_numbers_that_leave_float64_no_room_are_refused_by_name(tmp_path, largest):
     folder = save(tmp_path / "c", stack("float64", largest)[0])
