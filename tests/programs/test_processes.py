@@ -131,7 +131,7 @@ def test_a_file_that_one_process_cannot_read_ends_all(folder, broken):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program, mebibytes", [("analyze", 100), ("fit", 90)])
+@pytest.mark.parametrize("program, mebibytes", [("analyze", 100), ("fit", 170)])
 def test_processes_of_one_machine_share_its_memory(folder, tmp_path, program, mebibytes):
     """So much is enough for one process, and not for two."""
     memory = f'lambda field: {mebibytes} << 20 if field == "MemAvailable" else 1 << 40'
