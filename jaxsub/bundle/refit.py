@@ -242,15 +242,16 @@ def _norms(frame, cores):
 def _fit(layer, cores, rank, *, plugin, key):
     """The decomposition of the cores at `rank`, or at the layer's own."""
     count, sizes = len(cores), cores.shape[1:]
-    stack = stacks.DenseStack.create(cores, layer.name)
     if layer.is_linear:
         most = min(count - 1, sizes[0])
         if most < 1:
             raise errors.ConfigError(f"{errors.quote(layer.name)}: {count} models are left; fit again")
-        return _again.fit(plugin, stack, plugin.Options(rank=min(rank or layer.subspace.rank, most)), key)
-    if len(sizes) != len(layer.subspace.factors):
+        options = plugin.Options(rank=min(rank or layer.subspace.rank, most))
+    elif len(sizes) != len(layer.subspace.factors):
         raise errors.ConfigError(f"{errors.quote(layer.name)}: axes that are not reduced; fit again")
-    return _again.fit(plugin, stack, plugin.Options(ranks=_ranks(layer, rank, sizes)), key)
+    else:
+        options = plugin.Options(ranks=_ranks(layer, rank, sizes))
+    return _again.fit(plugin, stacks.DenseStack.create(cores, layer.name), options, key)
 
 
 def _ranks(layer, rank, sizes):

@@ -39,9 +39,19 @@ def sharing(opened, bundle, config):
         if position not in having:
             reason = "has no layer of the bundle (by name, shape and kind)"
             error = errors.InputError(model.path, reason, hint="leave it out, or fit it with models like it", rule="N2")
-            opened = opened.without([ref.id], {ref.id: error.message()})
-            total = len(opened.refs) + len(opened.quarantined)
-            require_few(error, len(opened.quarantined), total, len(opened.refs), config, least=1)
+            opened = without(opened, ref.id, error, config, least=1)
+    return opened
+
+
+def without(opened, identifier, error, config, least=lineup.SMALLEST_GROUP):
+    """The collection without a model, which is set aside because of the InputError `error`; `least` that are needed.
+
+    Raises:
+        InputError: too many had to be set aside.
+    """
+    opened = opened.without([identifier], {identifier: error.message()})
+    total = len(opened.refs) + len(opened.quarantined)
+    require_few(error, len(opened.quarantined), total, len(opened.refs), config, least)
     return opened
 
 
@@ -117,9 +127,7 @@ def going_on(work, opened, config, least=lineup.SMALLEST_GROUP):
             pairs = zip(opened.refs, opened.models, strict=True)
             name = next(ref.id for ref, model in pairs if model.path == error.file)
             log.warning("set aside %s: %s", errors.quote(name), error.message())
-            opened = opened.without([name], {name: error.message()})
-            total = len(opened.refs) + len(opened.quarantined)
-            require_few(error, len(opened.quarantined), total, len(opened.refs), config, least)
+            opened = without(opened, name, error, config, least)
 
 
 def listed(records):

@@ -114,9 +114,7 @@ def without_odd(opened, base, chosen, config):
     for ref, (layer, what) in [(opened.refs[position], found) for position, found in odd.items()]:
         error = errors.InputError(ref.path, what, key=layer, rule="N2")
         log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
-        opened = opened.without([ref.id], {ref.id: error.message()})
-        total = len(opened.refs) + len(opened.quarantined)
-        aside.require_few(error, len(opened.quarantined), total, len(opened.refs), config, least=1)
+        opened = aside.without(opened, ref.id, error, config, least=1)
     return opened
 
 
