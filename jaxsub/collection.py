@@ -171,9 +171,8 @@ def open_collection(
     found_odd = lineup.odd_models(chosen_layers, usual) if odd else {}
     for position, (layer, what) in found_odd.items():
         candidate, model = opened[position]
-        advice = _STRANGER_HINT if layer is None else _ODD_HINT
-        error = errors.InputError(model.path, what, key=layer, hint=advice)
-        aside.append(_record(candidate.id, model.path, layer, str(error), "N2"))
+        error = odd_error(model.path, layer, what)
+        aside.append(_record(candidate.id, model.path, layer, str(error), error.rule))
     keep = [position for position in range(len(opened)) if position not in found_odd]
     pairs = [opened[p] for p in keep]
     refs = tuple(descriptors.ModelRef(id=c.id, path=m.path, format=m.format, labels=m.metadata) for c, m in pairs)
@@ -210,6 +209,11 @@ def open_collection(
 _ORDER_HINT = "layer names differ from model to model in run numbers only: --match=order matches them by their place"
 _ODD_HINT = "repair or remove the model, or leave the layer out with --exclude_layers"
 _STRANGER_HINT = "if it is of another architecture, move it out of the collection"
+
+
+def odd_error(path, layer, what):
+    """The InputError of a model that `lineup.odd_models` names, with what it found."""
+    return errors.InputError(path, what, key=layer, hint=_STRANGER_HINT if layer is None else _ODD_HINT, rule="N2")
 
 
 def stored_tensors(entry):

@@ -112,7 +112,7 @@ def without_odd(opened, base, chosen, config):
         own = [{key: entry for key, entry in layers.items() if chosen(key[0])} for layers in opened.layers]
         odd = lineup.odd_models(own, max(1, opened.num_candidates // 20))
     for ref, (layer, what) in [(opened.refs[position], found) for position, found in odd.items()]:
-        error = errors.InputError(ref.path, what, key=layer, rule="N2")
+        error = collection.odd_error(ref.path, layer, what)
         log.warning("set aside %s: %s", errors.quote(ref.id), error.message())
         opened = aside.without(opened, ref.id, error, config, least=1)
     return opened
