@@ -124,7 +124,8 @@ def _dense_device(plan, mesh):
     steps = [mixed * min(pieces, 2) + pieces * (3 * wide * n * min(width, gram.PRODUCT) + 4 * 8 * n**2)]
     if plan.sketched_axes:
         dealt = math.prod(shape) if mesh.size > 1 else 0  # a mixture as it comes from all devices
-        steps.append(mixed + (dealt + max(_sketch(plan, axis) for axis in plan.sketched_axes)) * wide)
+        made = (dealt + max(_sketch(plan, axis) for axis in plan.sketched_axes)) * wide
+        steps.append(mixed + tests + made)  # its sums, and what is returned of them, in another order
     exact = [shape[a] for a in plan.exact_axes] + [n * (size // plan.rows)] * plan.other_side
     steps += [3 * 8 * side**2 + 3 * 8 * size for side in exact]  # a model and the mean in float64
     if plan.strengths:
