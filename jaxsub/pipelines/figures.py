@@ -222,7 +222,7 @@ class _Layer:
                     pending[drawn[name]] = waiting.submit(self._summary, draws)
             if within is not None and not self.one_lineage and "gaussian" in drawn:
                 inner = waiting.submit(self._null_within, within, leverage)
-        hostmemory.trim()
+        self.cores.submit(hostmemory.trim)  # beside what is left
         found = {name: {**pending[source].result(), "drawn_as": source} for name, source in drawn.items()}
         if "permutation" in found and self.stats.is_heavy():
             spread = plugins.load("nulls", "permutation").spread(observed)

@@ -16,6 +16,7 @@ from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes, lora
 from jaxsub.statistics import KEPT_ENTRIES, Statistics
 
+BESIDE = 8  # times as large as its mixtures is a block that is sketched while the next one is multiplied
 HELD_BLOCKS = 2.5  # resident beyond what was before a pass: more is freed memory, which is handed back
 
 
@@ -126,42 +127,40 @@ def _dense(group, models, mesh, options, ahead, meter, key):
     stats = Statistics.empty(group.name, plan.shape, "dense", ids, plan.storage, plan.dtype)
     stats.roundings = np.array([precision.rounding(t.dtype) for t in group.entries])
     weights = mode_kernels.mixtures(key, plan.num_models, MIXTURES if plan.sketched_axes else 0)
-    sums = _Sums(plan, stats)
+    sums, adding = _Sums(plan, stats), None
     whole, small = None, plan.num_blocks == 1 and plan.num_models * math.prod(plan.shape) <= KEPT_ENTRIES
-    before, most = None, hostmemory.resident() + HELD_BLOCKS * plan.block_bytes
-    while True:
-        started = time.perf_counter()
-        if before is not None:
-            jax.block_until_ready(before.results)  # only then may its buffer be refilled
-        ready = time.perf_counter()
-        block = next(stream, None)
-        read = time.perf_counter()
-        launched = None if block is None else _launch(block, weights, key, plan, options, mesh)
-        whole = block.x if small and block is not None else whole
-        # Where the devices are still at work, the host adds up what the block before left.
-        if before is not None:
-            sums.add(before)
-        if launched is not None and plan.storage == "float64":  # its factor is of the buffer's own numbers
-            sums.add(launched)
-            stats.add_factor(np.asarray(block.x)[:, : math.prod(block.shape)], block.exponent)
-            launched = None
-        before = launched
-        if hostmemory.resident() > most:  # not always: pages handed back must be backed anew, 10 ms for 128 MiB
-            hostmemory.trim()
-        meter.read_seconds += read - ready
-        meter.compute_seconds += ready - started + time.perf_counter() - read
-        if block is None:
-            break
+    most = hostmemory.resident() + HELD_BLOCKS * plan.block_bytes
+    with futures.ThreadPoolExecutor(1) as host:  # adds a block's results up while kernels are at the next one
+        while True:
+            started = time.perf_counter()
+            block = next(stream, None)  # refills the buffer of the last but one
+            read = time.perf_counter()
+            launched = None if block is None else _launch(block, weights, key, plan, options, mesh)
+            whole = block.x if small and block is not None else whole
+            if adding is not None:
+                adding.result()
+            if launched is not None:
+                adding = host.submit(sums.add, launched)
+                if plan.storage == "float64":  # its factor is of the buffer's own numbers
+                    adding.result()
+                    stats.add_factor(np.asarray(block.x)[:, : math.prod(block.shape)], block.exponent)
+            del launched
+            if hostmemory.resident() > most:  # not always: pages handed back must be backed anew, 10 ms for 128 MiB
+                hostmemory.trim()
+            meter.read_seconds += read - started
+            meter.compute_seconds += time.perf_counter() - read
+            if block is None:
+                break
     if whole is not None and stats.is_heavy():
         stats.keep(_rows(whole, math.prod(plan.shape)))
-    hostmemory.trim()
     meter.bytes_read += plan.bytes_read // plan.num_processes
     total = float(np.trace(stats.centred()))
     stats.base_norm = math.sqrt(sums.base_square)
     if plan.strengths:
         values = solvers.eigvalsh(sums.strengths)[:, ::-1]
         stats.model_singular_values = np.sqrt(np.maximum(values, 0.0))
-    with futures.ThreadPoolExecutor(2) as pool:  # LAPACK releases the interpreter lock
+    with futures.ThreadPoolExecutor(3) as pool:  # LAPACK and malloc release the interpreter lock
+        pool.submit(hostmemory.trim)
         sketched = pool.map(lambda item: axes.sketched_mode(*item, total), sums.halves.items())
         stats.modes = (*(axes.exact_mode(axis, plan.shape[axis], k) for axis, k in sums.exact.items()), *sketched)
     if plan.other_side:
@@ -180,7 +179,7 @@ def _rows(x, width):
 
 @dataclasses.dataclass(frozen=True)
 class _Launched:
-    """A block's results; `results` may still be under way on the devices, the rest is on the host."""
+    """A block's results; the sketches may still be under way on the devices, which no longer read the block."""
 
     results: tuple  # (DenseSums, sketches of the axes that have one)
     exact: dict
@@ -191,7 +190,7 @@ class _Launched:
 
 
 def _launch(block, weights, key, plan, options, mesh):
-    """Starts the kernels of a block; waits for a Gram matrix in pieces and for exact mode Grams, which would add up."""
+    """Runs the kernels of a block, and waits for those that read it; its sketches alone may be made beside the next."""
     dense, mixed = gram_kernels.dense_gram(block.x, weights, mesh=mesh, dtype=plan.dtype)
     tests = ()
     if plan.sketched_axes:
@@ -199,7 +198,10 @@ def _launch(block, weights, key, plan, options, mesh):
         tests = mode_kernels.sketch(
             mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS, mesh=mesh
         )
-    del mixed  # it may be as large as a block: not to be held beside the next one
+        # Mixtures that are large are not held beside the next block, and programs of many devices take turns.
+        if mesh.size > 1 or mixed.nbytes > block.x.nbytes // BESIDE:
+            jax.block_until_ready(tests)
+    del mixed
     exact = {
         axis: np.asarray(
             mode_kernels.mode_gram(
@@ -215,6 +217,7 @@ def _launch(block, weights, key, plan, options, mesh):
     if plan.strengths:
         last = len(plan.shape) == 2 and plan.shape[1] <= plan.shape[0]
         strengths = np.asarray(mode_kernels.model_grams(block.x, shape=block.shape, last=last, mesh=mesh))
+    jax.block_until_ready(dense)  # its buffer may now be refilled
     return _Launched((dense, tests), exact, other, strengths, block.exponent, block.base_square)
 
 

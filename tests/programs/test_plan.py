@@ -47,6 +47,7 @@ def adapters(folder, num_models=12, rank=4, shape=(40, 30)):
 SMALL = {"block_bytes": 2**20, "precision": "float32", "mode_work": 2**24}
 CASES = {
     "blocks, both axes sketched": (24, (512, 256), "float32", {"mode_width": 64, "strength_width": 1}),
+    "sketched beside the next block": (128, (128, 128), "float32", {"mode_width": 64, "strength_width": 1}),
     "blocks of 16 bits": (24, (512, 512), "bfloat16", {"mode_width": 64, "strength_width": 1}),
     "one block, axes exact, float64": (
         12,
