@@ -178,13 +178,9 @@ def _require_memory(group, space, config):
         ResourceError: naming the layer, the ranks, what they need and what there is.
     """
     needed = 3 * len(group.members) * math.prod(space.rank.values()) * space.dtype.itemsize
-    free = config.max_host_bytes or plan.available_bytes()
-    if free and needed > free:
-        ranks = " x ".join(map(str, space.rank.values()))
-        raise errors.ResourceError(
-            f"layer {errors.quote(group.name)}: cores of {ranks} of {len(group.members)} models need "
-            f"{plan.size(needed)}, {plan.size(free)} are allowed or free; take fewer components with --rank or --energy"
-        )
+    of = f" for cores of {' x '.join(map(str, space.rank.values()))} of {len(group.members)} models"
+    cure = "take fewer components with --rank or --energy"
+    plan.require_host_memory(group.name, needed, config.max_host_bytes, cure, of)
 
 
 def orientation(group):

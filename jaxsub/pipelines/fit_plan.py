@@ -165,18 +165,14 @@ def peak(plans):
 
 def require_memory(plans, config):
     """Raises ResourceError, naming the layer that needs most, where the host's or the device's memory does not do."""
-    free = config.max_host_bytes or plan.available_bytes()
+    free, worst = config.max_host_bytes or plan.available_bytes(), max(plans, key=lambda p: p.host_bytes)
+    cure = "allow more with --max_host_bytes, or leave it whole with --exclude_layers"
+    plan.require_host_memory(worst.name, peak([worst]), free, cure)
     if free and peak(plans) > free:
-        worst = max(plans, key=lambda p: p.host_bytes)
-        if peak([worst]) <= free:
-            raise errors.ResourceError(
-                f"all layers together need {plan.size(peak(plans))} on the host, with kernels of each shape and layers "
-                f"that are finished, {plan.size(free)} are allowed or free; allow more with --max_host_bytes, or fit "
-                "fewer layers at a time with --layers"
-            )
         raise errors.ResourceError(
-            f"layer {errors.quote(worst.name)} needs {plan.size(peak([worst]))} on the host, {plan.size(free)} are "
-            "allowed or free; allow more with --max_host_bytes, or leave it whole with --exclude_layers"
+            f"all layers together need {plan.size(peak(plans))} on the host, with kernels of each shape and layers "
+            f"that are finished, {plan.size(free)} are allowed or free; allow more with --max_host_bytes, or fit "
+            "fewer layers at a time with --layers"
         )
     bound = config.max_device_bytes or plan.device_limit(placement.make_mesh(1, is_local=True))
     plan.require_device_memory(max(plans, key=lambda p: p.device_bytes), bound)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxsub import bundle, errors, heldout, placement, precision, reading, subspace
+from jaxsub import bundle, heldout, placement, precision, reading, subspace
 from jaxsub.decompositions import _fit, gram as plugin
 from jaxsub.linalg import gram as kernels, orth, pieces, products
 from jaxsub.pipelines import layers, memory, plan as plans
@@ -188,9 +188,5 @@ def _figures(stats, left, rank):
 
 
 def _require_memory(group, rank, config):
-    needed, free = KERNELS + peak(group, rank, config), allowed(config)
-    if needed > free:
-        raise errors.ResourceError(
-            f"layer {errors.quote(group.name)}: mean and basis of {rank} components need {plans.size(needed)}, "
-            f"{plans.size(free)} are allowed or free; take fewer components with --rank or --energy"
-        )
+    of, cure = f" for mean and basis of {rank} components", "take fewer components with --rank or --energy"
+    plans.require_host_memory(group.name, KERNELS + peak(group, rank, config), allowed(config), cure, of)

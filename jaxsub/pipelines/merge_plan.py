@@ -5,7 +5,7 @@ import math
 import os
 import textwrap
 
-from jaxsub import descriptors, errors, placement, precision, rows
+from jaxsub import descriptors, placement, precision, rows
 from jaxsub.formats import _files
 from jaxsub.pipelines import memory, plan
 from jaxsub.rows import files, lora
@@ -84,14 +84,10 @@ def peak(plans):
 
 def require_memory(plans, config):
     """Raises ResourceError, naming the layer that needs most, where memory does not do."""
-    free = config.max_host_bytes or plan.available_bytes()
-    if free and peak(plans) > free:
-        worst = max(plans, key=lambda p: p.host_bytes)
-        raise errors.ResourceError(
-            f"layer {errors.quote(worst.name)} needs {plan.size(peak([worst]))} on the host, {plan.size(free)} are "
-            "allowed or free; allow more with --max_host_bytes, take one that goes block by block (mean, ties), or "
-            "leave the layer out with --exclude_layers"
-        )
+    worst = max(plans, key=lambda p: p.host_bytes)
+    cure = "allow more with --max_host_bytes, take one that goes block by block (mean, ties), or leave the layer out"
+    of = " beside what is kept of other layers" if peak(plans) > peak([worst]) else ""
+    plan.require_host_memory(worst.name, peak(plans), config.max_host_bytes, f"{cure} with --exclude_layers", of)
 
 
 def written(plans, found, sources):

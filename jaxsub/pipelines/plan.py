@@ -63,6 +63,14 @@ def require_memory(plans, bound, device_bound=0):
     require_device_memory(max(plans, key=lambda p: p.device_bytes, default=None), device_bound)
 
 
+def require_host_memory(name, num_bytes, bound, cure, of=""):
+    """Raises ResourceError, naming the layer and the cure, where it needs more than `bound`; 0: than is free."""
+    free = bound or available_bytes()
+    if free and num_bytes > free:
+        needed = f"layer {errors.quote(name)} needs {size(num_bytes)} on the host{of}"
+        raise errors.ResourceError(f"{needed}, {size(free)} are allowed or free; {cure}")
+
+
 def require_device_memory(worst, bound):
     """Raises ResourceError where `worst`, what needs most (its `name` and `device_bytes`), needs more than `bound`."""
     if bound and worst is not None and worst.device_bytes > bound:

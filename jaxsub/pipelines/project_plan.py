@@ -44,13 +44,9 @@ def require_memory(planned, config):
     """Raises ResourceError where the host's memory does not do for a layer; `planned`: (name, bytes) of each."""
     if config.max_host_bytes < 0:
         raise errors.ConfigError(f"max_host_bytes={config.max_host_bytes}: must be at least 0")
-    free = config.max_host_bytes or plan.available_bytes()
     name, most = max(planned, key=lambda item: item[1])
-    if free and most > free:
-        raise errors.ResourceError(
-            f"layer {errors.quote(name)} needs {plan.size(most)} on the host beside the bundle, {plan.size(free)} are "
-            "allowed or free; allow more with --max_host_bytes, or give fewer models at a time"
-        )
+    cure = "allow more with --max_host_bytes, or give fewer models at a time"
+    plan.require_host_memory(name, most, config.max_host_bytes, cure, " beside the bundle")
 
 
 def text(planned, groups):

@@ -168,5 +168,5 @@ def test_cores_that_do_not_fit_are_refused_before_they_are_made(tmp_path, monkey
         jaxsub.fit(folder, rank=3, max_host_bytes=1000)
     with monkeypatch.context() as patch:
         patch.setattr(fit_plan, "require_memory", lambda *_: None)
-        with pytest.raises(errors.ResourceError, match="cores of 3 x 3 of 10 models need 1.1 KiB"):
+        with pytest.raises(errors.ResourceError, match="needs 1.1 KiB on the host for cores of 3 x 3 of 10 models"):
             jaxsub.fit(folder, rank=3, max_host_bytes=1000)
