@@ -6,14 +6,15 @@ not here.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import errors
-from jaxsub.linalg import centring, dealt
+from jaxsub import errors, precision, spectrum
+from jaxsub.linalg import centring, dealt, gram as kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,19 @@ class DenseStack:
     def rows(self):
         """The models as rows (N, D), minus the mean model, and that (D,)."""
         return self.centred(as_rows=True)
+
+    @functools.cached_property
+    def gram(self):
+        """(N, N) float64 Gram matrix of the centred models, on the host, made once; not where models are dealt.
+
+        Products in `precision.compute_dtype` of the stored dtype.
+        """
+        dtype = precision.compute_dtype(str(self.x.dtype), self.num_models**2 * self.num_features)
+        mesh = dealt.mesh_of(self.x, 1) or dealt.mesh_of_one(self.x)
+        none = np.zeros((0, self.num_models), np.float32)
+        with jax.enable_x64(True):
+            sums, _ = kernels.dense_gram(self.x, none, mesh=mesh, dtype=dtype)
+            return spectrum.centred(np.asarray(sums.gram))
 
     def centred_energy(self):
         """Sum of the squared distances of the models to their mean."""

@@ -40,6 +40,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NAMED_SIBLINGS = {
     ("finding", "formats"),
     ("statistics", "spectrum"),
+    ("stacks", "spectrum"),
     ("reading", "placement"),
     ("bundle", "decompositions"),
 }

@@ -138,11 +138,14 @@ def fit_rows(name, reference, stack, *, rank, energy):
         if stack.x.dtype == jnp.float64:
             return _by_rows(y, mean, stack, name, reference, rank=rank, energy=energy)
         dtype = dtype_of(stack, min(stack.num_models, stack.num_features))
-        found = svd.of_shared(svd.gram_svd, y, rank=rank or 1, dtype=dtype)
+        # The Gram matrix of the models, which held-out errors are of too; else that of the features, made here.
+        is_known = stack.present is None and stack.num_models <= stack.num_features
+        known = [stack.gram] if is_known else []
+        found = svd.of_shared(svd.gram_svd, y, *known, rank=rank or 1, dtype=dtype)
         spectrum = subspace.Spectrum(np.asarray(found.s)[:cap], float(found.energy), float(found.floor))
         chosen, procedure, certificate = rows_of(spectrum, cap, name, reference, rank=rank, energy=energy)
         if not rank:
-            found = svd.of_shared(svd.gram_svd, y, rank=chosen, dtype=dtype)
+            found = svd.of_shared(svd.gram_svd, y, *known, rank=chosen, dtype=dtype)
         return subspace.LinearSubspace(mean, found.vt, spectrum, stack.shape, procedure, certificate)
 
 

@@ -5,7 +5,8 @@ left free by them; models of zeros at its end fill the last device, and change n
 """
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxsub import errors
 from jaxsub.linalg.gram import FEATURES
@@ -17,6 +18,11 @@ def mesh_of(x, axis=0):
         return None
     mesh, spec = x.sharding.mesh, tuple(x.sharding.spec)
     return mesh if mesh.size > 1 and spec[axis : axis + 1] == (FEATURES,) else None
+
+
+def mesh_of_one(x):
+    """A mesh of the first device that holds an array."""
+    return Mesh(np.array(sorted(x.devices(), key=lambda d: d.id)[:1]), (FEATURES,))
 
 
 def sums(local, mesh):

@@ -85,11 +85,13 @@ def _by_qr_iterations(x):
     return tuple(jax.lax.linalg.svd(x, full_matrices=False, algorithm=jax.lax.linalg.SvdAlgorithm.QR))
 
 
-def gram_svd(x, *, rank=None, dtype=None, axis=None):
+def gram_svd(x, gram=None, *, rank=None, dtype=None, axis=None):
     """Singular values and vectors from the eigenproblem of the smaller Gram matrix, x @ x.T or x.T @ x.
 
     Args:
         x: (N, D) any float dtype; inside shard_map the local columns of N rows, N no larger than D in all.
+        gram: the smaller Gram matrix of all columns, (N, N) x @ x.T or (D, D) x.T @ x, float64, where it is known with
+            products of `dtype`; else it is made.
         rank: components k to return vectors of, at most min(N, D); None for all.
         dtype: "float32" or "float64", of the products; None lets `precision.compute_dtype` choose by their cost.
         axis: mesh axis of D, or None.
@@ -116,7 +118,7 @@ def gram_svd(x, *, rank=None, dtype=None, axis=None):
     work = num_rows * columns * size
     dtype = jnp.dtype(dtype or precision.compute_dtype(str(x.dtype), work))
     x = jax.device_put(x)  # once for both kernels
-    gram = (orth.row_gram if is_wide else orth.gram)(x, axis, dtype=dtype)
+    gram = (orth.row_gram if is_wide else orth.gram)(x, axis, dtype=dtype) if gram is None else jnp.asarray(gram)
     return _from_gram(x, gram, rank=rank, dtype=dtype, axis=axis, is_wide=is_wide)
 
 

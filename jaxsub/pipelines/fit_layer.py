@@ -18,14 +18,12 @@ from jaxsub import (
     precision,
     reading,
     solvers,
-    spectrum,
     stacks,
     subspace,
 )
 from jaxsub.bundle import cores, corrections, storage
 from jaxsub.decompositions import _again
 from jaxsub.formats import peft
-from jaxsub.linalg import gram
 from jaxsub.pipelines import fit_plan, fit_streamed, layers, plan, sharing
 
 
@@ -61,9 +59,8 @@ def _fitted(group, opened, config, rank):
     require_room(exponent, group, models, config)
     x = precision.scaled(x, -exponent) if exponent else x  # squares would leave the range of the dtype
     plugin = module(group, config)
-    mesh = fit_plan.mesh_of(group, plugin)
     with jax.enable_x64(True):
-        there = sharing.placed(x, mesh, by_rows=fit_plan.by_rows(group, plugin))
+        there = sharing.placed(x, fit_plan.mesh_of(group, plugin), by_rows=fit_plan.by_rows(group, plugin))
         stack = stacks.DenseStack.create(there, group.name, ids, host=x)
         key = layers.layer_key(group.name, config.seed)
         space = _again.fit(plugin, stack, _options(plugin, config, stack, rank), key)
@@ -71,7 +68,7 @@ def _fitted(group, opened, config, rank):
         space = subspace.stored(space, _wide(group.dtypes))
         space, values, _, unrounded = _stored(space, stack.x, len(x), config)
         found = _entries(group, x, space, values, exponent, config)
-        figures = {**_figures(stack, x, values, space, found, exponent, config, mesh), **unrounded}
+        figures = {**_figures(stack, x, values, space, found, exponent, config), **unrounded}
     if exponent:
         space, values = subspace.scaled(space, exponent), precision.scaled(values, exponent)
     dtypes = stored_dtypes(group)
@@ -226,7 +223,7 @@ def _options(module, config, stack, rank):
     return module.Options(energy=config.energy)
 
 
-def _figures(stack, x, values, space, found, exponent, config, mesh):
+def _figures(stack, x, values, space, found, exponent, config):
     """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out.
 
     `x` is the stack on the host.
@@ -239,12 +236,8 @@ def _figures(stack, x, values, space, found, exponent, config, mesh):
     if not isinstance(space, subspace.LinearSubspace):
         held = _held_out_half(stack, stack.x, space, config)
         return {**subspace.error_figures(left, energies, stack.centred_energy()), **held}
-    count, width = len(x), math.prod(x.shape[1:])
-    dtype = precision.compute_dtype(str(x.dtype), count**2 * width)
-    sums, _ = gram.dense_gram(stack.x, np.zeros((0, count), np.float32), mesh=mesh, dtype=dtype)
-    centred = spectrum.centred(np.asarray(sums.gram))
-    held = heldout.of_one_model(centred, space.rank)
-    return {**subspace.error_figures(left, energies, float(np.trace(centred))), **held}
+    held = heldout.of_one_model(stack.gram, space.rank)
+    return {**subspace.error_figures(left, energies, float(np.trace(stack.gram))), **held}
 
 
 def _held_out_half(stack, x, space, config):
