@@ -123,6 +123,14 @@ class Factors:
             a[p, :own], b[p, :, :own] = self.a[m], self.scales[m] * self.b[m].astype(np.float64)
         return a, b
 
+    def are_of(self, a, b, scale):
+        """Whether these are the factors, to the bit, of one model, padded with zeros or not."""
+        if len(self.positions) != 1 or self.scales[0] != scale:
+            return False
+        rank = min(len(a), self.a.shape[1])
+        pairs = ((a, self.a[0]), (b.T, self.b[0].T))
+        return all(np.array_equal(x[:rank], y[:rank]) and not (x[rank:].any() or y[rank:].any()) for x, y in pairs)
+
     def take(self, positions, size):
         """The Factors of some of the models, renumbered."""
         del size

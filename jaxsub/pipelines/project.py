@@ -10,8 +10,8 @@ import numpy as np
 from jaxsub import bundle as bundles, errors, formats, precision, subspace
 from jaxsub.bundle import export, files
 from jaxsub.formats import _files, _rewrite, peft, safetensors
-from jaxsub.pipelines import aside, progress, project_plan, scoring, sharing
-from jaxsub.report import _write
+from jaxsub.pipelines import aside, progress, project_kept, project_plan, scoring, sharing
+from jaxsub.report import _write, words
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
 
@@ -119,7 +119,7 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
     with progress.Progress(sum(g.num_bytes for g, _ in pairs), len(pairs), stream=stream) as bar:
         for group, layer in pairs:
             key = bundle.key(layer)
-            record, values[key], rebuild = _layer(group, layer, opened, base)
+            record, values[key], rebuild = _layer(group, layer, opened, base, is_kept=not config.calibrate)
             records.append({"key": key, **record})
             again.append(functools.partial(rebuild, values, key))
             bar.layer(group.name, group.num_bytes, f"N={len(group.members)}")
@@ -153,17 +153,27 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
     return found
 
 
-def _layer(group, layer, opened, base):
+def _layer(group, layer, opened, base, *, is_kept):
     """(record, coefficients (n, k...), function (coefficients by key, key, position) -> array or factors)."""
-    space, x = layer.subspace, bundles.read(group, opened)
-    values, energies, left, alone, x, exponent = _measured(space, x)
-    inner = x[0].shape[1] if isinstance(x, tuple) else 0  # `again` outlives the stack
+    space, given, ids = layer.subspace, bundles.read(group, opened), [opened.refs[m].id for m in group.members]
+    values, energies, left, alone, x, exponent = _measured(space, given)
+    kept = project_kept.members(layer, ids, given, np.ldexp(left, 2 * exponent)) if is_kept else {}
+    if kept:
+        values, left = np.array(values), np.array(left)
+    for position, (own, _, error) in kept.items():
+        values[position], left[position] = own, np.ldexp(error, -2 * exponent)
+    kept = {position: own for position, (_, own, _) in kept.items()}  # `again` outlives the stack
+    ranks = [e.rank for e in group.entries] if group.parametrisation == "lora" else []
 
     def again(values, key, position):
-        c = values[key][position : position + 1]
-        if group.parametrisation == "lora":
-            return tuple(np.asarray(part)[0] for part in space.reconstruct_factors(c, inner))
-        return np.asarray(space.reconstruct(c))[0]
+        c, own = values[key][position : position + 1], kept.get(position)
+        if ranks:
+            rank = ranks[position] if is_kept else max(ranks)  # steps on coefficients may raise it
+            a, b = (np.array(part) for part in space.reconstruct_factors(c, rank))
+            a, b = (a, b) if own is None else own.apply_factors(a, b)
+            return a[0, :rank], b[0, :, :rank]
+        rebuilt = np.array(space.reconstruct(c))
+        return (rebuilt if own is None else own.applied(rebuilt))[0]
 
     # Of its energy, any model has this share in a random subspace.
     share = math.prod(values.shape[1:]) / math.prod(layer.shape)
@@ -171,7 +181,8 @@ def _layer(group, layer, opened, base):
         "name": layer.name,
         "shape": list(layer.shape),
         "rank": list(values.shape[1:]),
-        "models": [opened.refs[m].id for m in group.members],
+        "models": ids,
+        "kept": [ids[position] for position in kept],
         "error": subspace.relative(left, energies).tolist(),
         "error_of_mean": subspace.relative(alone, energies).tolist(),
         "error_of_random": subspace.relative(alone * (1 - share), energies).tolist(),
@@ -245,6 +256,9 @@ def table(found):
         )
     lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random:")
     lines.append("in a random subspace of the same size about it" + "; base: with the base in their place" * has_base)
+    kept = {model for one in found["layers"] for model in one["kept"]}
+    if kept:
+        lines.append(f"{words.plural(len(kept), 'member')} of the bundle with what it keeps of them (--max_error)")
     if "calibration" in found:
         from jaxsub.pipelines import calibrate
 

@@ -262,3 +262,50 @@ def test_the_base_is_set_beside_the_reconstruction(tmp_path, capsys):
     safetensors.write(tmp_path / "base.safetensors", {"w": np.zeros((3, 3), np.float32)})
     with pytest.raises(errors.InputError, match="the base has shape"):
         project.run(config)
+
+
+# What a bundle keeps of its members -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("narrow", [{}, {"basis_dtype": "int8", "coefficient_dtype": "int8"}])
+@pytest.mark.parametrize("bound", [0.0, 0.1])
+def test_members_come_back_within_the_bound_of_the_fit_and_strangers_as_projected(tmp_path, bound, narrow):
+    folder = weights(tmp_path / "m", count=9)
+    jaxsub.fit(folder, tmp_path / "b", rank=1, layers=["w"], max_error=bound, **narrow)
+    tensors = safetensors.read(tmp_path / "m" / "m3.safetensors")
+    safetensors.write(
+        tmp_path / "m" / "m3.safetensors", tensors | {"w": np.roll(tensors["w"], 1, 0)}, None
+    )  # another now
+    safetensors.write(tmp_path / "m" / "new.safetensors", tensors, None)
+    found = project.run(project.Config(str(tmp_path / "b"), (folder,), write_models=str(tmp_path / "out")))
+    (layer,) = found["layers"]
+    assert set(layer["kept"]) <= {f"m{n}" for n in range(9)} - {"m3"} and len(layer["kept"]) > 5
+    assert "of the bundle with what it keeps of them" in project.table(found)
+    for name, stated in zip(layer["models"], layer["error"], strict=True):
+        x, again = (
+            safetensors.read(tmp_path / place / f"{name}.safetensors")["w"].astype(np.float64) for place in ("m", "out")
+        )
+        error = np.linalg.norm(again - x) / np.linalg.norm(x)
+        assert stated == pytest.approx(error, rel=1e-4, abs=1e-7)
+        assert error <= bound or name in ("m3", "new")
+    assert layer["error"][layer["models"].index("m3")] > 0.1
+
+
+def test_updates_come_back_by_the_factors_that_a_bundle_keeps_and_each_with_its_own_rank(tmp_path):
+    rng = np.random.default_rng(0)
+    ranks = {f"a{n}": 2 for n in range(6)} | {"a6": 5}
+    for name, rank in ranks.items():
+        a, b = (rng.standard_normal(s).astype(np.float32) for s in ((rank, 12), (14, rank)))
+        peft.write(tmp_path / "m" / name, {"m.q": (a, b, 2.0 * rank, rank)})
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", rank=3, max_error=0.0)
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "free", rank=3)
+    before = products_of(str(tmp_path / "m"))
+    for bundle, is_kept in (("b", True), ("free", False)):
+        out = tmp_path / f"out_{bundle}"
+        found = project.run(project.Config(str(tmp_path / bundle), (str(tmp_path / "m"),), write_models=str(out)))
+        after = products_of(str(out))
+        assert (max(found["layers"][0]["error"]) == 0) == is_kept
+        for name, rank in ranks.items():
+            assert json.loads((out / name / peft.CONFIG).read_text())["r"] == (rank if is_kept else min(rank, 3))
+            close = np.allclose(after[name], before[name], rtol=0, atol=1e-6 * np.abs(before[name]).max())
+            assert close == is_kept
