@@ -25,6 +25,9 @@ SAFE_EXPONENT = 20
 ROOM = {"float32": 100, "float64": 960}
 ROOM_FOR_SQUARES = 480  # the same in float64 for what is squared as it is: updates of low rank
 
+# Energy about the mean over the whole, by the dtype of the products: what rounding of the mean leaves of equal models.
+CONSTANT = {"float64": 1e-40, "float32": 1e-21}
+
 _WIDTH = {"float8_e5m2": 2, "float8_e4m3fn": 3, "bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 
 

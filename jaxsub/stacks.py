@@ -121,14 +121,15 @@ class DenseStack:
     def gram(self):
         """(N, N) float64 Gram matrix of the centred models, on the host, made once; not where models are dealt.
 
-        Products in `precision.compute_dtype` of the stored dtype.
+        Products in `precision.compute_dtype` of the stored dtype; zeros where all models are equal.
         """
         dtype = precision.compute_dtype(str(self.x.dtype), self.num_models**2 * self.num_features)
         mesh = dealt.mesh_of(self.x, 1) or dealt.mesh_of_one(self.x)
         none = np.zeros((0, self.num_models), np.float32)
         with jax.enable_x64(True):
             sums, _ = kernels.dense_gram(self.x, none, mesh=mesh, dtype=dtype)
-            return spectrum.centred(np.asarray(sums.gram))
+        centred, mean = spectrum.centred(np.asarray(sums.gram)), self.num_models * float(sums.mean_square)
+        return centred if np.trace(centred) > precision.CONSTANT[dtype] * mean else np.zeros_like(centred)
 
     def centred_energy(self):
         """Sum of the squared distances of the models to their mean."""

@@ -279,9 +279,9 @@ def _subspace(record, tensors, dtype):
     with jax.enable_x64(True):
         if record["kind"] == "linear":
             mean, basis = _decoded(tensors, "mean", 0).reshape(-1), _decoded(tensors, "basis", 0)
-            if basis.shape[1:] != shape or mean.size != basis[0].size:
+            if basis.shape[1:] != shape or mean.size != math.prod(shape):
                 raise ValueError(f"basis of shape {basis.shape}, layer of shape {shape}")
-            rows = jax.numpy.asarray(basis.reshape(len(basis), -1))
+            rows = jax.numpy.asarray(basis.reshape(-1, math.prod(shape)))
             known = spectrum("models", "singular_values")
             return subspace.LinearSubspace(jax.numpy.asarray(mean), rows, known, shape, procedure, certificate)
         axes = sorted(int(axis) for axis in record["rank"])

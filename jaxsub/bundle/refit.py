@@ -56,7 +56,10 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
     count, space = len(layer.values), layer.subspace
     values, halves = _joined(layer, layer.project(x))
     moved = _moved(layer, layer.values, space, values[:count])  # larger 8-bit scales round all members again
-    energies, left = subspace.missed(*subspace.unit(space, x, values[count:])[:3])
+    unit_space, unit_x, unit_values, exponent = subspace.unit(space, x, values[count:])
+    energies, left = subspace.missed(unit_space, unit_x, unit_values)
+    alone = energies if isinstance(x, tuple) else subspace.from_mean(unit_space, unit_x)
+    alone, missed = (np.ldexp(one.sum(), 2 * exponent) for one in (alone, left))
     kept = None
     if max_error >= 0:
         same = 4 * np.finfo(values.dtype).eps * np.abs(values).max(initial=0.0)
@@ -75,15 +78,46 @@ def appended(layer, x, ids, dtypes, *, max_error=-1.0):
                 power = precision.exponent_of(precision.largest(x))
                 off = np.ldexp(np.asarray(x, np.float64), -power) - np.ldexp(np.float64(kept.applied(again)), -power)
                 left = np.square(off).reshape(len(off), -1).sum(1)
+    found, share = _grown(layer, alone, missed, np.ldexp(left.sum(), 2 * exponent))
     return dataclasses.replace(
         layer,
+        subspace=found,
         model_ids=layer.model_ids + tuple(ids),
         values=values,
         dtypes=layer.dtypes + tuple(dtypes),
-        figures=_figures(layer, moved, subspace.relative(left, energies), layer.figures["energy_kept"]),
+        figures=_figures(layer, moved, subspace.relative(left, energies), share),
         corrections=corrections.joined(layer.corrections, kept, (count, len(ids))),
         halves=halves,
     )
+
+
+def _grown(layer, alone, missed, left):
+    """(the subspace with new models counted in its total energy and certificate, share of all energy that is kept).
+
+    Args:
+        layer: bundle.Layer without them.
+        alone: squared distances of the new models to the mean, summed; of low-rank updates squared norms.
+        missed: their squared errors, summed.
+        left: the same with their corrections.
+    """
+    space, kept = layer.subspace, layer.figures["energy_kept"]
+    spectra = {"models": space.spectrum} if layer.is_linear else space.spectra
+    before = max(one.total_energy for one in spectra.values())
+    total = before + alone
+    if not 0 < total < math.inf:
+        return space, kept
+
+    def grown(error):
+        return math.sqrt((error**2 * before + missed) / total)
+
+    certificate = space.certificate
+    certificate = dataclasses.replace(
+        certificate, relative_error=grown(certificate.relative_error), bound=grown(certificate.bound)
+    )
+    spectra = {axis: dataclasses.replace(one, total_energy=one.total_energy + alone) for axis, one in spectra.items()}
+    spectra = {"spectrum": spectra["models"]} if layer.is_linear else {"spectra": spectra}
+    share = 1.0 - ((1.0 - kept) * before + left) / total
+    return dataclasses.replace(space, certificate=certificate, **spectra), share
 
 
 def _stored(layer, values):

@@ -135,11 +135,13 @@ def fit_rows(name, reference, stack, *, rank, energy):
     require_rows(rank, energy, cap, stack.num_models)
     with jax.enable_x64(True):
         y, mean = stack.rows()
+        is_known = stack.present is None and stack.num_models <= stack.num_features
+        if is_known and not stack.gram.any():
+            return _of_equal(y, mean, stack, name, reference)
         if stack.x.dtype == jnp.float64:
             return _by_rows(y, mean, stack, name, reference, rank=rank, energy=energy)
         dtype = dtype_of(stack, min(stack.num_models, stack.num_features))
         # The Gram matrix of the models, which held-out errors are of too; else that of the features, made here.
-        is_known = stack.present is None and stack.num_models <= stack.num_features
         known = [stack.gram] if is_known else []
         found = svd.of_shared(svd.gram_svd, y, *known, rank=rank or 1, dtype=dtype)
         spectrum = subspace.Spectrum(np.asarray(found.s)[:cap], float(found.energy), float(found.floor))
@@ -147,6 +149,14 @@ def fit_rows(name, reference, stack, *, rank, energy):
         if not rank:
             found = svd.of_shared(svd.gram_svd, y, *known, rank=chosen, dtype=dtype)
         return subspace.LinearSubspace(mean, found.vt, spectrum, stack.shape, procedure, certificate)
+
+
+def _of_equal(y, mean, stack, name, reference):
+    """The LinearSubspace of models that are all equal: their mean, and no direction."""
+    spectrum = subspace.Spectrum(np.zeros(row_cap(stack)), 0.0, 0.0)
+    procedure = subspace.Procedure(name, ("models",), "models", row_cap(stack), reference=reference)
+    certificate = subspace.Certificate(0.0, 0.0, exact=True, passes=1)
+    return subspace.LinearSubspace(mean, y[:0], spectrum, stack.shape, procedure, certificate)
 
 
 def _by_rows(y, mean, stack, name, reference, *, rank, energy):

@@ -16,7 +16,6 @@ from jaxsub.report import words
 HELD_OUT = (1, 2, 4, 8, 16, 32)
 STABILITY = (1, 2, 4, 8, 16)
 KEPT_VALUES = 512  # singular values written to the report
-CONSTANT = {"float64": 1e-40, "float32": 1e-21}  # centred over uncentred energy that rounding of the mean leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class _Layer:
         self.num_models, self.num_features = stats.num_models, stats.num_features
         self.uncentred, self.gram = stats.uncentred(), stats.centred()
         total = float(np.trace(self.uncentred))
-        least = CONSTANT[stats.dtype]
+        least = precision.CONSTANT[stats.dtype]
         if stats.parametrisation == "lora":  # made before it could be centred: see Statistics.floor
             least = 64 * max(stats.num_models, 1) * (precision.EPS32 if stats.dtype == "float32" else precision.EPS64)
         self.constant = not float(np.trace(self.gram)) > least * max(total, 0.0)

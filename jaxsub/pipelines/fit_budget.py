@@ -52,10 +52,11 @@ def _ranks(least, budget):
         base = tuple(size * each + scale for size in sizes)
         inner = np.array(layer.figures["energies_of_ranks"]) if is_lora else None
         whole = () if layer.is_linear else tuple(sizes)
+        at_least = 0 if layer.is_linear and not space.rank else 1  # of equal models there is no direction
         choices.append(
-            allocation.Choice(tuple(kept), base, 1, count * number + other, least=1, inner=inner, whole=whole)
+            allocation.Choice(tuple(kept), base, 1, count * number + other, least=at_least, inner=inner, whole=whole)
         )
-    spent = sum(c.num_bytes([1] * len(c.all_energies)) for c in choices)
+    spent = sum(c.num_bytes([c.least] * len(c.all_energies)) for c in choices)
     fixed = least.accounting()["total"] - spent
     if fixed + spent > budget:
         raise errors.ConfigError(

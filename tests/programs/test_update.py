@@ -437,3 +437,52 @@ def test_models_set_aside_are_listed_and_the_rest_is_added(places, tmp_path, cap
     assert "other" not in made.passthrough and made.model_ids[-2:] == ("m12", "m14")
     with pytest.raises(errors.InputError, match="other"):
         update.run(update.Config(str(tmp_path / "b"), (str(new),), max_quarantined=1))
+
+
+@pytest.mark.parametrize("decomposition", ["gram", "hosvd"])
+@pytest.mark.parametrize("captured", [0.0, 1.0])  # projected, fitted again
+def test_the_stated_share_of_the_energy_is_no_larger_than_the_true_one(places, tmp_path, decomposition, captured):
+    jaxsub.fit(places["old"], tmp_path / "b", rank=2, decomposition=decomposition, layers=["w"])
+    last, x = tmp_path / "b", stack(places["all"])
+    for step in ({"collection": (places["new"],)}, {"remove": ("m00", "m01", "m13")}):
+        config = update.Config(str(last), captured=captured, **step)
+        last = tmp_path / f"after{len(step.get('remove', ()))}"
+        update.run(config, str(last))
+        bundle = jaxsub.load(last)
+        (layer,), own = bundle.layers, x[[int(m[1:]) for m in bundle.model_ids]]
+        mean = np.asarray(layer.subspace.mean, np.float64).reshape(9, 7)
+        left = np.square(bundle.reconstruct(bundle.coefficients())["w"] - own).sum()
+        true, stated = 1 - left / np.square(own - mean).sum(), layer.figures["energy_kept"]
+        assert stated <= true + 1e-6
+        if captured == 0 and "remove" not in step:
+            assert stated == pytest.approx(true, abs=1e-5)
+
+
+def test_a_layer_of_equal_models_is_its_mean_until_another_comes(tmp_path):
+    rng = np.random.default_rng(0)
+    frozen = rng.standard_normal((30, 20))
+    for n in range(10):
+        other = rng.standard_normal((30, 20)) if n == 9 else 0
+        tensors = {
+            "frozen": (frozen + other).astype(np.float32),
+            "wide": frozen + other,
+            "w": rng.standard_normal((6, 5)).astype(np.float32),
+        }
+        folder = tmp_path / ("new" if n > 7 else "old")
+        os.makedirs(folder, exist_ok=True)
+        safetensors.write(str(folder / f"m{n}.safetensors"), tensors)
+    for options in ({"energy": 0.5}, {"rank": 2}, {"budget_bytes": 16000}):
+        bundle = jaxsub.fit(str(tmp_path / "old"), **options)
+        again = bundle.reconstruct(bundle.coefficients())
+        assert [bundle.layer(n, (30, 20)).subspace.rank for n in ("frozen", "wide")] == [0, 0]
+        np.testing.assert_array_equal(again["frozen"], np.broadcast_to(frozen.astype(np.float32), (8, 30, 20)))
+        np.testing.assert_allclose(again["wide"], np.broadcast_to(frozen, (8, 30, 20)), rtol=1e-15)
+    jaxsub.fit(str(tmp_path / "old"), tmp_path / "b", rank=2)
+    assert files.verify(tmp_path / "b") == []
+    update.run(update.Config(str(tmp_path / "b"), (str(tmp_path / "new"),)), str(tmp_path / "u"))
+    bundle = jaxsub.load(tmp_path / "u")
+    for n in ("m8", "m9"):
+        own = safetensors.read(str(tmp_path / "new" / f"{n}.safetensors"))
+        for name in ("frozen", "wide"):
+            again = bundle.reconstruct(bundle.coefficients([n]))[name][0]
+            np.testing.assert_allclose(again, own[name], atol=1e-5)
