@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxsub import errors, reading, subspace
 from jaxsub.bundle import cores, corrections, files, storage
+from jaxsub.views import lora_factors
 
 NOTHING_SHARED = "the models have no layer of the bundle (by name, shape and kind)"
 
@@ -118,6 +119,12 @@ class Bundle:
     originals: dict
     provenance: dict
 
+    @property
+    def is_of_factors(self):
+        """Whether it was fitted to LoRA's A and B apart, `--view=lora_factors`."""
+        config = self.provenance.get("config")
+        return isinstance(config, dict) and config.get("view") == "lora_factors"
+
     def layer(self, name, shape, parametrisation=None):
         """The fitted layer of a name, shape and kind (any by default), or None; a number is a vector of one."""
         wanted = (name, tuple(shape) or (1,))
@@ -134,7 +141,8 @@ class Bundle:
 
     def pairs(self, collection):
         """[(group, Layer)] of the layer groups of a Collection that the bundle has, by name, shape and kind."""
-        found = [(g, self.layer(g.name, g.shape, g.parametrisation)) for g in collection.groups]
+        groups = lora_factors.groups(collection) if self.is_of_factors else collection.groups
+        found = [(g, self.layer(g.name, g.shape, g.parametrisation)) for g in groups]
         return [(g, one) for g, one in found if one is not None and not (g.shape == () and _has_vector(g, collection))]
 
     def known(self, model_ids=None):

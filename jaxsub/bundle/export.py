@@ -124,6 +124,11 @@ def adapted(bundle):
                 f"member {errors.quote(record['id'])} was a model of format {record['format']}: only members that were "
                 "PEFT folders are written from a bundle alone; give --collection for the others"
             )
+    if bundle.is_of_factors:
+        raise errors.ConfigError(
+            "the bundle holds LoRA's A and B apart (--view=lora_factors), of which no adapter is written without its "
+            "own files: give --collection"
+        )
     for layer in bundle.layers:
         if layer.parametrisation != "lora":
             raise errors.ConfigError(

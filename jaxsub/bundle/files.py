@@ -301,6 +301,14 @@ def _subspace(record, tensors, dtype):
         return subspace.TuckerSubspace(mean, factors, spectra, shape, procedure, certificate)
 
 
+def is_updated(path):
+    """Whether the bundle in a folder is one that `update` made; False also where that cannot be said."""
+    try:
+        return "updates" in _manifest(path)["provenance"]
+    except (errors.InputError, KeyError, TypeError):
+        return False
+
+
 def _manifest(path):
     file = os.path.join(os.fspath(path), MANIFEST)
     if not os.path.isdir(path) or not os.path.lexists(file):

@@ -10,6 +10,7 @@ import dataclasses
 from jaxsub.decompositions import _fit
 
 BY_ROWS = True  # components of the models: their features may be shared by devices
+CUTS_RANK = True
 REFERENCE = "toshi2k2/unisub, ImageClassification and Diffusion; Gram trick"
 
 

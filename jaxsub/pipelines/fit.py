@@ -34,6 +34,7 @@ from jaxsub.pipelines import (
     tracing,
     workdir as workdirs,
 )
+from jaxsub.report import words
 
 log = logging.getLogger("jaxsub")
 
@@ -212,7 +213,9 @@ def _fit(opened, config, kept, stream):
         if any("\ud800" <= c <= "\udfff" for c in ref.id + ref.path):  # bytes that are no UTF-8: manifests hold text
             raise errors.ConfigError(f"{errors.quote(ref.path)}: its name is no UTF-8; rename it")
     groups = _groups(opened, config)
-    plans, is_main = fit_plan.of(groups, [fit_layer.module(g, config) for g in groups], config), distributed.is_main()
+    modules, is_main = [fit_layer.module(g, config) for g in groups], distributed.is_main()
+    fit_plan.require_rank(groups, modules, config)
+    plans = fit_plan.of(groups, modules, config)
     if config.dry_run:
         return fit_plan.text(plans, groups, opened, config) if is_main else None
     if stream is not None:
@@ -221,13 +224,16 @@ def _fit(opened, config, kept, stream):
     distributed.together(lambda: fit_plan.require_disk(plans, opened, config, kept.folder) if is_main else None)
     empty = distributed.together(lambda: _empty(opened, groups, config) if is_main else None, is_long=True)
     own, passes = kept.own(groups), 2 if config.budget_bytes else 1
-    with progress.Progress(passes * sum(g.num_bytes for g in own), passes * len(own), stream=stream) as bar:
+    size, foreseen = (sum(g.num_bytes for g in own), len(own)), iter(range(passes))
+    with progress.Progress(passes * size[0], passes * size[1], stream=stream) as bar:
 
         def done(group, is_known):
             text = f"N={len(group.members)}{' as saved' if is_known else ''}"
             bar.layer(group.name, group.num_bytes, text, read=0 if is_known else group.num_bytes)
 
         def fitted(ranks):
+            if next(foreseen, None) is None:  # a bundle that came out over its budget is made again
+                bar.more(*size)
             found = kept.fit_all(groups, ranks, opened, done)
             return dataclasses.replace(empty, layers=found) if is_main else None
 
@@ -304,14 +310,14 @@ def file_bytes(path):
 def table(result):
     """The layers of a Bundle and its bytes, as text of at most 100 columns."""
     lines = [f"{'layer':39} {'shape':>16} {'models':>6} {'rank':>9} {'kept':>7} {'held out':>9} {'error':>8}"]
-    for layer in result.layers:
+    for name, layer in zip(words.columns([one.name for one in result.layers], 39), result.layers, strict=True):
         rank = layer.subspace.rank
         rank = "x".join(map(str, rank.values())) if isinstance(rank, dict) else str(rank)
         rank += f"/{layer.halves[0].shape[2]}" if layer.halves else ""
         held, figures = layer.figures["held_out"], layer.figures
         held = "" if held is None else f"{held:.3f}"
         lines.append(
-            f"{errors.quote(layer.name, 39):39} {'x'.join(map(str, layer.shape)):>16} {len(layer.model_ids):>6} "
+            f"{name} {'x'.join(map(str, layer.shape)):>16} {len(layer.model_ids):>6} "
             f"{rank:>9} {figures['energy_kept']:>7.3f} {held:>9} {figures['error_max']:>8.2e}"
         )
     lines.append("kept: share of the centred energy; held out: share missed on a model left out; error: of the worst")

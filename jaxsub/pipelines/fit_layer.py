@@ -217,7 +217,8 @@ def _options(module, config, stack, rank):
         every = rank if isinstance(rank, tuple) else (rank,) * len(stack.shape)
         return module.Options(ranks=tuple(min(k, size) for k, size in zip(every, stack.shape, strict=True)))
     if rank:
-        return module.Options(rank=rank[0] if isinstance(rank, tuple) else rank)
+        rank = rank[0] if isinstance(rank, tuple) else rank
+        return module.Options(rank=min(rank, math.prod(stack.shape)))
     if "energy" not in known:
         raise errors.ConfigError(f"decomposition={config.decomposition}: cannot choose ranks by energy; give --rank")
     return module.Options(energy=config.energy)

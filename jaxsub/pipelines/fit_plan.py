@@ -60,6 +60,17 @@ def by_rows(group, module):
     return group.parametrisation != lineup.LORA and hasattr(module, "BY_ROWS")
 
 
+def require_rank(groups, modules, config):
+    """Raises ConfigError, before anything is read, for a rank that centred models of a layer cannot have."""
+    for group, module in zip(groups, modules, strict=True):
+        cap = len(group.members) - 1
+        if config.rank > cap and by_rows(group, module) and not hasattr(module, "CUTS_RANK"):
+            raise errors.ConfigError(
+                f"rank={config.rank}: layer {errors.quote(group.name)} has {cap + 1} models, which have at most {cap} "
+                "components about their mean; take fewer, or leave the layer whole with --exclude_layers"
+            )
+
+
 def stored_bytes(group):
     """Bytes of a group's stack as it is read; of low-rank updates, of their factors."""
     wide = descriptors.numpy_dtype(precision.widest(group.dtypes)).itemsize

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import errors, lineage, placement
+from jaxsub import lineage, placement
 from jaxsub.linalg import gram as grams, products
 from jaxsub.pipelines import layers as layer_loop, merge_kin, progress
+from jaxsub.report import words
 
 PROBES = 48  # random vectors that effective ranks and leading directions are found with
 LEADING = 8  # directions of each update that are compared
@@ -167,15 +168,15 @@ def sentences(records):
             f"updates are nearly unrelated (median cosine {cosine:.2f}): the mean keeps 1/N of each; sums keep more "
             "(task_arithmetic, ties, tsv, iso_c)"
         )
-    words = "more than" if against > 1.1 * chance else "less than" if against < 0.9 * chance else "about as much as"
+    how = "more than" if against > 1.1 * chance else "less than" if against < 0.9 * chance else "about as much as"
     said.append(
-        f"sign conflicts: {against:.2f} of the magnitude goes against the sum, {words} {chance:.2f} of unrelated ones"
+        f"sign conflicts: {against:.2f} of the magnitude goes against the sum, {how} {chance:.2f} of unrelated ones"
     )
     matrices = [r for r in updates if "overlap" in r]
     if matrices:
         ratio = np.median([r["overlap"] / r["overlap_chance"] for r in matrices])
-        words = "share leading directions" if ratio > 3 else "keep to directions of their own"
-        said.append(f"updates {words}: overlap {ratio:.1f} times chance in the median layer")
+        how = "share leading directions" if ratio > 3 else "keep to directions of their own"
+        said.append(f"updates {how}: overlap {ratio:.1f} times chance in the median layer")
         share = np.median([r["rank_of_mean"] / max(r["rank_together"], 1e-9) for r in matrices])
         said.append(f"the mean has {share:.2f} of the effective rank that the updates span together (median)")
     large = max((r["norm_max"] / r["norm_min"] for r in updates if r["norm_min"] > 0), default=1.0)
@@ -195,7 +196,8 @@ def table(records):
     """The layers' figures as text of at most 100 columns."""
     head = f"{'layer':28} {'shape':>12} {'norms':>15} {'cosine':>6} {'against':>11} {'overlap':>13} {'ranks':>9}"
     lines = [head]
-    for r in records[:SHOWN]:
+    names = words.columns([r["name"] for r in records[:SHOWN]], 28)
+    for name, r in zip(names, records[:SHOWN], strict=True):
         shape = "x".join(map(str, r["shape"]))
         norms = f"{r['norm_min']:.2g}-{r['norm_max']:.2g}"
         cosine = "" if r["cosine"] is None else f"{r['cosine']:.2f}"
@@ -204,8 +206,7 @@ def table(records):
         ranks = (
             "/".join(f"{r[k]:.0f}" for k in ("rank_each", "rank_together", "rank_of_mean")) if "overlap" in r else ""
         )
-        name = errors.quote(r["name"], 28)
-        lines.append(f"{name:28} {shape:>12} {norms:>15} {cosine:>6} {against:>11} {overlap:>13} {ranks:>9}".rstrip())
+        lines.append(f"{name} {shape:>12} {norms:>15} {cosine:>6} {against:>11} {overlap:>13} {ranks:>9}".rstrip())
     if len(records) > SHOWN:
         lines.append(f"... and {len(records) - SHOWN} more")
     lines.append("norms: of the rows; cosine: mean of pairs; against: share of the magnitude against the sum (of")

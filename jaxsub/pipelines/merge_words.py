@@ -4,6 +4,7 @@ import textwrap
 
 from jaxsub import errors, lineup, plugins
 from jaxsub.pipelines import plan
+from jaxsub.report import words
 
 
 def notes(records, method, weights=None, *, has_statistics=False):
@@ -39,11 +40,10 @@ def table(found):
     cut = [r for r in found["layers"] if "rank" in r]
     if cut:
         lines.append(f"{'layer':56} {'shape':>16} {'rank':>5} {'cut away':>9}")
-        for one in cut[: plan.LISTED]:
+        names = words.columns([one["name"] for one in cut[: plan.LISTED]], 56)
+        for name, one in zip(names, cut[: plan.LISTED], strict=True):
             shape = "x".join(map(str, one["shape"]))
-            lines.append(
-                f"{errors.quote(one['name'], 56):56} {shape:>16} {one['rank']:>5} {one['truncation_error']:>9.2e}"
-            )
+            lines.append(f"{name} {shape:>16} {one['rank']:>5} {one['truncation_error']:>9.2e}")
         if len(cut) > plan.LISTED:
             lines.append(f"... and {len(cut) - plan.LISTED} more, in merge.json")
         lines.append("cut away: norm lost by the rank, relative to the merged update")

@@ -6,6 +6,7 @@ import sys
 
 from jaxsub import errors, hostmemory
 from jaxsub.formats import _files
+from jaxsub.report import words
 
 LISTED = 20  # layers of the plan before a run
 
@@ -136,11 +137,11 @@ def listing(plans, most, head, middle):
     """
     columns = f"{'shape':>15} {'models':>6} {'to read':>10} {head:>6} {'host':>10} {'a device':>10}"
     lines = [f"{'layer':37} {columns}"]
-    for p in plans[:most]:
+    names = words.columns([p.name for p in plans[:most]], 37)
+    for name, p in zip(names, plans[:most], strict=True):
         shape = "x".join(map(str, p.shape))
         lines.append(
-            f"{errors.quote(p.name, 37):37} {shape:>15} {p.num_models:>6} {size(p.bytes_read):>10} {middle(p)} "
-            f"{size(p.device_bytes):>10}"
+            f"{name} {shape:>15} {p.num_models:>6} {size(p.bytes_read):>10} {middle(p)} {size(p.device_bytes):>10}"
         )
     if len(plans[:most]) < len(plans):
         lines.append(f"... and {len(plans) - len(plans[:most])} more, which --dry_run lists")

@@ -12,7 +12,7 @@ class Progress:
     """Counts bytes of layers; use as a context manager. Silent when `stream` is None."""
 
     def __init__(self, total_bytes, num_layers, *, stream=None):
-        self.total_bytes, self.num_layers, self.stream = max(total_bytes, 1), num_layers, stream
+        self.total_bytes, self.num_layers, self.stream = total_bytes, num_layers, stream
         self.done, self.layers, self.started, self.bar, self.task = 0, 0, time.monotonic(), None, None
         self.read = 0  # bytes of `done` that were read, not found in the workdir: only these take time
 
@@ -29,12 +29,18 @@ class Progress:
                 )
                 self.bar = progress.Progress(*columns, console=console.Console(file=self.stream), transient=True)
                 self.bar.start()
-                self.task = self.bar.add_task("reading", total=self.total_bytes, figures="")
+                self.task = self.bar.add_task("reading", total=max(self.total_bytes, 1), figures="")
         return self
 
     def __exit__(self, *_):
         if self.bar is not None:
             self.bar.stop()
+
+    def more(self, num_bytes, num_layers):
+        """Another pass than were foreseen is begun."""
+        self.total_bytes, self.num_layers = self.total_bytes + num_bytes, self.num_layers + num_layers
+        if self.bar is not None:
+            self.bar.update(self.task, total=max(self.total_bytes, 1))
 
     def layer(self, name, num_bytes, text="", *, read=None):
         """One layer is finished.
@@ -55,7 +61,8 @@ class Progress:
             self.bar.update(self.task, completed=self.done, description=errors.quote(name, 40), figures=said)
             return
         width, total = len(str(self.num_layers)), plan.size(self.total_bytes)
-        parts = [errors.quote(name, 60), text, f"{plan.size(self.done)} of {total}", *figures]
+        amount = f"{plan.size(self.done)} of {total}" if self.total_bytes else ""
+        parts = [errors.quote(name, 60), text, amount, *figures]
         self.stream.write(f"[{self.layers:{width}}/{self.num_layers}] {'  '.join(p for p in parts if p)}\n")
 
     def _figures(self):

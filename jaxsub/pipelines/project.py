@@ -87,6 +87,9 @@ def _layout(config):
     if not config.bundle or bool(config.collection) == config.members:
         raise errors.ConfigError("give --bundle=FOLDER and --collection=FOLDER, or --bundle=FOLDER and --members")
     known = export.LAYOUTS if config.members else ("exact", "portable")
+    if config.peft_layout in {*export.LAYOUTS, "exact"} - {*known}:
+        other = "--collection: it is the models' own" if config.members else "--members: it holds coefficients alone"
+        raise errors.ConfigError(f"peft_layout={config.peft_layout} is written with {other}")
     layout = errors.require_known("peft_layout", config.peft_layout or known[0], known)
     if not config.write_models and (config.members or config.peft_layout):
         raise errors.ConfigError("give --write_models=FOLDER: nothing else is made of --members and --peft_layout")
@@ -108,6 +111,8 @@ def _members(config, layout):
 
 def _project(opened, bundle, config, layout, score, workdir, stream):
     pairs = bundle.pairs(opened)
+    if bundle.is_of_factors and (score or config.calibrate):
+        raise errors.ConfigError("score, calibrate: not for a bundle of --view=lora_factors, which holds no updates")
     if not pairs:
         raise errors.ConfigError(bundles.NOTHING_SHARED)
     planned = [(group.name, project_plan.projection(group)) for group, _ in pairs]
@@ -144,12 +149,30 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
                 for (group, _), rebuild in zip(pairs, again, strict=True)
                 if member in group.members
             }
+            if bundle.is_of_factors:
+                layers = _joined(layers, model)
             place = _rewrite.place(config.write_models, ref.id)
             if layout == "exact":
                 formats.rewrite(model, place + formats.ending(model), layers)
             else:
                 done = peft.rewrite_portable(model, place, layers)
                 found["written"].append({"model": ref.id, "folder": place, **done})
+    return found
+
+
+def _joined(layers, model):
+    """Values of layers, where factors A and B of an update are layers by themselves joined to its (a, b)."""
+    found = dict(layers)
+    for name, pair in model.adapters.items():
+        own = [found.pop(f"{name}.lora_{side}", None) for side in "AB"]
+        if all(one is None for one in own):
+            continue
+        a, b = (
+            (formats.read(model, tensor) if one is None else one).reshape(tensor.shape)
+            for one, tensor in zip(own, (pair.a, pair.b), strict=True)
+        )
+        a, b = a.reshape(len(a), -1), pair.scale * b.reshape(len(b), -1)
+        found[name] = (b.T, a.T) if pair.transposed else (a, b)
     return found
 
 
@@ -246,13 +269,13 @@ def table(found):
     has_base = any("error_of_base" in one for one in found["layers"])
     heads = "".join(f" {name:>8}" for name in ("error", "worst", "mean", "random", "base")[: 4 + has_base])
     lines = [f"{'layer':21} {'shape':>16} {'models':>6} {'rank':>9}{heads}"]
-    for one in found["layers"]:
+    names = words.columns([one["name"] for one in found["layers"]], 21)
+    for name, one in zip(names, found["layers"], strict=True):
         rank, shape = ("x".join(map(str, one[k])) for k in ("rank", "shape"))
         rest = ("error_of_mean", "error_of_random", "error_of_base")[: 2 + has_base]
         shown = [np.median(one["error"]), max(one["error"]), *(np.median(one[k]) for k in rest)]
         lines.append(
-            f"{errors.quote(one['name'], 21):21} {shape:>16} {len(one['models']):>6} {rank:>9}"
-            + "".join(f" {value:>8.2e}" for value in shown)
+            f"{name} {shape:>16} {len(one['models']):>6} {rank:>9}" + "".join(f" {value:>8.2e}" for value in shown)
         )
     lines.append("error: median over the models, of the norm of their weights; mean: with the mean alone; random:")
     lines.append("in a random subspace of the same size about it" + "; base: with the base in their place" * has_base)

@@ -6,6 +6,7 @@ import os
 from jaxsub import bundle as bundles, collection as collections, config as configs, errors
 from jaxsub.bundle import files, refit
 from jaxsub.pipelines import aside, fit, fit_layer, layers, progress, project_plan
+from jaxsub.report import words
 
 SMALLEST = 3  # models of a layer that is fitted
 
@@ -187,11 +188,11 @@ def table(result):
     """What the last update did to each layer, as text of at most 100 columns."""
     update = result.provenance["updates"][-1]
     lines = [f"{len(update['added'])} added, {len(update['removed'])} removed, {len(result.model_ids)} members"]
-    for layer in result.layers:
+    for name, layer in zip(words.columns([one.name for one in result.layers], 36), result.layers, strict=True):
         done = update["layers"][result.key(layer)]
         exact = "exact" if done["exact"] else "bounds" if done["how"] == "refitted" else ""
         worst = layer.figures["error_max"]
-        lines.append(f"{errors.quote(layer.name, 36):36} {HOW[done['how']]:38} {worst:>8.2e} {exact}".rstrip())
+        lines.append(f"{name} {HOW[done['how']]:38} {worst:>8.2e} {exact}".rstrip())
     lines.append("third column: error of the worst model. exact: as a fit of all models. bounds: fitted again from the")
     lines.append("coefficients of the members, whose errors are at most these; --exact reads their files instead")
     return "\n".join(lines)

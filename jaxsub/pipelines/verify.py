@@ -50,6 +50,7 @@ def _problems(place):
     found = seal.verify(place) if is_analysis else []
     if is_fit:
         found += [(f"bundle/{name}", what) for name, what in files.verify(inner)]
-    if not workdirs.is_whole(place):
+    is_there = os.path.lexists(os.path.join(place, workdirs.RECORD))
+    if (is_there or not is_fit or not files.is_updated(inner)) and not workdirs.is_whole(place):
         found.append((workdirs.RECORD, "is not as it was written"))
     return found

@@ -72,12 +72,12 @@ def _layer_lines(layers, width):
     upper, lower = zip(*[title.rpartition(" ")[::2] for title in titles], strict=True)  # "null" above "k90"
     rows = [_cells(layer, prefix, rank) for layer in shown]
     columns, widths, gap = _fit([upper, lower, *rows], width)
-    names = words.distinct([row[0] for row in rows], widths[0], _cut)
+    names = words.distinct([row[0] for row in rows], widths[0])
     cells = {id(layer): [name, *row[1:]] for layer, name, row in zip(shown, names, rows, strict=True)}
 
     def row(values):
         parts = [
-            values[c].rjust(w) if _COLUMNS[c][1] else _cut(values[c], w).ljust(w)
+            values[c].rjust(w) if _COLUMNS[c][1] else words.cut(values[c], w).ljust(w)
             for c, w in zip(columns, widths, strict=True)
         ]
         return gap.join(parts)
@@ -101,14 +101,14 @@ def _cells(layer, prefix, rank):
     null = fields.deciding_null(layer)[1]
     return [
         quote(layer["name"].removeprefix(prefix), 2000),
-        _cut(quote(words.shape(layer["shape"])), 13),
+        words.cut(quote(words.shape(layer["shape"])), 13),
         words.count(fields.models_used(layer)),
         words.percent(layer["mean_energy"]),
         words.percent(layer["mean_energy_chance"]),
         _rank(layer["rank_at"]),
         _rank(null["rank_at"]),
         *words.held_out_figures(layer, rank),
-        _cut(quote(words.verdict_label(layer)), 16),
+        words.cut(quote(words.verdict_label(layer)), 16),
     ]
 
 
@@ -131,16 +131,6 @@ def _fit(rows, width):
 def _room(columns, wanted, width, gap):
     """Characters left for the name."""
     return width - sum(wanted[c] + gap for c in columns[1:])
-
-
-def _cut(text, limit):
-    """`text` with its middle left out if it is longer than `limit`; ASCII in, ASCII out."""
-    if len(text) <= limit:
-        return text
-    if limit < 6:
-        return text[:limit]
-    head = (limit - 2) * 2 // 5
-    return f"{text[:head]}..{text[len(text) - (limit - 2 - head) :]}"
 
 
 def _wrap(text, width, indent=""):
@@ -196,7 +186,7 @@ def _collection_lines(collection, width):
 
 
 def _ids(ids, most=4):
-    listed = ", ".join(_cut(quote(item), 48) for item in ids[:most])
+    listed = ", ".join(words.cut(quote(item), 48) for item in ids[:most])
     return listed + (f", and {len(ids) - most} more" if len(ids) > most else "")
 
 

@@ -3,6 +3,8 @@
 import collections
 import os.path
 
+from jaxsub import errors
+
 from . import fields
 
 # Plain meaning of each verdict, in the order in which a reader wants them: claims first.
@@ -199,7 +201,22 @@ def common_prefix(layers):
     return start if 8 <= len(start) <= 300 else ""
 
 
-def distinct(names, limit, cut):
+def cut(text, limit):
+    """`text` with its middle left out if it is longer than `limit`; ASCII in, ASCII out."""
+    if len(text) <= limit:
+        return text
+    if limit < 6:
+        return text[:limit]
+    head = (limit - 2) * 2 // 5
+    return f"{text[:head]}..{text[len(text) - (limit - 2 - head) :]}"
+
+
+def columns(names, limit):
+    """Names from files as a column of text: of printable ASCII, at most `limit` wide, told apart; filled up to it."""
+    return [shown.ljust(limit) for shown in distinct([errors.quote(name, 2000) for name in names], limit)]
+
+
+def distinct(names, limit, cut=cut):
     """The names cut to `limit` characters; those that would look alike show the part in which they differ.
 
     Args:

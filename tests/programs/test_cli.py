@@ -237,7 +237,7 @@ def test_signals_end_with_a_message_after_cleaning_up(number, status):
     out, err = process.communicate(timeout=20)
     assert time.monotonic() - start < 2
     assert (process.returncode, out) == (status, "cleaned\n")
-    assert err.count("\n") == 1 and "the same command goes on" in err
+    assert err.count("\n") == 1 and "nothing of it is kept" in err
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # Python writes at the end, or at once

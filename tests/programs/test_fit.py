@@ -11,7 +11,7 @@ from jaxsub import errors, reading
 from jaxsub.bundle import Bundle
 from jaxsub.cli import flags
 from jaxsub.formats import peft, safetensors
-from jaxsub.pipelines import verify
+from jaxsub.pipelines import fit_layer, verify
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +157,15 @@ def test_verify_needs_a_bundle(tmp_path):
     for path, error in (("", errors.ConfigError), (str(tmp_path), errors.InputError)):
         with pytest.raises(error):
             verify.run(verify.Config(bundle=path), write=lambda _: None)
+
+
+def test_a_rank_that_no_stack_has_is_refused_before_reading_and_small_layers_take_what_they_can(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for n in range(6):
+        tensors = {"scale": np.float32(rng.standard_normal()), "w": rng.standard_normal((5, 4)).astype(np.float32)}
+        safetensors.write(str(tmp_path / f"m{n}.safetensors"), {k: np.asarray(v) for k, v in tensors.items()})
+    bundle = jaxsub.fit(str(tmp_path), rank=3)
+    assert {one.name: one.subspace.rank for one in bundle.layers} == {"scale": 1, "w": 3}
+    monkeypatch.setattr(fit_layer, "fit", lambda *_: pytest.fail("read"))
+    with pytest.raises(errors.ConfigError, match="rank=6: layer scale has 6 models, which have at most 5 components"):
+        jaxsub.fit(str(tmp_path), rank=6)

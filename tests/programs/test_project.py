@@ -309,3 +309,33 @@ def test_updates_come_back_by_the_factors_that_a_bundle_keeps_and_each_with_its_
             assert json.loads((out / name / peft.CONFIG).read_text())["r"] == (rank if is_kept else min(rank, 3))
             close = np.allclose(after[name], before[name], rtol=0, atol=1e-6 * np.abs(before[name]).max())
             assert close == is_kept
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_bundle_of_factors_takes_and_rebuilds_adapters_by_their_factors(tmp_path, transposed):
+    folder, _ = adapters(tmp_path / "m", transposed=transposed, count=6)
+    jaxsub.fit(folder, tmp_path / "b", view="lora_factors", energy=1.0)
+    out = str(tmp_path / "out")
+    found = project.run(project.Config(str(tmp_path / "b"), (folder,), write_models=out))
+    assert [one["name"] for one in found["layers"]] == ["m.q.lora_A", "m.q.lora_B"]
+    assert max(max(one["error"]) for one in found["layers"]) < 1e-5
+    before, after = products_of(folder), products_of(out)
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name], atol=1e-4)
+    with pytest.raises(errors.ConfigError, match="A and B apart"):
+        project.run(project.Config(str(tmp_path / "b"), members=True, write_models=str(tmp_path / "no")))
+
+
+def test_layouts_of_the_other_kind_say_what_they_are_written_with(tmp_path):
+    for given, layout in (({"members": True}, "exact"), ({"collection": ("c",)}, "tinylora")):
+        config = project.Config("b", write_models=str(tmp_path / "o"), peft_layout=layout, **given)
+        with pytest.raises(errors.ConfigError, match=f"peft_layout={layout} is written with --"):
+            project.run(config)
+
+
+def test_long_names_of_layers_are_told_apart_in_the_table():
+    layers = [f"model.layers.{n}.self_attn.q_proj.weight.of.a.long.name" for n in range(3)]
+    one = {"shape": [2, 2], "rank": [1], "models": ["a"], "kept": [], "error": [0.1]}
+    one |= {"error_of_mean": [0.1], "error_of_random": [0.1]}
+    rows = project.table({"layers": [{"name": name, **one} for name in layers]}).splitlines()[1:4]
+    assert len({row[:21] for row in rows}) == 3 and all(len(row) <= 100 for row in rows)

@@ -12,7 +12,7 @@ from jaxsub import errors
 from jaxsub.bundle import files, refit
 from jaxsub.cli import flags
 from jaxsub.formats import peft, safetensors
-from jaxsub.pipelines import update
+from jaxsub.pipelines import update, verify
 from tests.bundle import test_lora_bundle
 
 COUNT, NEW = 12, 3
@@ -486,3 +486,20 @@ def test_a_layer_of_equal_models_is_its_mean_until_another_comes(tmp_path):
         for name in ("frozen", "wide"):
             again = bundle.reconstruct(bundle.coefficients([n]))[name][0]
             np.testing.assert_allclose(again, own[name], atol=1e-5)
+
+
+def test_the_workdir_of_an_update_is_whole_and_one_of_a_fit_without_its_record_is_not(places, tmp_path):
+    call_fit = importlib.import_module("jaxsub.cli.fit")
+    call_fit.main(
+        flags.Flags(
+            "fit",
+            call_fit.config_class(),
+            ["fit", f"--collection={places['old']}", "--rank=2", f"--workdir={tmp_path / 'a'}"],
+        )
+    )
+    call(f"--bundle={tmp_path / 'a' / 'bundle'}", "--remove=m00", f"--workdir={tmp_path / 'b'}")
+    for place in "ab":
+        verify.run(verify.Config(str(tmp_path / place)), write=print)
+    os.remove(tmp_path / "a" / "run.json")
+    with pytest.raises(errors.InputError, match="damaged"):
+        verify.run(verify.Config(str(tmp_path / "a")), write=print)
