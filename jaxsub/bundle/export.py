@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from jaxsub import errors
+from jaxsub import descriptors, errors, lineup, subspace
 from jaxsub.formats import _files, _portable, _rewrite, _tinylora, peft, safetensors
 
 LAYOUTS = ("portable", "tinylora", "tinylora_shared")
@@ -22,7 +22,7 @@ def write(bundle, path, model_ids=None, layout="portable", modules=None):
     """See `Bundle.export`."""
     errors.require_known("layout", layout, LAYOUTS)
     ids, layers = bundle.known(model_ids), adapted(bundle)
-    beside = {model: _passthrough(bundle, model) for model in ids}
+    beside = {model: {**_passthrough(bundle, model), **_full(bundle, model)} for model in ids}
     fields = {record["id"]: _fields(record) for record in bundle.provenance.get("models", ())}
     if layout != "portable":
         first = fields.get(ids[0], {}) if ids else {}
@@ -113,10 +113,10 @@ def _moved(value, folder, path):
 
 
 def adapted(bundle):
-    """The Layers of a bundle whose members were PEFT adapters.
+    """The Layers of low-rank updates of a bundle whose members were PEFT adapters.
 
     Raises:
-        ConfigError: other layers, models of another format, or factors whose orientation is not known.
+        ConfigError: none, models of another format, or factors whose orientation is not known.
     """
     for record in bundle.provenance.get("models", ()):
         if record["format"] != "peft":
@@ -129,11 +129,10 @@ def adapted(bundle):
             "the bundle holds LoRA's A and B apart (--view=lora_factors), of which no adapter is written without its "
             "own files: give --collection"
         )
-    for layer in bundle.layers:
-        if layer.parametrisation != "lora":
-            raise errors.ConfigError(
-                f"layer {errors.quote(layer.name)} is no low-rank update but full values: no adapter holds it"
-            )
+    updates = [layer for layer in bundle.layers if layer.parametrisation == lineup.LORA]
+    if not updates:
+        raise errors.ConfigError("the bundle holds no low-rank update, but full values alone, which no adapter holds")
+    for layer in updates:
         if len(layer.shape) != 2:
             raise errors.ConfigError(
                 f"layer {errors.quote(layer.name)}: an update of a convolution has no place in these layouts; give "
@@ -144,7 +143,7 @@ def adapted(bundle):
                 f"layer {errors.quote(layer.name)}: the bundle does not say how PEFT stores its factors; fit it again, "
                 "or give --collection"
             )
-    return bundle.layers
+    return updates
 
 
 def _updates(bundle, model):
@@ -155,6 +154,19 @@ def _updates(bundle, model):
             a, b = (x[0] for x in rebuilt[bundle.key(layer)])
             dtype = layer.dtypes[layer.model_ids.index(model)]
             found[layer.name] = peft.Update(a, b, 1.0, layer.orientation, dtype)
+    return found
+
+
+def _full(bundle, model):
+    """Full values of a member that have a subspace (saved modules, biases), rebuilt, by the names of their tensors."""
+    kinds = {bundle.key(layer): layer for layer in bundle.layers if layer.parametrisation != lineup.LORA}
+    known = bundle.coefficients([model])
+    own, kept = ({k: v for k, v in part.items() if k in kinds} for part in (known.values, known.corrections))
+    found = {}
+    for key, value in bundle.reconstruct(subspace.Coefficients((model,), own, kept)).items():
+        layer = kinds[key]
+        dtype = descriptors.numpy_dtype(layer.dtypes[layer.model_ids.index(model)])
+        found[peft.stored_name(layer.name)] = _rewrite.rounded(value[0], dtype, model, layer.name)
     return found
 
 

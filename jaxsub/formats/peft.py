@@ -125,6 +125,11 @@ def write(folder, adapters, *, base_model=None, labels=None):
     _files.write_atomic(os.path.join(folder, CONFIG), [config.encode("utf-8") + b"\n"])
 
 
+def stored_name(layer):
+    """What the tensor of a full value is called in an adapter's file."""
+    return _peft.PREFIX + layer
+
+
 def rewrite(model, path, layers):
     """Writes an adapter again in a new folder with other values in some layers; see `formats.rewrite`."""
     source = os.path.join(model.path, _sniff.ADAPTER_FILES[0])

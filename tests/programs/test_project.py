@@ -339,3 +339,25 @@ def test_long_names_of_layers_are_told_apart_in_the_table():
     one |= {"error_of_mean": [0.1], "error_of_random": [0.1]}
     rows = project.table({"layers": [{"name": name, **one} for name in layers]}).splitlines()[1:4]
     assert len({row[:21] for row in rows}) == 3 and all(len(row) <= 100 for row in rows)
+
+
+@pytest.mark.parametrize("layout", ["portable", "tinylora", "tinylora_shared"])
+def test_saved_modules_with_a_subspace_are_written_beside_the_updates_of_members(tmp_path, layout):
+    folder, _ = adapters(tmp_path / "m", count=6)
+    rng, name = np.random.default_rng(0), "base_model.model.head.weight"
+    for n in range(6):
+        file = tmp_path / "m" / f"a{n}" / "adapter_model.safetensors"
+        head = rng.standard_normal((5, 4)).astype(np.float16)
+        safetensors.write(str(file), safetensors.read(str(file)) | {name: head}, None)
+    jaxsub.fit(folder, tmp_path / "b", rank=3, max_error=0.0 if layout == "portable" else -1.0)
+    out, bundle = tmp_path / "out", jaxsub.load(tmp_path / "b")
+    found = project.run(project.Config(str(tmp_path / "b"), members=True, write_models=str(out), peft_layout=layout))
+    again = bundle.reconstruct(bundle.coefficients())["head.weight"]
+    for n, one in enumerate(found["written"]):
+        (other,) = safetensors.read(one["other_tensors"]).items()
+        assert other[0] == name and other[1].dtype == np.float16
+        np.testing.assert_array_equal(other[1], again[n].astype(np.float16))
+        if layout == "portable":
+            np.testing.assert_array_equal(
+                other[1], safetensors.read(str(tmp_path / "m" / f"a{n}" / "adapter_model.safetensors"))[name]
+            )
