@@ -221,6 +221,8 @@ def _options(module, config, stack, rank):
         return module.Options(rank=min(rank, math.prod(stack.shape)))
     if "energy" not in known:
         raise errors.ConfigError(f"decomposition={config.decomposition}: cannot choose ranks by energy; give --rank")
+    if "error" in known and config.energy < 1:  # of all axes together; their own rule keeps that share on each
+        return module.Options(error=math.sqrt(1.0 - config.energy))
     return module.Options(energy=config.energy)
 
 

@@ -169,3 +169,20 @@ def test_a_rank_that_no_stack_has_is_refused_before_reading_and_small_layers_tak
     monkeypatch.setattr(fit_layer, "fit", lambda *_: pytest.fail("read"))
     with pytest.raises(errors.ConfigError, match="rank=6: layer scale has 6 models, which have at most 5 components"):
         jaxsub.fit(str(tmp_path), rank=6)
+
+
+@pytest.mark.parametrize("decomposition", ["hosvd", "sthosvd", "hooi"])
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_a_fit_keeps_the_share_of_the_energy_that_was_asked_for(tmp_path, decomposition, is_lora):
+    """A share on every axis would keep less of the whole: of the first stack here under .85."""
+    if is_lora and decomposition == "sthosvd":
+        pytest.skip("takes no low-rank updates")
+    rng, decay = np.random.default_rng(0), 0.8 ** np.arange(16)
+    for n in range(8):
+        a, b = (rng.standard_normal(s).astype(np.float32) for s in ((16, 20), (24, 16)))
+        if is_lora:
+            peft.write(str(tmp_path / f"m{n}"), {"q": (decay[:, None].astype(np.float32) * a, b, 16, 16)})
+        else:
+            safetensors.write(str(tmp_path / f"m{n}.safetensors"), {"w": (b * decay.astype(np.float32)) @ a})
+    (layer,) = jaxsub.fit(str(tmp_path), decomposition=decomposition, energy=0.9).layers
+    assert 0.9 - 1e-6 <= layer.figures["energy_kept"] < 0.97
