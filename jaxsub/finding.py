@@ -137,8 +137,8 @@ class _Walk:
             elif not entry.is_dir():
                 self.found.ignored.append(entry.path)
         for path in without:
-            # With a single sibling it is a folder of logs beside a folder of weights.
-            if with_models >= 2:
+            # With a single sibling it is a folder of logs beside a folder of weights; or it is the output of a run.
+            if with_models >= 2 and not os.path.lexists(os.path.join(path, _WORKDIR_LOCK)):
                 self._refuse(path, "holds no model", "H12", "remove the folder, or put its weights back")
             else:
                 self.found.ignored.append(path)

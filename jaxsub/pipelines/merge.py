@@ -95,7 +95,7 @@ def run(config, workdir=None, *, stream=None):
         return aside.going_on(lambda left: _diagnosis(left, config, module, stream), opened, config, least=1)
     if not out:
         raise errors.ConfigError("no place for the merged model: give --out=FOLDER")
-    merge_store.require_outside(out, config.collection)
+    workdirs.require_outside(out, config.collection, "--out")
     prepared = _prepare(opened, config, module)  # what no run could do leaves no trace
     identity = workdirs.identity("merge", config, opened, base=prepared.sources.base) | prepared.sources.identity()
     known = _finished(out, identity)

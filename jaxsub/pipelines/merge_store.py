@@ -11,7 +11,6 @@ power cut takes away is seen and merged again.
 
 import concurrent.futures
 import contextlib
-import fnmatch
 import hashlib
 import json
 import os
@@ -278,19 +277,6 @@ def require_new(out):
     """Raises WorkdirError where something is at the place of the new model."""
     if os.path.lexists(out):
         raise errors.WorkdirError(f"{errors.quote(out)}: exists already; remove it or give another --out")
-
-
-def require_outside(out, collection):
-    """Raises ConfigError where the new model would lie in the collection: the next run would merge it too."""
-    place = os.path.realpath(out)
-    for text in collection:
-        folder = os.path.realpath(text)
-        inside = os.path.isdir(folder) and os.path.commonpath([folder, place]) == folder and place != folder
-        if inside or fnmatch.fnmatchcase(os.path.abspath(out), os.path.abspath(text)):
-            raise errors.ConfigError(
-                f"{errors.quote(out)} lies in the collection {errors.quote(text)}, and would be one of its models next "
-                "time; give an --out elsewhere"
-            )
 
 
 def install(place, out):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxsub import bundle as bundles, errors, formats, precision, subspace
 from jaxsub.bundle import export, files
 from jaxsub.formats import _files, _rewrite, peft, safetensors
-from jaxsub.pipelines import aside, progress, project_kept, project_plan, scoring, sharing
+from jaxsub.pipelines import aside, progress, project_kept, project_plan, scoring, sharing, workdir as workdirs
 from jaxsub.report import _write, words
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
@@ -59,6 +59,8 @@ def run(config, workdir=None, *, stream=None):
     score = scoring.load(config.score) if config.score else None  # a mistake in it shows before anything is read
     if config.members:
         return _members(config, layout)
+    workdirs.require_outside(workdir, config.collection)
+    workdirs.require_outside(config.write_models, config.collection, "--write_models")
     bundle = files.load(config.bundle)
     opened = aside.open_collection(config, smallest=1)
     if config.write_models:

@@ -5,7 +5,7 @@ import os
 
 from jaxsub import bundle as bundles, collection as collections, config as configs, errors
 from jaxsub.bundle import files, refit
-from jaxsub.pipelines import aside, fit, fit_layer, layers, progress, project_plan
+from jaxsub.pipelines import aside, fit, fit_layer, layers, progress, project_plan, workdir as workdirs
 from jaxsub.report import words
 
 SMALLEST = 3  # models of a layer that is fitted
@@ -42,6 +42,7 @@ def run(config, path=None, *, stream=None):
         raise errors.ConfigError(
             f"captured={config.captured}, rank={config.rank}: a share in 0 .. 1, a rank of 0 or more"
         )
+    workdirs.require_outside(path, config.collection)
     if path is not None and os.path.lexists(path):
         raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
     bundle = files.load(config.bundle)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import json
 import os
 import secrets
@@ -128,6 +129,25 @@ def hold(path, identity, *, restart=False, break_lock=False, flag="--workdir"):
                 known.pop(program, None)  # no run came of these options: the next ones may differ
                 _write.write_sealed(record, known)
             raise
+
+
+def require_outside(path, collection, flag="--workdir"):
+    """Raises ConfigError where an output folder would lie in the collection: the next run would take it for a model.
+
+    Args:
+        path: the folder, or None.
+        collection: folders, globs and files as the user gave them.
+        flag: that names the folder, for messages.
+    """
+    place = os.path.realpath(path) if path else ""
+    for text in collection if path else ():
+        folder = os.path.realpath(text)
+        inside = os.path.isdir(folder) and os.path.commonpath([folder, place]) == folder
+        if inside or fnmatch.fnmatchcase(os.path.abspath(path), os.path.abspath(text)):
+            raise errors.ConfigError(
+                f"{errors.quote(path)} lies in, or is, the collection {errors.quote(text)}, and would be one of its "
+                f"models next time; give {flag} elsewhere"
+            )
 
 
 def require_free(path):

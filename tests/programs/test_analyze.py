@@ -378,6 +378,18 @@ def test_a_workdir_in_the_collection_is_not_read_as_models(tmp_path):
     assert jaxsub.open_collection(str(folder)).fingerprint == first["provenance"]["collection_fingerprint"]
 
 
+def test_a_workdir_beside_models_that_are_folders_is_none_of_them(tmp_path):
+    folder, rng = tmp_path / "c", np.random.default_rng(0)
+    for n in range(9):
+        (folder / f"m{n}").mkdir(parents=True)
+        tensors = {"w": rng.standard_normal((6, 5)).astype(np.float32)}
+        safetensors.write(str(folder / f"m{n}" / "model.safetensors"), tensors)
+    first = analyze(folder, workdir=str(folder / "out"))
+    again = analyze(folder, workdir=str(folder / "out"))
+    assert again.layers == first.layers and not again["collection"]["quarantined"]
+    assert again["provenance"]["bytes_read"] == 0
+
+
 @pytest.mark.slow
 def test_models_of_another_kind_change_no_figure_and_are_mentioned(tmp_path):
     x = worlds.planted(30, k=8, seed=6)
