@@ -57,6 +57,10 @@ class Layer:
     orientation: str = ""
     halves: tuple[np.ndarray, ...] = ()
 
+    def __repr__(self):
+        rank = self.subspace.rank if self.is_linear else "x".join(map(str, self.subspace.rank.values()))
+        return f"<Layer {self.name!r} {self.shape}, {len(self.model_ids)} models, {self.parametrisation}, rank {rank}>"
+
     @property
     def shape(self):
         """Shape of one model's weight."""
@@ -118,6 +122,9 @@ class Bundle:
     passthrough: dict
     originals: dict
     provenance: dict
+
+    def __repr__(self):
+        return f"<Bundle of {len(self.model_ids)} models, {len(self.layers)} layers>"
 
     @property
     def is_of_factors(self):

@@ -112,10 +112,16 @@ def validate(config):
         errors.require_known(name, getattr(config, name), storage.DTYPES)
     if config.decomposition:
         plugins.load("decompositions", config.decomposition)
-    if plugins.load("views", config.view).NEEDS_BASE:
+    known = plugins.available("views")
+    if config.view in known and _needs_base(config.view):
         raise errors.ConfigError(
             f"view={config.view}: use weights or lora_factors; a fit subtracts the mean, and a base with it"
         )
+    errors.require_known("view", config.view, [view for view in known if not _needs_base(view)])
+
+
+def _needs_base(view):
+    return plugins.load("views", view).NEEDS_BASE
 
 
 def fit(opened, config, path=None, *, workdir=None, stream=None):

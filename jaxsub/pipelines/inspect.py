@@ -150,12 +150,11 @@ def _layers(layers):
         return []
     rows = [("layer", "shape", "models", "stored as"), *(_row(layer) for layer in layers[:MOST_LAYERS])]
     shape, models = (max(len(row[c]) for row in rows) for c in (1, 2))
-    stored = min(max(len(row[3]) for row in rows), 40)
+    stored = min(max(len(row[3]) for row in rows), 52)
     name = min(max(len(row[0]) for row in rows), WIDTH - shape - models - stored - 6)
     lines = [""]
-    for row in rows:
-        label = row[0] if len(row[0]) <= name else row[0][: name // 2 - 2] + "..." + row[0][-(name - name // 2 - 1) :]
-        lines.append(f"{label:{name}}  {row[1]:>{shape}}  {row[2]:>{models}}  {row[3][:stored]}".rstrip())
+    for label, row in zip(words.distinct([row[0] for row in rows], name), rows, strict=True):
+        lines.append(f"{label:{name}}  {row[1]:>{shape}}  {row[2]:>{models}}  {words.cut(row[3], stored)}".rstrip())
     if len(layers) > MOST_LAYERS:
         lines.append(f"and {len(layers) - MOST_LAYERS} more layers")
     return lines

@@ -92,6 +92,9 @@ def line_up(opened, base, policy, chosen):
         raise work.refusal()
     if not work.found:
         raise errors.ConfigError("no layer to merge: none that the models share matches --layers, --exclude_layers")
+    work.say_dtypes()
+    if base is not None and all(layer.is_lora for layer in work.found):
+        work.said.append("base: not used, as low-rank updates are differences already")
     copied = {**opened.models[template].skipped, **work.copied}
     return Lineup(tuple(work.found), template, copied, tuple(work.said))
 
@@ -202,6 +205,16 @@ class _Work:
 
     def _add(self, group, twins=(), rest=0):
         self.found.append(Layer(group, twins, rest))
+
+    def say_dtypes(self):
+        """Says in what results are written where models are stored in several dtypes."""
+        mixed = [layer for layer in self.found if len(layer.group.dtypes) > 1]
+        if mixed:
+            stored = " and ".join(sorted({d for layer in mixed for d in layer.group.dtypes}))
+            self.said.append(
+                f"{len(mixed)} of {len(self.found)} layers are stored as {stored}; results are written as those of "
+                f"{self._template_id()} are"
+            )
 
     def _misfit(self, name, what, is_kept, crops=False):
         if self.policy == "fail":

@@ -153,6 +153,8 @@ def weights_of(texts, opened):
     missing = [name for name in ids if name not in named]
     if missing:
         raise errors.ConfigError(f"weights: none for {lineup.listed(missing, 3)}; give one a model")
+    if not any(named.values()):
+        raise errors.ConfigError("weights sum to 0: all are")
     return np.array([named[name] for name in ids])
 
 

@@ -800,3 +800,20 @@ def test_masks_on_coefficients(fitted, tmp_path, monkeypatch):
     assert found["fit"]["losses"][-1] < found["fit"]["losses"][0]
     record = next(r for r in found["layers"] if r["name"] == "a.weight")
     assert record["row"] == "coefficients of differences to the base"
+
+
+def test_what_is_not_as_a_user_may_think_is_said(tmp_path):
+    """Results in the dtype of one model among several, and a base that updates are not less of."""
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        weight = rng.standard_normal((5, 4)).astype(np.float16 if n == 0 else np.float32)
+        safetensors.write(str(tmp_path / f"m{n}.safetensors"), {"w": weight})
+        a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 4), (5, 2)))
+        peft.write(str(tmp_path / "l" / f"a{n}"), {"q": (a, b, 2, 2)})
+    files = tuple(str(tmp_path / f"m{n}.safetensors") for n in range(3))
+    text = merge.run(merge.Config(collection=files, method="mean", dry_run=True))["text"]
+    assert "1 of 1 layers are stored as float16 and float32; results are written as those of m0 are" in " ".join(
+        text.split()
+    )
+    adapters = merge.Config(collection=(str(tmp_path / "l"),), method="mean", base=files[1], dry_run=True)
+    assert "base: not used, as low-rank updates are differences already" in merge.run(adapters)["text"]
