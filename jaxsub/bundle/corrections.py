@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxsub import descriptors, precision
 
-ENTRIES, FACTORS = ("counts", "places", "values"), ("positions", "a", "b", "scales")
+ENTRIES, FACTORS = ("counts", "places", "values"), ("positions", "ranks", "a", "b", "scales")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,22 +89,30 @@ class Entries:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Own factors of some of n low-rank updates scales_m b_m a_m.
+    """Own factors of some of n low-rank updates scales_m b_m a_m, each of its own rank, one behind another.
 
     Attributes:
         positions: (m,) int64, whose.
-        a: (m, r, i); b: (m, o, r): in the stored dtype, lower ranks padded with zeros.
+        ranks: (m,) int64, >= 0.
+        a: (sum of ranks, i) rows of the a_m; b: (sum of ranks, o) columns of the b_m: in the stored dtype.
         scales: (m,) float64.
     """
 
     positions: np.ndarray
+    ranks: np.ndarray
     a: np.ndarray
     b: np.ndarray
     scales: np.ndarray
 
+    def _each(self):
+        """Yields (a_m (r, i), b_m (o, r)) of each model."""
+        ends = np.cumsum(self.ranks)
+        for start, end in zip(ends - self.ranks, ends, strict=True):
+            yield self.a[start:end], self.b[start:end].T
+
     def apply(self, rebuilt):
         """Puts the updates into reconstructions (n, o, i), in place, and returns them."""
-        for p, a, b, scale in zip(self.positions, self.a, self.b, self.scales, strict=True):
+        for p, (a, b), scale in zip(self.positions, self._each(), self.scales, strict=True):
             rebuilt[p] = scale * b.astype(np.float64) @ a.astype(np.float64)
         return rebuilt
 
@@ -114,38 +122,43 @@ class Factors:
 
     def apply_factors(self, a, b):
         """The same for factors (n, k, i), (n, o, k): both come back with the larger rank, padded with zeros."""
-        rank = max(a.shape[1], self.a.shape[1])
+        rank = max(a.shape[1], int(self.ranks.max(initial=0)))
         a = np.pad(a, ((0, 0), (0, rank - a.shape[1]), (0, 0)))
         b = np.pad(b, ((0, 0), (0, 0), (0, rank - b.shape[2])))
-        own = self.a.shape[1]
-        for m, p in enumerate(self.positions):
+        for p, (own_a, own_b), scale in zip(self.positions, self._each(), self.scales, strict=True):
             a[p], b[p] = 0, 0
-            a[p, :own], b[p, :, :own] = self.a[m], self.scales[m] * self.b[m].astype(np.float64)
+            a[p, : len(own_a)], b[p, :, : len(own_a)] = own_a, scale * own_b.astype(np.float64)
         return a, b
 
     def are_of(self, a, b, scale):
-        """Whether these are the factors, to the bit, of one model, padded with zeros or not."""
-        if len(self.positions) != 1 or self.scales[0] != scale:
+        """Whether these are the factors, to the bit, of one model, a (r, i), b (o, r) padded with zeros or not."""
+        if len(self.positions) != 1 or self.scales[0] != scale or len(a) < self.ranks[0]:
             return False
-        rank = min(len(a), self.a.shape[1])
-        pairs = ((a, self.a[0]), (b.T, self.b[0].T))
-        return all(np.array_equal(x[:rank], y[:rank]) and not (x[rank:].any() or y[rank:].any()) for x, y in pairs)
+        ((own_a, own_b),), rank = self._each(), self.ranks[0]
+        is_padding = not (a[rank:].any() or b[:, rank:].any())
+        return is_padding and np.array_equal(a[:rank], own_a) and np.array_equal(b[:, :rank], own_b)
 
     def take(self, positions, size):
         """The Factors of some of the models, renumbered."""
         del size
-        at = {int(p): m for m, p in enumerate(self.positions)}
+        at, own = {int(p): m for m, p in enumerate(self.positions)}, list(self._each())
         kept = [(i, at[p]) for i, p in enumerate(positions) if p in at]
         mine = [m for _, m in kept]
-        return Factors(np.array([i for i, _ in kept], np.int64), self.a[mine], self.b[mine], self.scales[mine])
+        a = [self.a[:0], *(own[m][0] for m in mine)]
+        b = [self.b[:0], *(own[m][1].T for m in mine)]
+        at = np.array([i for i, _ in kept], np.int64)
+        return Factors(at, self.ranks[mine], np.concatenate(a), np.concatenate(b), self.scales[mine])
 
     def check(self, count, shape):
         """Raises ValueError unless these are updates of this shape of some of `count` models."""
-        number, rank = len(self.positions), self.a.shape[1]
-        if self.positions.dtype.kind not in "iu":
-            raise ValueError("positions of factors that are no whole numbers")
-        wanted = ((number, rank, shape[1]), (number, shape[0], rank), (number,))
-        if (self.a.shape, self.b.shape, self.scales.shape) != wanted:
+        number = len(self.positions)
+        if {self.positions.dtype.kind, self.ranks.dtype.kind} - {*"iu"}:
+            raise ValueError("positions and ranks of factors that are no whole numbers")
+        is_counted = self.ranks.shape == (number,) and ((0 <= self.ranks) & (self.ranks <= len(self.a))).all()
+        if not is_counted or self.positions.shape != (number,) or self.scales.shape != (number,):
+            raise ValueError(f"factors of {number} models with other numbers of ranks and scales")
+        total = int(self.ranks.sum())
+        if (self.a.shape, self.b.shape) != ((total, shape[1]), (total, shape[0])):
             raise ValueError(f"factors of shapes {self.a.shape}, {self.b.shape} for updates of shape {shape}")
         if ((self.positions < 0) | (self.positions >= count)).any() or len(set(self.positions.tolist())) != number:
             raise ValueError(f"factors of other models than the {count} there are")
@@ -200,7 +213,12 @@ def factors(a, b, scales, relative, max_error, *, dtype):
     mine = np.flatnonzero(relative > max_error)
     if not len(mine):
         return None
-    return Factors(mine, a[mine].astype(dtype), b[mine].astype(dtype), np.asarray(scales, np.float64)[mine])
+    used = [a[m].any(axis=1) | b[m].any(axis=0) for m in mine]  # behind them there is padding
+    ranks = np.array([int(np.flatnonzero(one).max(initial=-1)) + 1 for one in used], np.int64)
+    rows = [a[m, :r] for m, r in zip(mine, ranks, strict=True)]
+    columns = [b[m, :, :r].T for m, r in zip(mine, ranks, strict=True)]
+    joined_a, joined_b = (np.concatenate(parts).astype(dtype) for parts in (rows, columns))
+    return Factors(mine, ranks, joined_a, joined_b, np.asarray(scales, np.float64)[mine])
 
 
 def joined(first, second, counts):
@@ -223,8 +241,7 @@ def joined(first, second, counts):
         return Entries(np.concatenate(parts), places, np.concatenate(values))
     given = [(one, at) for one, at in ((first, 0), (second, counts[0])) if one is not None]
     dtype = descriptors.numpy_dtype(precision.widest(x.dtype.name for one, _ in given for x in (one.a, one.b)))
-    rank = max(one.a.shape[1] for one, _ in given)
-    a = [np.pad(one.a.astype(dtype), ((0, 0), (0, rank - one.a.shape[1]), (0, 0))) for one, _ in given]
-    b = [np.pad(one.b.astype(dtype), ((0, 0), (0, 0), (0, rank - one.b.shape[2]))) for one, _ in given]
     positions = np.concatenate([one.positions + at for one, at in given])
-    return Factors(positions, np.concatenate(a), np.concatenate(b), np.concatenate([one.scales for one, _ in given]))
+    ranks, scales = (np.concatenate([getattr(one, name) for one, _ in given]) for name in ("ranks", "scales"))
+    a, b = (np.concatenate([getattr(one, name).astype(dtype) for one, _ in given]) for name in "ab")
+    return Factors(positions, ranks, a, b, scales)

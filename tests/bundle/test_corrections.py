@@ -145,3 +145,35 @@ def test_corrections_that_do_not_fit_are_refused(folder, tmp_path, monkeypatch, 
     made.save(tmp_path / "b")
     with pytest.raises(errors.InputError, match="does not fit its files"):
         jaxsub.load(tmp_path / "b")
+
+
+def test_own_factors_take_no_more_than_each_update_has():
+    rng = np.random.default_rng(0)
+    ranks, most = [2, 5, 1, 3], 5
+    a, b = np.zeros((4, most, 7), np.float32), np.zeros((4, 6, most), np.float32)
+    for n, r in enumerate(ranks):
+        a[n, :r], b[n, :, :r] = rng.standard_normal((r, 7)), rng.standard_normal((6, r))
+    scales = np.array([1.0, 2.0, 0.5, 3.0])
+    wanted = scales[:, None, None] * (b.astype(np.float64) @ a.astype(np.float64))
+    found = corrections.factors(a, b, scales, np.array([1.0, 0.2, 1.0, 1.0]), 0.5, dtype=np.dtype(np.float32))
+    assert found.positions.tolist() == [0, 2, 3] and found.ranks.tolist() == [2, 1, 3]
+    assert sum(x.nbytes for x in (found.a, found.b)) == 6 * (7 + 6) * 4
+    found.check(4, (6, 7))
+    both = corrections.joined(found, found.take([2, 0], 42), (4, 2))
+    both.check(6, (6, 7))
+    again = both.applied(np.zeros((6, 6, 7)))
+    np.testing.assert_allclose(again[[0, 2, 3, 4, 5]], wanted[[0, 2, 3, 2, 0]], rtol=1e-12)
+    assert not again[1].any()
+    x, y = both.apply_factors(np.ones((6, 1, 7)), np.ones((6, 6, 1)))
+    np.testing.assert_allclose((y @ x)[[0, 2, 3]], wanted[[0, 2, 3]], rtol=1e-6)
+    np.testing.assert_array_equal((y @ x)[1], np.ones((6, 7)))
+    one = found.take([3], 42)
+    assert one.are_of(a[3], b[3], 3.0) and not one.are_of(a[3], b[3], 2.0) and not one.are_of(a[2], b[2], 3.0)
+    for other in (
+        dataclasses.replace(found, ranks=np.array([2, 1, 4])),
+        dataclasses.replace(found, ranks=np.array([2, -1, 5])),
+        dataclasses.replace(found, positions=np.array([0, 0, 3])),
+        dataclasses.replace(found, scales=np.ones(2)),
+    ):
+        with pytest.raises(ValueError):
+            other.check(4, (6, 7))
