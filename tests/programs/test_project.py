@@ -267,8 +267,8 @@ def test_the_base_is_set_beside_the_reconstruction(tmp_path, capsys):
 # What a bundle keeps of its members -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("narrow", [{}, {"basis_dtype": "int8", "coefficient_dtype": "int8"}])
-@pytest.mark.parametrize("bound", [0.0, 0.1])
+@pytest.mark.parametrize("narrow", first([{}, {"basis_dtype": "int8", "coefficient_dtype": "int8"}]))
+@pytest.mark.parametrize("bound", first([0.0, 0.1]))
 def test_members_come_back_within_the_bound_of_the_fit_and_strangers_as_projected(tmp_path, bound, narrow):
     folder = weights(tmp_path / "m", count=9)
     jaxsub.fit(folder, tmp_path / "b", rank=1, layers=["w"], max_error=bound, **narrow)
@@ -311,7 +311,7 @@ def test_updates_come_back_by_the_factors_that_a_bundle_keeps_and_each_with_its_
             assert close == is_kept
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", first([True, False]))
 def test_a_bundle_of_factors_takes_and_rebuilds_adapters_by_their_factors(tmp_path, transposed):
     folder, _ = adapters(tmp_path / "m", transposed=transposed, count=6)
     jaxsub.fit(folder, tmp_path / "b", view="lora_factors", energy=1.0)
@@ -341,7 +341,7 @@ def test_long_names_of_layers_are_told_apart_in_the_table():
     assert len({row[:21] for row in rows}) == 3 and all(len(row) <= 100 for row in rows)
 
 
-@pytest.mark.parametrize("layout", ["portable", "tinylora", "tinylora_shared"])
+@pytest.mark.parametrize("layout", first(["portable", "tinylora", "tinylora_shared"]))
 def test_saved_modules_with_a_subspace_are_written_beside_the_updates_of_members(tmp_path, layout):
     folder, _ = adapters(tmp_path / "m", count=6)
     rng, name = np.random.default_rng(0), "base_model.model.head.weight"
