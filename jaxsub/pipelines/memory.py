@@ -20,7 +20,8 @@ from jaxsub.statistics import KEPT_ENTRIES, QR_ENTRIES
 RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps of arrays that are gone
 LORA_BYTES = 32 * 2**20  # more compiled kernels, of low-rank updates
 SMALL_BYTES = 2**16  # keys, sums of columns and the like on a device
-SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis, or the products of its other side
+SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis
+OTHER_BYTES = 22 * 2**20  # compiling the products of an axis' other side, and what threads then keep
 SKETCHES = 2 * modes.MIXTURES
 TESTS = SKETCHES * modes.COLUMNS  # columns of both halves of a sketch
 DRAW = 10  # matrices (N, N) of a thread that draws and judges a null
@@ -98,7 +99,8 @@ def _dense(plan, group, mesh, base):
     if plan.storage == "float64":
         steps.append(5 * 8 * n * min(width, max(4 * n, QR_ENTRIES // n)))
     # The last block may be a shape of its own.
-    kernels = SKETCH_BYTES * (len(plan.sketched_axes) * (2 if shape[0] % plan.rows else 1) + plan.other_side)
+    kernels = SKETCH_BYTES * len(plan.sketched_axes) * (2 if shape[0] % plan.rows else 1)
+    kernels += OTHER_BYTES * plan.other_side
     after = max([8 * TESTS * shape[0] if 0 in plan.sketched_axes else 0, 2 * short, *(3 * m for m in exact)])
 
     kept = 8 * n**2 * (2 if plan.storage == "float64" else 1) + (8 * n * min(shape) if plan.strengths else 0)
