@@ -16,6 +16,7 @@ from jaxsub import errors, formats, hubcache
 _WORKDIR_LOCK, _WORKDIR_FOLDERS = ".jaxsub.lock", ("statistics", "parts", "bundle")
 MAX_DEPTH = 32  # folders under folders; deeper is a loop or an accident
 MAX_LIST_BYTES = 64 * 2**20  # of a text file of paths
+_OF_BUNDLE = ("manifest.json", "coefficients.safetensors", "layers")
 _LIST = ".txt"
 _GENERIC = ("models", "checkpoints", "weights")
 _CACHE_ONLY = ("blobs", "refs")  # of a hub cache: its models are under snapshots/
@@ -138,7 +139,7 @@ class _Walk:
                 self.found.ignored.append(entry.path)
         for path in without:
             # With a single sibling it is a folder of logs beside a folder of weights; or it is the output of a run.
-            if with_models >= 2 and not os.path.lexists(os.path.join(path, _WORKDIR_LOCK)):
+            if with_models >= 2 and not _is_output(path):
                 self._refuse(path, "holds no model", "H12", "remove the folder, or put its weights back")
             else:
                 self.found.ignored.append(path)
@@ -154,7 +155,8 @@ class _Walk:
         if any(e.name == _WORKDIR_LOCK for e in entries):
             passed_over = (*passed_over, *_WORKDIR_FOLDERS)  # a run wrote its output here
         passed_over = (*passed_over, formats.SHARED_BASIS)
-        return [e for e in entries if not e.name.startswith(".") and e.name not in ("__pycache__", *passed_over)]
+        named = [e for e in entries if not e.name.startswith(".") and e.name not in ("__pycache__", *passed_over)]
+        return [e for e in named if not _is_bundle(e.path)]
 
     def _may_enter(self, entry):
         if not entry.is_symlink():
@@ -198,6 +200,15 @@ def _distinct_ids(candidates):
     if _are_distinct(named):
         return named
     return [dataclasses.replace(c, id=os.path.abspath(c.path)) for c in candidates]
+
+
+def _is_output(folder):
+    """Whether a run wrote its output in a folder."""
+    return os.path.lexists(os.path.join(folder, _WORKDIR_LOCK)) or _is_bundle(os.path.join(folder, "bundle"))
+
+
+def _is_bundle(folder):
+    return all(os.path.lexists(os.path.join(folder, name)) for name in _OF_BUNDLE)
 
 
 def _are_distinct(candidates):

@@ -58,6 +58,7 @@ class Entries:
 
     def check(self, count, shape):
         """Raises ValueError unless these are entries of `count` models of this shape."""
+        _require_numbers(self.values)
         size = math.prod(shape)
         if {self.counts.dtype.kind, self.places.dtype.kind} - {*"iu"} or self.places.ndim != 1 or self.values.ndim != 1:
             raise ValueError("counts and places of entries that are no lists of whole numbers")
@@ -151,6 +152,7 @@ class Factors:
 
     def check(self, count, shape):
         """Raises ValueError unless these are updates of this shape of some of `count` models."""
+        _require_numbers(self.a, self.b, self.scales)
         number = len(self.positions)
         if {self.positions.dtype.kind, self.ranks.dtype.kind} - {*"iu"}:
             raise ValueError("positions and ranks of factors that are no whole numbers")
@@ -172,7 +174,19 @@ def of_tensors(tensors):
     """Entries, or Factors, of their stored arrays by name."""
     if "counts" in tensors:
         return Entries(*(tensors[name] for name in ENTRIES))
+    if "ranks" not in tensors and tensors["a"].ndim == tensors["b"].ndim == 3:  # as they were: of one rank, padded
+        a, b = tensors["a"], tensors["b"].swapaxes(1, 2)
+        ranks, (a, b) = np.full(len(a), a.shape[1], np.int64), (x.reshape(-1, x.shape[2]) for x in (a, b))
+        tensors = {**tensors, "ranks": ranks, "a": a, "b": b}
     return Factors(*(tensors[name] for name in FACTORS))
+
+
+def _require_numbers(*arrays):
+    for array in arrays:
+        if array.dtype.name not in descriptors.FLOATS:
+            raise ValueError(f"corrections of dtype {array.dtype.name}")
+        if not np.isfinite(array if array.dtype.itemsize >= 4 else array.astype(np.float32)).all():
+            raise ValueError("corrections that hold NaN or Inf")
 
 
 def entries(x, rebuild, max_error, *, dtype, exponent=0):

@@ -170,7 +170,7 @@ def _bundle(path, manifest):
                 record["figures"],
                 record["parametrisation"],
                 tuple(record["storage"]),
-                _corrections(corrected, number, len(ids), space.shape),
+                _corrections(corrected, number, len(ids), space.shape, record),
                 tuple(record["shape"]),
                 record["orientation"],
                 halves,
@@ -251,12 +251,14 @@ def _decoded(tensors, name, component):
     return storage.decode(arrays, component=component)
 
 
-def _corrections(tensors, number, count, shape):
+def _corrections(tensors, number, count, shape, record):
     prefix = f"{number:05d}."
     own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
     if not own:
         return None
     found = corrections.of_tensors(own)
+    if isinstance(found, corrections.Factors) != (record["parametrisation"] == lineup.LORA):
+        raise ValueError(f"corrections of another kind of layer than {record['parametrisation']}")
     found.check(count, shape)
     return found
 

@@ -36,10 +36,20 @@ def captured(layer, x):
         x: (n, *shape) models or, for low-rank updates, (a, b, scales).
     """
     space, x, values, _ = subspace.unit(layer.subspace, x, layer.project(x))
-    energies, left = subspace.missed(space, x, values)
-    if not isinstance(x, tuple):
-        energies = subspace.from_mean(space, x)
-    return 1.0 - left / np.where(energies > 0, energies, 1.0)
+    norms, left = subspace.missed(space, x, values)
+    energies = norms if isinstance(x, tuple) else subspace.from_mean(space, x)
+    found = 1.0 - left / np.where(energies > 0, energies, 1.0)
+    if layer.is_linear and not space.rank:  # members are the mean but for rounding, and so may new ones be
+        near = max(4 * float(np.finfo(layer.values.dtype).eps), 1.001 * layer.figures["error_max"])
+        found = np.where(energies <= near**2 * norms, 1.0, found)
+    return found
+
+
+def without(layer, keep):
+    """A layer of models that are all equal, for those at positions `keep` alone."""
+    kept = layer.corrections and layer.corrections.take(keep, math.prod(layer.shape))
+    ids, dtypes = (tuple(given[p] for p in keep) for given in (layer.model_ids, layer.dtypes))
+    return dataclasses.replace(layer, model_ids=ids, dtypes=dtypes, values=layer.values[keep], corrections=kept)
 
 
 def is_lossless(layer):
@@ -156,7 +166,7 @@ def _moved(layer, old, found, values):
             was = np.asarray(space.reconstruct(before[None]))
         energies, left = subspace.missed(found, was, after[None])
         change[n] = np.sqrt(left[0] / (energies[0] or 1.0))
-    return change * (1.0 + layer.figures["error_max"])
+    return change * (1.0 + 1.001 * layer.figures["error_max"])
 
 
 def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):

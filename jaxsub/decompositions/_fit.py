@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import errors, precision, subspace
+from jaxsub import errors, hostmemory, precision, subspace
 from jaxsub.linalg import operands, svd, tucker
 
 
@@ -134,9 +134,11 @@ def fit_rows(name, reference, stack, *, rank, energy):
     cap = row_cap(stack)
     require_rows(rank, energy, cap, stack.num_models)
     with jax.enable_x64(True):
-        y, mean = stack.rows()
         is_known = stack.present is None and stack.num_models <= stack.num_features
-        if is_known and not stack.gram.any():
+        are_equal = is_known and not stack.gram.any()
+        hostmemory.trim()  # what the kernel took to compile is not needed beside the centred copy
+        y, mean = stack.rows()
+        if are_equal:
             return _of_equal(y, mean, stack, name, reference)
         if stack.x.dtype == jnp.float64:
             return _by_rows(y, mean, stack, name, reference, rank=rank, energy=energy)

@@ -144,7 +144,9 @@ def _rows(group, module, config, wide):
 def _tucker(group, module, config, wide):
     """Bytes that factors of weight axes take beside the stack and its centred copy."""
     count, shape = len(group.members), group.shape or (1,)
-    shares = [min(config.rank, d) / d if config.rank else config.energy for d in shape]
+    # An equal part of what the fit may lose falls to each axis.
+    energy = 1 - (1 - config.energy) / len(shape) if "error" in _options(module) else config.energy
+    shares = [min(config.rank, d) / d if config.rank else energy for d in shape]
     share = math.prod(shares) if "ranks" in _options(module) else max(shares)  # some reduce one axis
     kept = count * math.prod(shape) * share
     # After the others an axis may be longer than what is left is wide, and needs no Gram matrix.

@@ -206,7 +206,7 @@ class CoefficientRows(rows.ArrayRows):
     @property
     def is_centred(self):
         """Whether the models' coefficients sum to zero, as those about their own mean do."""
-        total, size = np.abs(self.x.sum(axis=0)).max(), np.abs(self.x).sum(axis=0).max()
+        total, size = (np.abs(s).max(initial=0) for s in (self.x.sum(axis=0), np.abs(self.x).sum(axis=0)))
         return self.origin is None and total <= 1e-4 * size
 
 

@@ -180,13 +180,13 @@ def _joined(layers, model):
 
 def _layer(group, layer, opened, base, *, is_kept):
     """(record, coefficients (n, k...), function (coefficients by key, key, position) -> array or factors)."""
-    space, given, ids = layer.subspace, bundles.read(group, opened), [opened.refs[m].id for m in group.members]
-    values, energies, left, alone, x, exponent = _measured(space, given)
-    kept = project_kept.members(layer, ids, given, np.ldexp(left, 2 * exponent)) if is_kept else {}
+    space, ids = layer.subspace, [opened.refs[m].id for m in group.members]
+    values, energies, left, alone, x, exponent = _measured(space, bundles.read(group, opened))
+    kept = project_kept.members(layer, ids, x, left, exponent) if is_kept else {}
     if kept:
         values, left = np.array(values), np.array(left)
     for position, (own, _, error) in kept.items():
-        values[position], left[position] = own, np.ldexp(error, -2 * exponent)
+        values[position], left[position] = own, error
     kept = {position: own for position, (_, own, _) in kept.items()}  # `again` outlives the stack
     ranks = [e.rank for e in group.entries] if group.parametrisation == "lora" else []
 

@@ -11,14 +11,15 @@ import numpy as np
 from jaxsub.bundle import corrections
 
 
-def members(layer, ids, x, left):
+def members(layer, ids, x, left, exponent):
     """What a bundle holds of models, where that is nearer to them than their projections.
 
     Args:
         layer: the bundle's Layer.
         ids: (n,) ids of the models.
-        x: the models as `bundle.read` gives them, a stack (n, *shape) or factors (a, b, scales).
-        left: (n,) float64 squared errors of the projections.
+        x: the models, a stack (n, *shape) times 2**-exponent, or factors (a, b, scales) as they are.
+        left: (n,) float64 squared errors of the projections, at the scale of x.
+        exponent: power of two that brings a stack near 1, so that squares are numbers.
 
     Returns:
         {position: (coefficients (k...), corrections of this one model, its squared error)}.
@@ -33,8 +34,8 @@ def members(layer, ids, x, left):
             error = 0.0 if own.are_of(*(part[position] for part in x)) else math.inf
         else:
             rebuilt = own.applied(np.array(layer.subspace.reconstruct(layer.values[place : place + 1])))
-            with np.errstate(over="ignore"):
-                error = np.square(x[position].astype(np.float64) - rebuilt[0].astype(np.float64)).sum()
+            rebuilt = np.ldexp(rebuilt[0].astype(np.float64), -exponent)
+            error = np.square(x[position].astype(np.float64) - rebuilt).sum()
         if error < left[position] or not error:
             found[position] = layer.values[place], own, error
     return found

@@ -131,6 +131,10 @@ def _layer(layer, group, opened, config, fitted):
     x = None if group is None else bundles.read(group, opened)
     if len(keep) == len(layer.model_ids) and x is None:
         return layer, ("kept", True)
+    if layer.is_linear and not layer.subspace.rank and len(keep) >= SMALLEST:
+        layer, keep = refit.without(layer, keep), list(range(len(keep)))
+        if x is None:
+            return layer, ("kept", True)
     is_held = x is not None and float(refit.captured(layer, x).min()) >= config.captured
     bound = fitted.get("max_error", -1.0)
     if bound >= 0 and not (is_held and len(keep) == len(layer.model_ids)):

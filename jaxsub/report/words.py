@@ -212,8 +212,28 @@ def cut(text, limit):
 
 
 def columns(names, limit):
-    """Names from files as a column of text: of printable ASCII, at most `limit` wide, told apart; filled up to it."""
-    return [shown.ljust(limit) for shown in distinct([errors.quote(name, 2000) for name in names], limit)]
+    """Names from files as a column of text, filled up to `limit`: printable ASCII, different ones never alike.
+
+    What all begin and end with is left out first, then the middle of each; what is still alike is numbered.
+    """
+    whole = [errors.quote(name, 10**9) for name in names]
+    short = whole
+    if max(map(len, whole), default=0) > limit and len({*whole}) > 1:
+        start = os.path.commonprefix(whole)
+        start = max(start.rfind("."), start.rfind("/")) + 1
+        end = os.path.commonprefix([name[start:][::-1] for name in whole])
+        end = max(end.rfind("."), end.rfind("/")) + 1
+        short = [".." * (start > 3) + name[start if start > 3 else 0 : len(name) - end] for name in whole]
+    short = distinct(short, limit)
+    alike = collections.defaultdict(set)
+    for name, shown in zip(whole, short, strict=True):
+        alike[shown].add(name)
+    numbers = {}
+    for name, shown in zip(whole, short, strict=True):
+        if len(alike[shown]) > 1:
+            numbers.setdefault(name, f"~{len(numbers) + 1}")
+    tags = [numbers.get(name, "") for name in whole]
+    return [(shown[: limit - len(tag)] + tag).ljust(limit) for shown, tag in zip(short, tags, strict=True)]
 
 
 def distinct(names, limit, cut=cut):

@@ -174,6 +174,30 @@ def test_own_factors_take_no_more_than_each_update_has():
         dataclasses.replace(found, ranks=np.array([2, -1, 5])),
         dataclasses.replace(found, positions=np.array([0, 0, 3])),
         dataclasses.replace(found, scales=np.ones(2)),
+        dataclasses.replace(found, scales=np.array([1.0, np.nan, 1.0])),
+        dataclasses.replace(found, a=found.a.astype(np.int32)),
     ):
         with pytest.raises(ValueError):
             other.check(4, (6, 7))
+
+
+def test_factors_of_one_rank_as_bundles_had_them_are_read():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 3, 7)), rng.standard_normal((2, 6, 3))
+    old = {"positions": np.array([1, 3]), "a": a, "b": b, "scales": np.array([1.0, 2.0])}
+    found = corrections.of_tensors(old)
+    found.check(4, (6, 7))
+    np.testing.assert_allclose(found.apply(np.zeros((4, 6, 7)))[[1, 3]], [b[0] @ a[0], 2 * b[1] @ a[1]])
+
+
+def test_corrections_of_another_kind_of_layer_are_refused(folder, tmp_path):
+    own, updates = jaxsub.fit(folder, rank=2, layers=["a.weight"], max_error=0.0), tmp_path / "l"
+    test_lora_bundle.adapters(updates)
+    other = jaxsub.fit(str(updates), rank=1, max_error=0.0)
+    for made, wrong in ((own, other), (other, own)):
+        (layer,), (strange,) = made.layers, wrong.layers
+        forged = dataclasses.replace(made, layers=(dataclasses.replace(layer, corrections=strange.corrections),))
+        path = tmp_path / layer.parametrisation
+        forged.save(path)
+        with pytest.raises(errors.InputError, match="corrections of another kind"):
+            jaxsub.load(path)

@@ -361,3 +361,19 @@ def test_saved_modules_with_a_subspace_are_written_beside_the_updates_of_members
             np.testing.assert_array_equal(
                 other[1], safetensors.read(str(tmp_path / "m" / f"a{n}" / "adapter_model.safetensors"))[name]
             )
+
+
+def test_another_model_of_tiny_weights_by_the_name_of_a_member_is_projected(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "m").mkdir()
+    for n in range(6):
+        safetensors.write(str(tmp_path / "m" / f"m{n}.safetensors"), {"w": 1e-170 * rng.standard_normal((6, 5))})
+    jaxsub.fit(str(tmp_path / "m"), tmp_path / "b", rank=1, max_error=0.0)
+    other = {"w": 1e-170 * rng.standard_normal((6, 5))}
+    safetensors.write(str(tmp_path / "m" / "m3.safetensors"), other)
+    found = project.run(project.Config(str(tmp_path / "b"), (str(tmp_path / "m"),), write_models=str(tmp_path / "o")))
+    (layer,) = found["layers"]
+    again = 1e170 * safetensors.read(str(tmp_path / "o" / "m3.safetensors"))["w"]
+    error = np.linalg.norm(again - 1e170 * other["w"]) / np.linalg.norm(1e170 * other["w"])
+    assert "m3" not in layer["kept"] and layer["error"][3] == pytest.approx(error, rel=1e-6) and error > 0.1
+    assert max(layer["error"][n] for n in (0, 1, 2, 4, 5)) == 0

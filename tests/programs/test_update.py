@@ -505,3 +505,36 @@ def test_the_workdir_of_an_update_is_whole_and_one_of_a_fit_without_its_record_i
     os.remove(tmp_path / "a" / "run.json")
     with pytest.raises(errors.InputError, match="damaged"):
         verify.run(verify.Config(str(tmp_path / "a")), write=print)
+
+
+@pytest.mark.parametrize("narrow", first(["", "int8"]))
+def test_members_of_a_layer_of_equal_models_go_and_equal_ones_come(tmp_path, narrow):
+    """float64, of which the mean of seven is off by a rounding."""
+    rng = np.random.default_rng(0)
+    frozen = rng.standard_normal((6, 5))
+    for n in range(9):
+        folder = tmp_path / ("new" if n > 6 else "old")
+        os.makedirs(folder, exist_ok=True)
+        safetensors.write(str(folder / f"m{n}.safetensors"), {"frozen": frozen, "w": rng.standard_normal((6, 5))})
+    jaxsub.fit(str(tmp_path / "old"), tmp_path / "b", rank=2, basis_dtype=narrow)
+    update.run(update.Config(str(tmp_path / "b"), remove=("m0",)), str(tmp_path / "less"))
+    update.run(update.Config(str(tmp_path / "less"), (str(tmp_path / "new"),)), str(tmp_path / "more"))
+    for place, count in (("less", 6), ("more", 8)):
+        bundle = jaxsub.load(tmp_path / place)
+        (layer,) = (one for one in bundle.layers if one.name == "frozen")
+        assert (layer.subspace.rank, layer.values.shape) == (0, (count, 0))
+        again = bundle.reconstruct(bundle.coefficients())["frozen"]
+        bound = layer.figures["error_max"] * np.linalg.norm(frozen) * (1 + 1e-6) + 1e-14
+        assert (np.linalg.norm((again - frozen).reshape(count, -1), axis=1) <= bound).all()
+
+
+def test_the_workdir_of_an_update_among_models_is_none_of_them(tmp_path):
+    rng = np.random.default_rng(0)
+    for n in range(6):
+        (tmp_path / "c" / f"m{n}").mkdir(parents=True)
+        tensors = {"w": rng.standard_normal((6, 5)).astype(np.float32)}
+        safetensors.write(str(tmp_path / "c" / f"m{n}" / "model.safetensors"), tensors)
+    jaxsub.fit(str(tmp_path / "c"), tmp_path / "b", rank=2)
+    update.run(update.Config(str(tmp_path / "b"), remove=("m0",)), str(tmp_path / "c" / "upd" / "bundle"))
+    opened = jaxsub.open_collection(str(tmp_path / "c"))
+    assert [ref.id for ref in opened.refs] == [f"m{n}" for n in range(6)] and not opened.quarantined

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from jaxsub.report import table
+from jaxsub.report import table, words
 
 
 def body(text):
@@ -135,3 +135,13 @@ def test_all_held_out_figures_fit_a_hundred_columns(report, layer, length):
     ]
     text = table.render(report(layers))
     assert [t for t in headings(text) if "LOO" in t or "gain" in t] == ["LOO(16)", "null LOO", "gain", "null gain"]
+
+
+@pytest.mark.parametrize("limit", [21, 28, 37])
+def test_columns_of_names_tell_every_two_apart(limit):
+    llama = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(32) for p in "qkvo"]
+    whole = [*llama, *(f"model.layers.{i}.mlp.{p}_proj.weight" for i in range(32) for p in ("gate", "up")), "lm_head"]
+    for names in (llama, whole, ["x" * 3000 + str(i) for i in range(20)], ["a", "b", "a"]):
+        found = words.columns(names, limit)
+        assert len({*found}) == len({*names}) and {len(one) for one in found} == {limit}
+    assert words.columns(llama, limit)[0].strip() == "..0.self_attn.q_proj"
