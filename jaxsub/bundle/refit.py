@@ -166,7 +166,7 @@ def _moved(layer, old, found, values):
             was = np.asarray(space.reconstruct(before[None]))
         energies, left = subspace.missed(found, was, after[None])
         change[n] = np.sqrt(left[0] / (energies[0] or 1.0))
-    return change * (1.0 + 1.001 * layer.figures["error_max"])
+    return change * (1.0 + layer.figures["error_max"])
 
 
 def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
