@@ -146,7 +146,7 @@ def _tucker(group, module, config, wide):
     count, shape = len(group.members), group.shape or (1,)
     # An equal part of what the fit may lose falls to each axis.
     energy = 1 - (1 - config.energy) / len(shape) if "error" in _options(module) else config.energy
-    shares = [min(config.rank, d) / d if config.rank else energy for d in shape]
+    shares = [min(config.rank, d) / d if config.rank else math.ceil(energy * d) / d for d in shape]
     share = math.prod(shares) if "ranks" in _options(module) else max(shares)  # some reduce one axis
     kept = count * math.prod(shape) * share
     # After the others an axis may be longer than what is left is wide, and needs no Gram matrix.
@@ -156,8 +156,10 @@ def _tucker(group, module, config, wide):
     programs = mode_gram.num_programs(side, count * math.prod(shape) // max(side, 1)) if is_cpu else 1
     by_iteration = config.rank and leading.are_few(side, config.rank)  # without LAPACK
     squares = (SQUARES // (2 if by_iteration else 1) + PROGRAM * (programs - 1)) * side**2
-    # Cores of all models, and of half of them in float64; of noise more than of what has structure.
-    return int((2 if config.rank else 1) * kept * wide) + squares
+    # Cores of all models, and of half of them in float64; of noise more than of what has structure. Sweeps hold the
+    # stack without one axis.
+    swept = kept / min(shares) if "sweeps" in _options(module) else 0
+    return int(((2 if config.rank else 1) * kept + swept) * wide) + squares
 
 
 def deal(groups, count):
