@@ -190,6 +190,7 @@ def test_factors_of_one_rank_as_bundles_had_them_are_read():
     np.testing.assert_allclose(found.apply(np.zeros((4, 6, 7)))[[1, 3]], [b[0] @ a[0], 2 * b[1] @ a[1]])
 
 
+@pytest.mark.slow
 def test_corrections_of_another_kind_of_layer_are_refused(folder, tmp_path):
     own, updates = jaxsub.fit(folder, rank=2, layers=["a.weight"], max_error=0.0), tmp_path / "l"
     test_lora_bundle.adapters(updates)

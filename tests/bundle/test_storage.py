@@ -76,6 +76,7 @@ def test_bytes_are_those_of_the_narrow_numbers(folder, tmp_path):
     assert count["total"] == on_disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("basis", "coefficients"), PAIRS)
 def test_errors_of_rounded_low_rank_updates_are_those_of_the_products(tmp_path, basis, coefficients):
     folder, updates = test_lora_bundle.adapters(tmp_path / "m")

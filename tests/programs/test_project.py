@@ -311,6 +311,7 @@ def test_updates_come_back_by_the_factors_that_a_bundle_keeps_and_each_with_its_
             assert close == is_kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", first([True, False]))
 def test_a_bundle_of_factors_takes_and_rebuilds_adapters_by_their_factors(tmp_path, transposed):
     folder, _ = adapters(tmp_path / "m", transposed=transposed, count=6)
@@ -341,6 +342,7 @@ def test_long_names_of_layers_are_told_apart_in_the_table():
     assert len({row[:21] for row in rows}) == 3 and all(len(row) <= 100 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", first(["portable", "tinylora", "tinylora_shared"]))
 def test_saved_modules_with_a_subspace_are_written_beside_the_updates_of_members(tmp_path, layout):
     folder, _ = adapters(tmp_path / "m", count=6)
