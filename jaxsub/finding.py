@@ -132,7 +132,7 @@ class _Walk:
                 self.found.candidates.append(self._candidate(entry.path))
                 count, with_models = count + 1, with_models + entry.is_dir()
             elif entry.is_dir() and depth < MAX_DEPTH and self._may_enter(entry):
-                inside = self.folder(entry.path, depth + 1)
+                inside = 0 if _is_bundle(entry.path) else self.folder(entry.path, depth + 1)
                 count, with_models = count + inside, with_models + (inside > 0)
                 without += [] if inside else [entry.path]
             elif not entry.is_dir():
@@ -155,8 +155,7 @@ class _Walk:
         if any(e.name == _WORKDIR_LOCK for e in entries):
             passed_over = (*passed_over, *_WORKDIR_FOLDERS)  # a run wrote its output here
         passed_over = (*passed_over, formats.SHARED_BASIS)
-        named = [e for e in entries if not e.name.startswith(".") and e.name not in ("__pycache__", *passed_over)]
-        return [e for e in named if not _is_bundle(e.path)]
+        return [e for e in entries if not e.name.startswith(".") and e.name not in ("__pycache__", *passed_over)]
 
     def _may_enter(self, entry):
         if not entry.is_symlink():
@@ -203,8 +202,10 @@ def _distinct_ids(candidates):
 
 
 def _is_output(folder):
-    """Whether a run wrote its output in a folder."""
-    return os.path.lexists(os.path.join(folder, _WORKDIR_LOCK)) or _is_bundle(os.path.join(folder, "bundle"))
+    """Whether a folder is a bundle, or a run wrote its output in it."""
+    return os.path.lexists(os.path.join(folder, _WORKDIR_LOCK)) or any(
+        map(_is_bundle, (folder, os.path.join(folder, "bundle")))
+    )
 
 
 def _is_bundle(folder):

@@ -129,7 +129,8 @@ class DenseStack:
         with jax.enable_x64(True):
             sums, _ = kernels.dense_gram(self.x, none, mesh=mesh, dtype=dtype)
         centred, mean = spectrum.centred(np.asarray(sums.gram)), self.num_models * float(sums.mean_square)
-        return centred if np.trace(centred) > precision.CONSTANT[dtype] * mean else np.zeros_like(centred)
+        are_equal = np.trace(centred) <= precision.CONSTANT[dtype] * mean  # not of NaN, which is a failed product
+        return np.zeros_like(centred) if are_equal else centred
 
     def centred_energy(self):
         """Sum of the squared distances of the models to their mean."""

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 
 import jaxsub
-from jaxsub import errors, plugins, solvers
+from jaxsub import errors, plugins, solvers, stacks
 from jaxsub.bundle import cores
 from jaxsub.decompositions import _again
 from jaxsub.formats import peft, safetensors
@@ -265,3 +265,18 @@ def test_a_fit_that_cannot_be_made_names_its_layer_and_writes_nothing(models, br
         jaxsub.fit(models, str(tmp_path / "b"), rank=3)
     assert not (tmp_path / "b").exists()
     record("NUM-4", "fits that cannot be made end naming the layer, nothing written", 1)
+
+
+def test_a_gram_matrix_that_is_no_number_is_no_sign_of_equal_models(monkeypatch):
+    """Equal models have no direction; of NaN, which compares with nothing, that must not be said."""
+    x = np.random.default_rng(0).standard_normal((6, 5, 4)).astype(np.float32)
+    made = stacks.kernels.dense_gram
+
+    def broken(*given, **options):
+        sums, mixed = made(*given, **options)
+        return sums._replace(gram=sums.gram * np.nan), mixed
+
+    monkeypatch.setattr(stacks.kernels, "dense_gram", broken)
+    plugin = plugins.load("decompositions", "gram")
+    found = _again.fit(plugin, stacks.DenseStack.create(x), plugin.Options(rank=2), jax.random.key(0))
+    assert found.rank == 2 and _again.FLAG in found.procedure.flags

@@ -71,6 +71,11 @@ class Layer:
         """Whether the subspace is one of flat rows."""
         return isinstance(self.subspace, subspace.LinearSubspace)
 
+    @property
+    def is_constant(self):
+        """Whether its models are all equal: principal components without a direction."""
+        return self.is_linear and not self.subspace.rank
+
     def project(self, x):
         """Coefficients (n, k...) of a stack (n, *shape), or of low-rank updates (a, b, scales)."""
         return subspace.project(self.subspace, x)

@@ -39,7 +39,7 @@ def captured(layer, x):
     norms, left = subspace.missed(space, x, values)
     energies = norms if isinstance(x, tuple) else subspace.from_mean(space, x)
     found = 1.0 - left / np.where(energies > 0, energies, 1.0)
-    if layer.is_linear and not space.rank:  # members are the mean but for rounding, and so may new ones be
+    if layer.is_constant:  # members are the mean but for rounding, and so may new ones be
         near = max(4 * float(np.finfo(layer.values.dtype).eps), 1.001 * layer.figures["error_max"])
         found = np.where(energies <= near**2 * norms, 1.0, found)
     return found

@@ -19,7 +19,6 @@ from jaxsub import errors, launcher
 from jaxsub.formats import _output
 
 PATIENCE = 0.2  # seconds that a program may take to stop without a word
-_KEPT_IN = {"analyze": "--workdir", "demo": "--workdir", "fit": "--workdir", "merge": "--out", "train": "--workdir"}
 
 
 class _Terminated(KeyboardInterrupt):
@@ -58,9 +57,9 @@ def program(name, argv):
     except errors.JaxsubError as error:
         _fail(f"jaxsub {name}: {error}", error.exit_code, debug)
     except _Terminated:
-        _fail(f"jaxsub {name}: terminated; {_again(name)}", 143, debug)
+        _fail(f"jaxsub {name}: terminated; {_again(module)}", 143, debug)
     except KeyboardInterrupt:
-        _fail(f"jaxsub {name}: interrupted; {_again(name)}", 130, debug)
+        _fail(f"jaxsub {name}: interrupted; {_again(module)}", 130, debug)
     except BrokenPipeError:
         # Whoever read the output has gone, as in `jaxsub inspect ... | head`: nothing to say, nobody to say it to.
         with contextlib.suppress(OSError):
@@ -74,10 +73,10 @@ def program(name, argv):
         _fail(f"jaxsub {name}: this is a bug in jaxsub ({text}); report it with what --debug prints", 70, debug)
 
 
-def _again(name):
-    """What becomes of a program that was stopped."""
-    if name in _KEPT_IN:
-        return f"with {_KEPT_IN[name]}, the same command goes on where it stopped"
+def _again(module):
+    """What becomes of a program that was stopped; one that goes on names the flag of the folder that it does so in."""
+    if hasattr(module, "KEPT_IN"):
+        return f"with {module.KEPT_IN}, the same command goes on where it stopped"
     return "nothing of it is kept: the same command starts over"
 
 

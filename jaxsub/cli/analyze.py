@@ -5,6 +5,8 @@ import sys
 
 from jaxsub.pipelines import analyze
 
+KEPT_IN = "--workdir"  # whose folder a stopped run goes on in
+
 
 def config_class():
     """The program's Config."""

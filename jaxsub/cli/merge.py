@@ -6,6 +6,8 @@ import sys
 from jaxsub import errors
 from jaxsub.pipelines import aside, merge, merge_words
 
+KEPT_IN = "--out"  # whose folder a stopped run goes on in
+
 
 def config_class():
     """The program's Config."""

@@ -4,6 +4,8 @@ import sys
 
 from jaxsub.pipelines import train
 
+KEPT_IN = "--workdir"  # whose folder a stopped run goes on in
+
 
 def config_class():
     """The program's Config."""

@@ -52,7 +52,7 @@ def _ranks(least, budget):
         base = tuple(size * each + scale for size in sizes)
         inner = np.array(layer.figures["energies_of_ranks"]) if is_lora else None
         whole = () if layer.is_linear else tuple(sizes)
-        at_least = 0 if layer.is_linear and not space.rank else 1  # of equal models there is no direction
+        at_least = 0 if layer.is_constant else 1
         choices.append(
             allocation.Choice(tuple(kept), base, 1, count * number + other, least=at_least, inner=inner, whole=whole)
         )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsub import distributed, hostmemory, placement, precision, reading, solvers
+from jaxsub import descriptors, distributed, hostmemory, placement, precision, reading, solvers
 from jaxsub.linalg import gram as gram_kernels, modes as mode_kernels
 from jaxsub.linalg.modes import COLUMNS, MIXTURES
 from jaxsub.pipelines import axes, lora
@@ -198,8 +198,7 @@ def _launch(block, weights, key, plan, options, mesh):
         tests = mode_kernels.sketch(
             mixed, key, row, shape=block.shape, axes=plan.sketched_axes, columns=COLUMNS, mesh=mesh
         )
-        # Mixtures that are large are not held beside the next block, and programs of many devices take turns.
-        if mesh.size > 1 or mixed.nbytes > block.x.nbytes // BESIDE:
+        if not sketches_beside(plan, mesh):
             jax.block_until_ready(tests)
     del mixed
     exact = {
@@ -219,6 +218,15 @@ def _launch(block, weights, key, plan, options, mesh):
         strengths = np.asarray(mode_kernels.model_grams(block.x, shape=block.shape, last=last, mesh=mesh))
     jax.block_until_ready(dense)  # its buffer may now be refilled
     return _Launched((dense, tests), exact, other, strengths, block.exponent, block.base_square)
+
+
+def sketches_beside(plan, mesh):
+    """Whether a block may be sketched while the next one is multiplied.
+
+    Mixtures that are large are not held beside the next block, and programs of many devices take turns.
+    """
+    wide, stored = 8 if plan.dtype == "float64" else 4, descriptors.numpy_dtype(plan.storage).itemsize
+    return mesh.size == 1 and BESIDE * 2 * MIXTURES * wide <= plan.num_models * stored
 
 
 class _Sums:

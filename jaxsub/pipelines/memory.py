@@ -128,7 +128,7 @@ def _dense_device(plan, mesh):
         dealt = math.prod(shape) if mesh.size > 1 else 0  # a mixture as it comes from all devices
         made = (dealt + max(_sketch(plan, axis) for axis in plan.sketched_axes)) * wide
         sketching = mixed + tests + made  # its sums, and what is returned of them, in another order
-        steps = [steps[0] + sketching * _is_beside(plan, mesh), sketching]
+        steps = [steps[0] + sketching * (plan.num_blocks > 1 and layers.sketches_beside(plan, mesh)), sketching]
     exact = [shape[a] for a in plan.exact_axes] + [n * (size // plan.rows)] * plan.other_side
     steps += [3 * 8 * side**2 + 3 * 8 * size for side in exact]  # a model and the mean in float64
     if plan.strengths:
@@ -136,12 +136,6 @@ def _dense_device(plan, mesh):
     # The results of the block before are still there; a new block comes while the last one is, before any kernel runs.
     blocks = min(plan.num_blocks, 2)
     return SMALL_BYTES + max(blocks * block + results, block + blocks * results + max(steps))
-
-
-def _is_beside(plan, mesh):
-    """Whether a block's sketches are made while the next one is multiplied."""
-    wide, stored = 8 if plan.dtype == "float64" else 4, descriptors.numpy_dtype(plan.storage).itemsize
-    return mesh.size == 1 and plan.num_blocks > 1 and layers.BESIDE * SKETCHES * wide <= plan.num_models * stored
 
 
 def written(plans, num_models):

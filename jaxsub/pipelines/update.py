@@ -131,7 +131,7 @@ def _layer(layer, group, opened, config, fitted):
     x = None if group is None else bundles.read(group, opened)
     if len(keep) == len(layer.model_ids) and x is None:
         return layer, ("kept", True)
-    if layer.is_linear and not layer.subspace.rank and len(keep) >= SMALLEST:
+    if layer.is_constant and len(keep) >= SMALLEST:
         layer, keep = refit.without(layer, keep), list(range(len(keep)))
         if x is None:
             return layer, ("kept", True)

@@ -224,20 +224,11 @@ def columns(names, limit):
         end = os.path.commonprefix([name[start:][::-1] for name in whole])
         end = max(end.rfind("."), end.rfind("/")) + 1
         short = [".." * (start > 3) + name[start if start > 3 else 0 : len(name) - end] for name in whole]
-    short = distinct(short, limit)
-    alike = collections.defaultdict(set)
-    for name, shown in zip(whole, short, strict=True):
-        alike[shown].add(name)
-    numbers = {}
-    for name, shown in zip(whole, short, strict=True):
-        if len(alike[shown]) > 1:
-            numbers.setdefault(name, f"~{len(numbers) + 1}")
-    tags = [numbers.get(name, "") for name in whole]
-    return [(shown[: limit - len(tag)] + tag).ljust(limit) for shown, tag in zip(short, tags, strict=True)]
+    return [shown.ljust(limit) for shown in distinct(short, limit)]
 
 
 def distinct(names, limit, cut=cut):
-    """The names cut to `limit` characters; those that would look alike show the part in which they differ.
+    """The names cut to `limit` characters; those that would look alike show where they differ, or else a number.
 
     Args:
         names: texts.
@@ -245,13 +236,25 @@ def distinct(names, limit, cut=cut):
         cut: function (text, limit) -> text that leaves out the middle.
     """
     short = [cut(name, limit) for name in names]
-    alike = collections.defaultdict(set)
-    for name, shown in zip(names, short, strict=True):
-        alike[shown].add(name)
-    return [
+    alike = _alike(names, short)
+    short = [
         shown if len(alike[shown]) == 1 else _cut_around(name, sorted(alike[shown]), limit, cut)
         for name, shown in zip(names, short, strict=True)
     ]
+    alike, numbers = _alike(names, short), {}
+    for name, shown in zip(names, short, strict=True):
+        if len(alike[shown]) > 1:
+            numbers.setdefault(name, f"~{len(numbers) + 1}")
+    tags = [numbers.get(name, "") for name in names]
+    return [shown[: limit - len(tag)] + tag for shown, tag in zip(short, tags, strict=True)]
+
+
+def _alike(names, short):
+    """Short form -> the set of names that have it."""
+    found = collections.defaultdict(set)
+    for name, shown in zip(names, short, strict=True):
+        found[shown].add(name)
+    return found
 
 
 def _cut_around(name, others, limit, cut):

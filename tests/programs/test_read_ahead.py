@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxsub
-from jaxsub import reading
+from jaxsub import placement, reading
 from jaxsub.formats import safetensors
 from jaxsub.pipelines import layers, session
 
@@ -78,3 +78,24 @@ def _after(function, calls, then):
     """`function` for so many calls, then `then`."""
     left = iter(range(calls))
     return lambda *a: then(*a) if next(left, None) is None else function(*a)
+
+
+@pytest.mark.slow
+def test_a_buffer_is_refilled_only_when_no_kernel_reads_it_any_more(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for n in range(64):
+        tensors = {"w": rng.standard_normal((64, 4096)).astype(np.float32)}
+        safetensors.write(str(tmp_path / f"m{n}.safetensors"), tensors, None)
+    opened, mesh, ready = jaxsub.open_collection(str(tmp_path)), placement.make_mesh(8), []
+    launch = layers._launch
+
+    def launched(*given):
+        found = launch(*given)
+        ready.append(all(array.is_ready() for array in found.results[0]))
+        return found
+
+    monkeypatch.setattr(layers, "_launch", launched)
+    chosen = layers.Options(block_bytes=2**24, precision="float32")
+    models = [(ref.id, model) for ref, model in zip(opened.refs, opened.models, strict=True)]
+    layers.statistics(opened.groups[0], models, mesh, chosen)
+    assert len(ready) > 2 and all(ready)
