@@ -224,11 +224,17 @@ def columns(names, limit):
         end = os.path.commonprefix([name[start:][::-1] for name in whole])
         end = max(end.rfind("."), end.rfind("/")) + 1
         short = [".." * (start > 3) + name[start if start > 3 else 0 : len(name) - end] for name in whole]
-    return [shown.ljust(limit) for shown in distinct(short, limit)]
+    short = distinct(short, limit)
+    alike, numbers = _alike(whole, short), {}
+    for name, shown in zip(whole, short, strict=True):
+        if len(alike[shown]) > 1:
+            numbers.setdefault(name, f"~{len(numbers) + 1}")
+    tags = [numbers.get(name, "") for name in whole]
+    return [(shown[: limit - len(tag)] + tag).ljust(limit) for shown, tag in zip(short, tags, strict=True)]
 
 
 def distinct(names, limit, cut=cut):
-    """The names cut to `limit` characters; those that would look alike show where they differ, or else a number.
+    """The names cut to `limit` characters; those that would look alike show the part in which they differ.
 
     Args:
         names: texts.
@@ -237,16 +243,10 @@ def distinct(names, limit, cut=cut):
     """
     short = [cut(name, limit) for name in names]
     alike = _alike(names, short)
-    short = [
+    return [
         shown if len(alike[shown]) == 1 else _cut_around(name, sorted(alike[shown]), limit, cut)
         for name, shown in zip(names, short, strict=True)
     ]
-    alike, numbers = _alike(names, short), {}
-    for name, shown in zip(names, short, strict=True):
-        if len(alike[shown]) > 1:
-            numbers.setdefault(name, f"~{len(numbers) + 1}")
-    tags = [numbers.get(name, "") for name in names]
-    return [shown[: limit - len(tag)] + tag for shown, tag in zip(short, tags, strict=True)]
 
 
 def _alike(names, short):
