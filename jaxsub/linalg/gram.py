@@ -22,6 +22,8 @@ from jaxsub.linalg import pieces, products
 CHUNK = 4096  # columns taken at once: N * 4096 * 4 bytes stay in cache
 NARROW = 512  # of combinations by programs side by side, whose centring has one thread each
 FEW = 4  # times as many rows as combinations: of more, putting shares together costs what programs gain
+SQUARE = 256  # models from which the product of two halves is one of its own, twice at most: each is compiled
+HALVES = 128  # models from which two row blocks skip a quarter of a product
 PRODUCT = 1024  # columns of a Gram product: of 512 to 8192 the fastest at N = 256 and 500, 4096 a tenth slower
 SAMPLED = 128  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
 MANY = 64
@@ -108,8 +110,7 @@ def _dense_local(x, weights, first, width, dtype):
     num_models = len(x)
     chunk = min(PRODUCT, width)
     whole = width // chunk
-    # Two row blocks skip a quarter of the product, which is symmetric; XLA has no symmetric product on CPU.
-    half = num_models // 2 if num_models >= 128 else 0
+    blocks = _blocks(0, num_models, max(SQUARE, num_models // 2))
     part = SAMPLED if x.shape[1] // chunk >= MANY else chunk
     wide = jnp.float64
 
@@ -126,14 +127,12 @@ def _dense_local(x, weights, first, width, dtype):
         z = products.row_major(pieces.part(x, first + start, size, axis=1).astype(dtype))
         mean = jnp.mean(z, axis=0)
         y = products.row_major(z - mean)
-        lower = products.matmul(y[half:], y.T).astype(wide)
-        upper = products.matmul(y[:half], y[:half].T).astype(wide)
+        grams = [products.matmul(y[rows], y[columns].T).astype(wide) for rows, columns in blocks]
         sums = (
-            sums[0] + lower,
-            sums[1] + upper,
-            sums[2] + products.matmul(y, mean).astype(wide),
-            sums[3] + jnp.sum(jnp.square(mean.astype(wide))),
-            sums[4] + jnp.sum(z, axis=1).astype(wide),
+            [total + gram for total, gram in zip(sums[0], grams, strict=True)],
+            sums[1] + products.matmul(y, mean).astype(wide),
+            sums[2] + jnp.sum(jnp.square(mean.astype(wide))),
+            sums[3] + jnp.sum(z, axis=1).astype(wide),
         )
         at = (first + start) // chunk * 5 % (chunk // SAMPLED) * SAMPLED if part < size else 0
         found = fourth_moments(*(jax.lax.dynamic_slice_in_dim(a, at, min(part, size), axis=1) for a in (z, y)))
@@ -144,16 +143,31 @@ def _dense_local(x, weights, first, width, dtype):
         return sums, fourths, mixed
 
     zeros = functools.partial(jnp.zeros, dtype=wide)
-    sums = (zeros((num_models - half, num_models)), zeros((half, half)), zeros(num_models), zeros(()))
-    sums = (*sums, zeros(num_models))
+    grams = [zeros((r.stop - r.start, c.stop - c.start)) for r, c in blocks]
+    sums = (grams, zeros(num_models), zeros(()), zeros(num_models))
     fourths = (zeros(num_models), zeros(()), zeros(()))
     carry = (sums, fourths, jnp.zeros((weights.shape[0], width), dtype))
     sums, fourths, mixed = pieces.fold(step, width, chunk, carry)
-    lower, upper = sums[0], sums[1]
-    top = jnp.concatenate([upper, lower[:, :half].T], axis=1)
-    gram = jnp.concatenate([top, lower], axis=0)
+    gram = zeros((num_models, num_models))
+    for (rows, columns), block in zip(blocks, sums[0], strict=True):
+        gram = gram.at[columns, rows].set(block.T).at[rows, columns].set(block)
     factor = width / (whole * part + min(part, width % chunk))
-    return DenseSums((gram + gram.T) / 2, *sums[2:], *(f * factor for f in fourths)), mixed
+    return DenseSums((gram + gram.T) / 2, *sums[1:], *(f * factor for f in fourths)), mixed
+
+
+def _blocks(start, end, split):
+    """Slices (rows, columns) of a symmetric matrix that hold each entry, or its mirror image, at least once.
+
+    XLA has no symmetric product on CPU. From `split` models on the product of two halves is one of its own; of fewer
+    one product of a half with all is faster than two.
+    """
+    middle = (start + end) // 2
+    first, second = slice(start, middle), slice(middle, end)
+    if end - start >= split:
+        return [(second, first), *_blocks(start, middle, split), *_blocks(middle, end, split)]
+    if end - start >= HALVES:
+        return [(second, slice(start, end)), (first, first)]
+    return [(slice(start, end),) * 2]
 
 
 def combinations(x, weights, *, mesh, dtype):
