@@ -24,7 +24,8 @@ def run_dense(x, devices, dtype):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize(
-    "shape", first(zip([(7, 512), (259, 2048), (130, 4096), (2, 64), (131, 3 * 4096 + 64), (33, 8 * 5000)], strict=True), 2)
+    "shape",
+    first(zip([(7, 512), (259, 2048), (130, 4096), (2, 64), (131, 3 * 4096 + 64), (33, 8 * 5000)], strict=True), 2),
 )
 def test_dense_sums_equal_the_twin(shape, devices):
     x = (np.random.default_rng(0).standard_normal(shape) + 1).astype(np.float32)

@@ -200,7 +200,8 @@ def test_low_rank_updates_are_added_by_their_factors(tmp_path):
     np.testing.assert_allclose(made.reconstruct(made.coefficients())["layer.q"], updates, atol=2e-4)
 
 
-@pytest.mark.parametrize("new", first([((1, 4),), ((2,),)]))
+@pytest.mark.slow
+@pytest.mark.parametrize("new", [(1, 4), (2,)])
 def test_low_rank_updates_are_fitted_again_without_their_products(tmp_path, monkeypatch, new):
     """64 of rank 16 fill a frame of 1024 directions: as cores there they were as large as their products."""
     old, updates = test_lora_bundle.adapters(tmp_path / "m", count=6)
