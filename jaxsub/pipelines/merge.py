@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 
-from jaxsub import config as configs, errors, formats, hostmemory, lineup, plugins, rows, solvers
+from jaxsub import bundle as bundles, config as configs, errors, formats, hostmemory, lineup, plugins, rows, solvers
 from jaxsub.bundle import files as bundle_files
 from jaxsub.pipelines import (
     aside,
@@ -131,6 +131,21 @@ def _base(config):
     return formats.open_model(config.base, allow_roots=config.allow_roots) if config.base else None
 
 
+def _bundle(config, found):
+    """The Bundle that layers are merged in, or None; one that would change nothing is refused."""
+    if not config.bundle:
+        return None
+    bundle, groups = bundle_files.load(config.bundle), [layer.group for layer in found.layers]
+    if bundle.is_of_factors:
+        raise errors.ConfigError(
+            f"{errors.quote(config.bundle)}: holds LoRA's A and B apart (--view=lora_factors), whose means are not "
+            "those of the updates; give a bundle that was fitted without it"
+        )
+    if not any(bundle.layer(group.name, group.shape, group.parametrisation) for group in groups):
+        raise errors.ConfigError(f"{errors.quote(config.bundle)}: {bundles.NOTHING_SHARED}")
+    return bundle
+
+
 def _chosen(config):
     return lineup.layer_filter(config.layers or None, config.exclude_layers or None)
 
@@ -182,7 +197,7 @@ def _prepare(opened, config, module, *, is_checked=True):
     sources = merge_rows.Sources(
         opened=opened,
         base=base,
-        bundle=bundle_files.load(config.bundle) if config.bundle else None,
+        bundle=_bundle(config, found),
         weights=merge_rows.weights_of(config.weights, opened),
         statistics=merge_rows.open_statistics(config.statistics, opened, config.allow_roots),
         cut=lora.Cut(config.rank, config.energy),

@@ -76,7 +76,7 @@ def child(folder, num_layers, num_models, shape, dtype, is_first=False):
 def test_the_plan_is_within_a_quarter_and_of_one_layer_never_a_tenth_short(tmp_path, name):
     case = CASES[name]
     # Figures of several layers at once overlap as threads happen to run: 105 to 148 MiB of three of 300 models.
-    assert (0.9 if case[0] == 1 else 0.8) <= planned_over_measured(tmp_path, name, *case) <= 1.25
+    require_within(0.9 if case[0] == 1 else 0.8, tmp_path, name, *case)
 
 
 FIRST = {name: CASES[name] for name in ("two axes sketched, float32 products", "lora", "bfloat16")}
@@ -87,7 +87,14 @@ FIRST["small lora"] = (1, 100, (1024, 1024), "lora")
 @resident.needs_high_water_mark
 @pytest.mark.parametrize("name", FIRST)
 def test_the_plan_is_within_a_quarter_where_all_is_compiled_for_the_first_time(tmp_path, name):
-    assert 0.8 <= planned_over_measured(tmp_path, f"{name}, first start", *FIRST[name], True) <= 1.25
+    require_within(0.8, tmp_path, f"{name}, first start", *FIRST[name], True)
+
+
+def require_within(least, tmp_path, name, *case):
+    """Records the ratio only where it is as it should be."""
+    ratio = planned_over_measured(tmp_path, name, *case)
+    assert least <= ratio <= 1.25
+    record("BUDGET, plan", f"planned over measured, {name}", round(ratio, 3))
 
 
 def planned_over_measured(tmp_path, name, *case):
@@ -103,5 +110,4 @@ def planned_over_measured(tmp_path, name, *case):
     assert done.returncode == 0, done.stderr
     planned, measured = json.loads(done.stdout)
     print(f"planned {planned:.0f} MiB, measured {measured:.0f} MiB, {planned / measured:.2f}")
-    record("BUDGET, plan", f"planned over measured, {name}", round(planned / measured, 3))
     return planned / measured

@@ -624,6 +624,20 @@ def test_a_and_b_apart_are_another_thing(tmp_path):
     assert "is not the average of the updates" in " ".join(found["said"])
 
 
+def test_a_bundle_of_a_and_b_apart_is_refused(tmp_path):
+    adapters(tmp_path, ranks=(2, 2, 2), missing=False)
+    jaxsub.fit(str(tmp_path / "models"), tmp_path / "b", rank=1, view="lora_factors")
+    with pytest.raises(errors.ConfigError, match="holds LoRA's A and B apart.*fitted without it"):
+        run(tmp_path, "mean", bundle=str(tmp_path / "b"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_of_other_layers_is_refused(tmp_path, fitted):
+    adapters(tmp_path, ranks=(2, 2, 2), missing=False)
+    with pytest.raises(errors.ConfigError, match="the models have no layer of the bundle"):
+        run(tmp_path, "mean", bundle=fitted.bundle)
+
+
 # Coefficients -----------------------------------------------------------------------------------------------------
 
 
