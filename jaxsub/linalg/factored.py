@@ -134,7 +134,8 @@ def hosvd(a, b, scales, *, ranks=None, energy=None, error=None, centred=False, d
         scales: (N,).
         ranks: (k_o, k_i).
         energy: tau in (0, 1]: the fewest directions with this share of the energy, on each side (E4).
-        error: epsilon >= 0: each side may lose epsilon**2 / 2 of the squared norm. Exactly one of the three.
+        error: epsilon >= 0: the sides share epsilon**2 of the squared norm, see `ranking.Choice`. Exactly one of the
+            three.
         centred: subtract the mean update first (in the cores and everywhere).
         dtype: "float32" or "float64", the dtype of the products.
         method: of `leading.leading`.
@@ -153,13 +154,13 @@ def hosvd(a, b, scales, *, ranks=None, energy=None, error=None, centred=False, d
     rule = ranking.Rule.create(sizes, ranks, energy, error)
     if len(rule.axes) < 2:
         raise errors.ConfigError(f"ranks {ranks}; both sides of an update are reduced")
-    found = []
+    found, choice = [], ranking.Choice(rule, sizes)
     for axis, side in enumerate(("out", "in")):
         gram = mode_gram(a, b, scales, side=side, centred=centred, dtype=dtype)
         rank = rule.ranks.get(axis, sizes[axis])
         one = leading.leading(gram, rank=rank, dtype=dtype, method=method)
         if not rule.ranks:
-            one = one._replace(vectors=one.vectors[: rule.rank(axis, one.values, one.total)])
+            one = one._replace(vectors=one.vectors[: choice.rank(axis, one.values, one.total)])
         found.append(one)
     return _finish(a, b, scales, found, found[0].total, centred, dtype, num_passes=3)
 

@@ -18,7 +18,7 @@ class Rule(NamedTuple):
     axes: tuple  # axes to reduce
     ranks: dict  # axis -> rank, where ranks are given by number
     shares: dict  # axis -> share of its energy to keep
-    error: float | None  # relative error of the whole; each axis may lose an equal part of its square
+    error: float | None  # relative error of the whole, whose square the axes share, see `Choice`
 
     @classmethod
     def create(cls, shape, ranks, energy, error, axes=None):
@@ -70,12 +70,34 @@ class Rule(NamedTuple):
             size = size // shape[a] * self.ranks[a]
         return cost
 
+
+class Choice:
+    """Ranks of one axis after the other, from their energies.
+
+    Of the square that a relative error allows each axis may lose an equal part of what those before it have left. Short
+    axes, which come last, have what the long ones leave: they can seldom spare a direction, and would waste their part.
+    """
+
+    def __init__(self, rule, shape):
+        self.rule, self.lost, self.left = rule, 0.0, set(rule.axes)
+        self.long = {axis for axis in rule.axes if shape[axis] >= SHORT}
+
     def rank(self, axis, values, norm):
-        """Rank of an axis from its float64 energies; waits for the device."""
+        """Rank of an axis; waits for the device.
+
+        Args:
+            axis: one that had no rank yet.
+            values: its float64 energies, non-increasing.
+            norm: squared norm of the whole tensor.
+        """
         values = np.asarray(jax.device_get(values))
         tails = np.append(np.cumsum(values[::-1])[::-1], 0.0)  # tails[k]: energy lost by keeping k
-        if self.error is None:
-            allowed = (1 - self.shares[axis]) * tails[0]
+        if self.rule.error is None:
+            allowed = (1 - self.rule.shares[axis]) * tails[0]
         else:
-            allowed = self.error**2 * float(norm) / len(self.axes)
-        return max(1, int(np.argmax(tails <= allowed)))
+            sharing = self.left & self.long if axis in self.long else self.left
+            allowed = max(self.rule.error**2 * float(norm) - self.lost, 0.0) / len(sharing)
+        rank = max(1, int(np.argmax(tails <= allowed)))
+        self.lost += float(tails[rank])
+        self.left.remove(axis)
+        return rank

@@ -60,8 +60,8 @@ def hosvd(x, *, ranks=None, energy=None, error=None, axes=None, dtype="float32",
         ranks: for each axis its rank, or None to leave the axis free.
         energy: tau in (0, 1], or one for each of `axes`: the fewest directions whose energies are at least this share
             of the axis's own total (E4).
-        error: epsilon >= 0: each of the m axes may lose epsilon**2 |X|**2 / m, so the result is within epsilon, up to
-            the floor of the products. Exactly one of `ranks`, `energy`, `error`.
+        error: epsilon >= 0: the axes share epsilon**2 |X|**2, so the result is within epsilon, up to the floor of the
+            products; see `ranking.Choice`. Exactly one of `ranks`, `energy`, `error`.
         axes: axes to reduce with `energy` or `error`; default all.
         dtype: "float32" or "float64", the dtype of the products.
         method: of `leading.leading`; ranks that are chosen take the whole spectrum from LAPACK.
@@ -80,9 +80,9 @@ def hosvd(x, *, ranks=None, energy=None, error=None, axes=None, dtype="float32",
     Source: De Lathauwer, De Moor and Vandewalle 2000, SIAM J. Matrix Anal. 21(4), property 10 (the error bounds).
     """
     rule = ranking.Rule.create(x.shape, ranks, energy, error, axes)
-    modes = {}
-    for axis in rule.axes:
-        modes[axis] = _directions(x, axis, rule, dtype, method, norm=None, thin=False)
+    modes, choice = {}, ranking.Choice(rule, x.shape)
+    for axis in rule.order(x.shape):
+        modes[axis] = _directions(x, axis, choice, dtype, method, norm=None, thin=False)
     core = unfold.mode_products(x, _factors(x, modes), dtype=dtype)
     return _finish(x, core, modes, dtype, certify, num_passes=len(modes) + 1)
 
@@ -109,9 +109,9 @@ def sthosvd(
     Departure: where a shrunk unfolding is four times as high as wide, QR and SVD replace its Gram matrix.
     """
     rule = ranking.Rule.create(x.shape, ranks, energy, error, axes)
-    y, norm, modes = x, None, {}
+    y, norm, modes, choice = x, None, {}, ranking.Choice(rule, x.shape)
     for axis in rule.order(x.shape, order):
-        found = _directions(y, axis, rule, dtype, method, norm=norm, thin=y is not x)
+        found = _directions(y, axis, choice, dtype, method, norm=norm, thin=y is not x)
         norm = found.total if norm is None else norm
         y = unfold.mode_product(y, found.factor, axis, dtype=dtype)
         modes[axis] = found
@@ -219,10 +219,10 @@ def _residual_square(x, core, factors, *, dtype, mesh=None):
     return dealt.sums(local, mesh)((x, core))
 
 
-def _directions(x, axis, rule, dtype, method, *, norm, thin):
+def _directions(x, axis, choice, dtype, method, *, norm, thin):
     size = x.shape[axis]
     rest = math.prod(x.shape) // size
-    rank = rule.ranks.get(axis)
+    rank = choice.rule.ranks.get(axis)
     thin = thin and 4 * rest <= size and (rank is None or rank <= rest)
     if thin:
         values, total, vectors, floor = _thin(x, axis=axis, dtype=dtype, mesh=dealt.mesh_of(x))
@@ -230,7 +230,7 @@ def _directions(x, axis, rule, dtype, method, *, norm, thin):
         gram = grams.mode_gram(x, axis=axis, dtype=dtype)
         values, total, vectors, floor = leading.leading(gram, rank=rank or size, dtype=dtype, method=method)
     if rank is None:
-        rank = rule.rank(axis, values, total if norm is None else norm)
+        rank = choice.rank(axis, values, total if norm is None else norm)
     return _Mode(_first(vectors, rank=rank), values, total, floor)
 
 

@@ -13,7 +13,7 @@ import jax
 
 from jaxsub import collection, descriptors, errors, lineup, placement, precision
 from jaxsub.decompositions import _fit
-from jaxsub.linalg import leading, mode_gram
+from jaxsub.linalg import leading, mode_gram, ranking
 from jaxsub.pipelines import estimate, fit_streamed, plan, sharing
 
 # Bytes of compiled kernels and libraries, and of each further shape of layers: half-way between a first start, which
@@ -144,9 +144,13 @@ def _rows(group, module, config, wide):
 def _tucker(group, module, config, wide):
     """Bytes that factors of weight axes take beside the stack and its centred copy."""
     count, shape = len(group.members), group.shape or (1,)
-    # An equal part of what the fit may lose falls to each axis.
-    energy = 1 - (1 - config.energy) / len(shape) if "error" in _options(module) else config.energy
-    shares = [min(config.rank, d) / d if config.rank else math.ceil(energy * d) / d for d in shape]
+    # An equal part of what the fit may lose falls to each long axis, or to each where all are short.
+    long = [d >= ranking.SHORT or max(shape) < ranking.SHORT for d in shape]
+    lost = [is_long * (1 - config.energy) / sum(long) for is_long in long]
+    kept_of = [1 - own if "error" in _options(module) else config.energy for own in lost]
+    shares = [
+        min(config.rank, d) / d if config.rank else math.ceil(e * d) / d for d, e in zip(shape, kept_of, strict=True)
+    ]
     share = math.prod(shares) if "ranks" in _options(module) else max(shares)  # some reduce one axis
     kept = count * math.prod(shape) * share
     # After the others an axis may be longer than what is left is wide, and needs no Gram matrix.

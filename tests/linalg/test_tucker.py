@@ -179,6 +179,16 @@ def test_ranks_by_energy_and_by_total_error(fit, rule):
         assert captured[k - 1] >= tau - 1e-12 and (k == 1 or captured[k - 2] < tau)
 
 
+@pytest.mark.parametrize("fit", first(FITS))
+@pytest.mark.parametrize("shape", first([((8, 24, 20, 3, 3),), ((8, 3, 3, 20, 24),)]))
+def test_the_error_that_short_axes_cannot_use_is_for_the_long_ones(fit, shape):
+    x, axes = jnp.asarray(tensor(shape, decay=0.9)), tuple(range(1, len(shape)))
+    found = fit(x, axes=axes, error=0.5**0.5, dtype="float64")
+    assert 0.38 < float(found.error) ** 2 <= float(found.upper) ** 2 <= 0.5
+    weak = tucker.hosvd(x, axes=axes, energy=1 - 0.5 / len(axes))  # an equal part an axis
+    assert 2 * found.core.size < weak.core.size and float(weak.error) ** 2 < 0.25
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("rule", [{"ranks": (2, 3, 1)}, {"energy": 0.9}, {"error": 0.1}])
