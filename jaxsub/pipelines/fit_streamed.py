@@ -21,7 +21,7 @@ from jaxsub.linalg import gram as kernels, orth, pieces, products
 from jaxsub.pipelines import layers, memory, plan as plans
 from jaxsub.statistics import Statistics
 
-KERNELS = memory.RUNTIME_BYTES + 64 * 2**20  # of an analysis, and those of the second read
+KERNELS = memory.RUNTIME_BYTES + 96 * 2**20  # of an analysis, and those of the second read
 
 
 def can(group, config):
@@ -44,11 +44,11 @@ def allowed(config):
 
 
 def block_bytes(config):
-    """Bytes of a block: an eighth of what the host is allowed beyond the kernels' own, a quarter of the devices'."""
+    """Bytes of a block: a twelfth of what the host is allowed beyond the kernels' own, a quarter of the devices'."""
     mesh = placement.make_mesh(is_local=True)
     devices = mesh.size * (config.max_device_bytes or plans.device_limit(mesh) or math.inf)
     host = allowed(config) - KERNELS
-    return int(max(2**20, min(layers.Options().block_bytes, host / 8, devices / 4)))
+    return int(max(2**20, min(layers.Options().block_bytes, host / 12, devices / 4)))
 
 
 def peak(group, rank, config):

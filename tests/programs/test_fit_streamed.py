@@ -114,7 +114,7 @@ def child(folder, allowed):
         for n in range(16):
             weight = np.random.default_rng(n).standard_normal((rows, 1024), dtype=np.float32)
             safetensors.write(os.path.join(place, f"m{n:02d}.safetensors"), {"w": weight})
-    jaxsub.fit(small, rank=2, max_host_bytes=144 * 2**20)
+    jaxsub.fit(small, rank=2, max_host_bytes=208 * 2**20)
     given = os.path.join(folder, "*.safetensors")
     print(json.dumps(resident.grown(lambda: jaxsub.fit(given, rank=2, max_host_bytes=allowed))))
 
