@@ -23,12 +23,13 @@ CREATE, UPDATES = stacks.DenseStack.create.__func__, sharing.updates
 @pytest.fixture
 def folder(tmp_path):
     rng = np.random.default_rng(0)
+    os.mkdir(tmp_path / "models")
     shared = rng.standard_normal((3, 16, 40))
     for n in range(N):
         w = (np.tensordot(rng.standard_normal(3), shared, 1) + 0.1 * rng.standard_normal((16, 40))).astype(np.float32)
         odd = rng.standard_normal((7, 5)).astype(np.float32)  # seven rows on eight devices: on one
-        safetensors.write(str(tmp_path / f"m{n:02d}.safetensors"), {"w": w + 3, "odd": odd}, None)
-    return str(tmp_path)
+        safetensors.write(str(tmp_path / "models" / f"m{n:02d}.safetensors"), {"w": w + 3, "odd": odd}, None)
+    return str(tmp_path / "models")
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def adapters(tmp_path):
         rank = 2 + n % 2
         b, a = left @ rng.standard_normal((6, rank)), rng.standard_normal((rank, 6)) @ right
         b, a = (x + 0.1 * rng.standard_normal(x.shape) for x in (b, a))
-        peft.write(tmp_path / f"m{n:02d}", {"q": (a.astype(np.float32), b.astype(np.float32), 4, rank)})
-    return str(tmp_path)
+        peft.write(tmp_path / "models" / f"m{n:02d}", {"q": (a.astype(np.float32), b.astype(np.float32), 4, rank)})
+    return str(tmp_path / "models")
 
 
 def run(folder, monkeypatch, devices, **options):
