@@ -210,7 +210,7 @@ def test_the_first_signal_waits_for_the_call(tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in said.splitlines()[-1]
+    assert process.returncode == 130 and "the same command starts over" in said.splitlines()[-1]
 
 
 def test_figures_are_kept_where_they_are_asked_for(tmp_path, monkeypatch):
