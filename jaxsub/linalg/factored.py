@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors, precision
-from jaxsub.linalg import dealt, leading, mode_gram as grams, products, ranking, unfold
+from jaxsub.linalg import dealt, leading, mode_gram as grams, products, ranking, symmetric, unfold
 
 ROUNDING = 8.0  # eps that rounding may add to a relative residual; test_factored.py, many trials
 # The same for factors that LAPACK finds in the dtype of the products, as in `tucker`: 8.04 were seen at 5 x 64.
@@ -114,7 +114,9 @@ def _mean_gram(a, b, scales, dtype):
         block = jax.lax.dynamic_slice_in_dim(left, start, number)
         return products.row_major(products.row_major(products.matmul(block, right)).T)
 
-    return grams.assemble(grams.accumulate_pieces(rows, min(BLOCK, rows), 1, piece, grams.zeros(right.shape[1])))
+    size = right.shape[1]
+    sums = symmetric.zeros(size, jnp.float64)
+    return symmetric.assemble(grams.accumulate_pieces(rows, min(BLOCK, rows), 1, piece, sums), size)
 
 
 def _mean_factors(a, b, scales, dtype):

@@ -17,13 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxsub.linalg import pieces, products
+from jaxsub.linalg import pieces, products, symmetric
 
 CHUNK = 4096  # columns taken at once: N * 4096 * 4 bytes stay in cache
 NARROW = 512  # of combinations by programs side by side, whose centring has one thread each
 FEW = 4  # times as many rows as combinations: of more, putting shares together costs what programs gain
-SQUARE = 256  # models from which the product of two halves is one of its own, twice at most: each is compiled
-HALVES = 128  # models from which two row blocks skip a quarter of a product
 PRODUCT = 1024  # columns of a Gram product: of 512 to 8192 the fastest at N = 256 and 500, 4096 a tenth slower
 SAMPLED = 128  # columns of each chunk that fourth moments are taken from, where there are MANY chunks
 MANY = 64
@@ -110,7 +108,6 @@ def _dense_local(x, weights, first, width, dtype):
     num_models = len(x)
     chunk = min(PRODUCT, width)
     whole = width // chunk
-    blocks = _blocks(0, num_models, max(SQUARE, num_models // 2))
     part = SAMPLED if x.shape[1] // chunk >= MANY else chunk
     wide = jnp.float64
 
@@ -127,9 +124,8 @@ def _dense_local(x, weights, first, width, dtype):
         z = products.row_major(pieces.part(x, first + start, size, axis=1).astype(dtype))
         mean = jnp.mean(z, axis=0)
         y = products.row_major(z - mean)
-        grams = [products.matmul(y[rows], y[columns].T).astype(wide) for rows, columns in blocks]
         sums = (
-            [total + gram for total, gram in zip(sums[0], grams, strict=True)],
+            symmetric.add(sums[0], symmetric.multiply(y)),
             sums[1] + products.matmul(y, mean).astype(wide),
             sums[2] + jnp.sum(jnp.square(mean.astype(wide))),
             sums[3] + jnp.sum(z, axis=1).astype(wide),
@@ -143,31 +139,13 @@ def _dense_local(x, weights, first, width, dtype):
         return sums, fourths, mixed
 
     zeros = functools.partial(jnp.zeros, dtype=wide)
-    grams = [zeros((r.stop - r.start, c.stop - c.start)) for r, c in blocks]
-    sums = (grams, zeros(num_models), zeros(()), zeros(num_models))
+    sums = (symmetric.zeros(num_models, wide), zeros(num_models), zeros(()), zeros(num_models))
     fourths = (zeros(num_models), zeros(()), zeros(()))
     carry = (sums, fourths, jnp.zeros((weights.shape[0], width), dtype))
     sums, fourths, mixed = pieces.fold(step, width, chunk, carry)
-    gram = zeros((num_models, num_models))
-    for (rows, columns), block in zip(blocks, sums[0], strict=True):
-        gram = gram.at[columns, rows].set(block.T).at[rows, columns].set(block)
+    gram = symmetric.assemble(sums[0], num_models)
     factor = width / (whole * part + min(part, width % chunk))
     return DenseSums((gram + gram.T) / 2, *sums[1:], *(f * factor for f in fourths)), mixed
-
-
-def _blocks(start, end, split):
-    """Slices (rows, columns) of a symmetric matrix that hold each entry, or its mirror image, at least once.
-
-    XLA has no symmetric product on CPU. From `split` models on the product of two halves is one of its own; of fewer
-    one product of a half with all is faster than two.
-    """
-    middle = (start + end) // 2
-    first, second = slice(start, middle), slice(middle, end)
-    if end - start >= split:
-        return [(second, first), *_blocks(start, middle, split), *_blocks(middle, end, split)]
-    if end - start >= HALVES:
-        return [(second, slice(start, end)), (first, first)]
-    return [(slice(start, end),) * 2]
 
 
 def combinations(x, weights, *, mesh, dtype):

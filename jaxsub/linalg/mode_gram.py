@@ -1,7 +1,7 @@
 """Mode Gram matrices K = X_(axis) X_(axis).T of a dense tensor, without an unfolded copy of it.
 
-The tensor is read in pieces (d, columns) that stay in cache. Products of a piece with itself are formed in row
-blocks, which skips most of the half that symmetry gives; a few pieces are summed in the products' dtype, then float64.
+The tensor is read in pieces (d, columns) that stay in cache, whose products with themselves skip most of the half that
+symmetry gives (`symmetric`); a few are summed in the dtype of the products, then float64.
 """
 
 import functools
@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxsub.linalg import dealt, pieces, products, unfold
+from jaxsub.linalg import dealt, pieces, products, symmetric, unfold
 
 FEW = 512  # columns a piece of axes up to NARROW, whose product one thread does, and of programs side by side
 NARROW = 64
@@ -18,7 +18,6 @@ ENTRIES = 2**20  # of a piece, which decide in between: of 1024 x 4096 XLA holds
 ELEMENTS = 2**18  # and at least this many entries a piece: short axes
 SHORT = 8  # axes up to this size: reading is the cost, and XLA adds such products up one by one, so float64 it is
 GROUP = 8192  # columns summed in the dtype of the products before float64 takes over
-BLOCKS = ((1024, 4), (128, 2))  # size from which the product is split into so many row blocks
 
 
 def mode_gram(x, *, axis, dtype):
@@ -48,7 +47,7 @@ def mode_gram(x, *, axis, dtype):
     if number == 1:
         return _mode_gram(x, axis=axis, dtype=dtype, mesh=mesh)
     kernel = functools.partial(_share, axis=axis, dtype=dtype, number=number)
-    return _joined(pieces.side_by_side(kernel, x, number))
+    return _joined(pieces.side_by_side(kernel, x, number), size=size)
 
 
 def num_programs(size, columns):
@@ -63,7 +62,7 @@ def _pieces(size, columns):
 
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "mesh"))
 def _mode_gram(x, *, axis, dtype, mesh=None):
-    return dealt.sums(lambda x: assemble(_local(x, axis, dtype)), mesh)(x)
+    return dealt.sums(lambda x: symmetric.assemble(_local(x, axis, dtype), x.shape[axis]), mesh)(x)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "number"))
@@ -71,9 +70,9 @@ def _share(x, index, *, axis, dtype, number):
     return _local(x, axis, dtype, (index, number))
 
 
-@jax.jit
-def _joined(parts):
-    return assemble(jax.tree.map(lambda *own: sum(own), *parts))
+@functools.partial(jax.jit, static_argnames="size")
+def _joined(parts, *, size):
+    return symmetric.assemble(jax.tree.map(lambda *own: sum(own), *parts), size)
 
 
 def _local(x, axis, dtype, share=None):
@@ -102,7 +101,7 @@ def _slices(x, width, dtype, share):
     def last(sums):
         return accumulate(before, after % width, rest, sums) if after % width else sums
 
-    return accumulate(before * whole, width, piece, zeros(size), last, share)
+    return accumulate(before * whole, width, piece, symmetric.zeros(size, jnp.float64), last, share)
 
 
 def _gathered(x, number, dtype, share):
@@ -116,7 +115,7 @@ def _gathered(x, number, dtype, share):
             z = jnp.transpose(z.reshape(number, size, after), (0, 2, 1)).reshape(number * after, size)
         return _rows(products.row_major(z).T, dtype)
 
-    return accumulate_pieces(before, number, after, piece, zeros(size), share)
+    return accumulate_pieces(before, number, after, piece, symmetric.zeros(size, jnp.float64), share)
 
 
 def accumulate_pieces(length, number, width, piece, sums, share=None):
@@ -136,13 +135,14 @@ def _rows(piece, dtype):
 def accumulate(count, width, piece, sums, last=lambda sums: sums, share=None):
     """`sums` plus self products of piece(0), ..., piece(count - 1), each (d, width), and what `last` adds to them.
 
-    See `zeros` and `assemble`; `share` as in `pieces.fold`.
+    Sums are `symmetric` blocks; `share` as in `pieces.fold`.
     """
     group = max(1, GROUP // width)
 
     def some(first, number, sums):
-        found = jax.lax.fori_loop(1, number, lambda j, s: _add(s, _self(piece(first + j))), _self(piece(first)))
-        return _add(sums, found)
+        found = symmetric.multiply(piece(first))
+        found = jax.lax.fori_loop(1, number, lambda j, s: symmetric.add(s, symmetric.multiply(piece(first + j))), found)
+        return symmetric.add(sums, found)
 
     whole, left = divmod(count, group)
 
@@ -150,33 +150,3 @@ def accumulate(count, width, piece, sums, last=lambda sums: sums, share=None):
         return last(some(whole * group, left, sums) if left else sums)
 
     return pieces.folds(some, whole, group, rest, sums, share)
-
-
-def zeros(size):
-    """Zero sums, float64, for `accumulate`: row blocks (h, e) of a (d, d) matrix up to and with the diagonal block."""
-    return tuple(jnp.zeros((e - b, e), jnp.float64) for b, e in _bounds(size))
-
-
-def assemble(parts):
-    """(d, d) symmetric matrix from its row blocks."""
-    bounds = _bounds(parts[-1].shape[1])
-    # Each block once more, turned. A triangular mask instead takes XLA 4 s to compile at 256, minutes at 1024.
-    rows = [
-        jnp.concatenate([part, *(other[:, b:e].T for other in parts[i + 1 :])], axis=1)
-        for i, (part, (b, e)) in enumerate(zip(parts, bounds, strict=True))
-    ]
-    return jnp.concatenate(rows)
-
-
-def _bounds(size):
-    number = next((n for least, n in BLOCKS if size >= least), 1)
-    ends = [size * n // number for n in range(number + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
-
-
-def _self(rows):
-    return tuple(products.matmul(rows[b:e], rows[:e].T) for b, e in _bounds(rows.shape[0]))
-
-
-def _add(sums, more):
-    return tuple(s + m.astype(s.dtype) for s, m in zip(sums, more, strict=True))

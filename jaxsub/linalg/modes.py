@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxsub.linalg import pieces, products, sketch as sketches, unfold
+from jaxsub.linalg import pieces, products, sketch as sketches, symmetric, unfold
 from jaxsub.linalg.gram import FEATURES
 
 MIXTURES, COLUMNS = 8, 32  # of one half of a sketch: 256 test columns an axis
@@ -49,9 +49,10 @@ def mode_gram(x, *, shape, axis, dtype, mesh=None):
         def one(row, n, total):
             y = row[: before * size * after].reshape(before, size, after)
             y = products.row_major(jnp.transpose(y, (1, 0, 2)).reshape(size, before * after))
-            return total + products.matmul(y, y.T).astype(jnp.float64)
+            return symmetric.add(total, symmetric.multiply(y))
 
-        return _dealt(one, x, jnp.zeros((size, size), jnp.float64), mesh, lambda part: part.astype(dtype) - mean)
+        zeros = symmetric.zeros(size, jnp.float64)
+        return symmetric.assemble(_dealt(one, x, zeros, mesh, lambda part: part.astype(dtype) - mean), size)
 
     return _mapped(local, mesh)(x)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import errors
-from jaxsub.linalg import pieces, products
+from jaxsub.linalg import pieces, products, symmetric
 
 CHUNK = 4096  # rows a Gram product: as fast as 16384 at l = 64, and sums of 4096 float32 terms lose less
 FEW = 512  # the same of programs side by side
@@ -65,33 +65,29 @@ def _gram(x, axis, dtype, long):
     dtype = jnp.dtype(wide_dtype() if dtype is None else dtype)
     number = pieces.programs(x, x.shape[long] // FEW) if x.shape[1 - long] >= NARROW else 1
     if number == 1:
-        return _joined([_gram_sums(x, axis=axis, dtype=dtype, long=long)])
+        return _joined([_gram_sums(x, axis=axis, dtype=dtype, long=long)], size=x.shape[1 - long])
     kernel = functools.partial(_gram_sums, dtype=dtype, long=long, number=number)
-    return _joined(pieces.side_by_side(kernel, x, number))
+    return _joined(pieces.side_by_side(kernel, x, number), size=x.shape[1 - long])
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "dtype", "long", "number"))
 def _gram_sums(x, index=None, *, axis=None, dtype, long, number=1):
-    """Two row blocks of the Gram matrix, which skip a quarter of it; XLA has no symmetric product on CPU."""
+    """Blocks of the Gram matrix, see `symmetric`."""
     wide, width = wide_dtype(), x.shape[1 - long]
     chunk, share = (CHUNK, None) if number == 1 else (FEW, (index, number))
-    half = width // 2 if width >= 128 else 0
 
     def add(start, size, sums):
         y = pieces.part(x, start, size, long).astype(dtype)
         if not long:
             y = products.row_major(products.row_major(y).T) if share or width > NARROW else y.T
-        lower, upper = products.matmul(y[half:], y.T), products.matmul(y[:half], y[:half].T)
-        return sums[0] + lower.astype(wide), sums[1] + upper.astype(wide)
+        return symmetric.add(sums, symmetric.multiply(y))
 
-    sums = (jnp.zeros((width - half, width), wide), jnp.zeros((half, half), wide))
-    return total(pieces.fold(add, x.shape[long], chunk, sums, share), axis)
+    return total(pieces.fold(add, x.shape[long], chunk, symmetric.zeros(width, wide), share), axis)
 
 
-@jax.jit
-def _joined(parts):
-    lower, upper = jax.tree.map(lambda *own: sum(own), *parts)
-    return jnp.concatenate([jnp.concatenate([upper, lower[:, : len(upper)].T], axis=1), lower])
+@functools.partial(jax.jit, static_argnames="size")
+def _joined(parts, *, size):
+    return symmetric.assemble(jax.tree.map(lambda *own: sum(own), *parts), size)
 
 
 def one_round(rows, gram):

@@ -60,8 +60,12 @@ class Rule(NamedTuple):
                 raise errors.ConfigError(f"order {tuple(order)}; the axes to reduce are {self.axes}")
             return tuple(order)
         if not self.ranks or len(self.axes) > 6:
-            return tuple(sorted(self.axes, key=lambda a: (shape[a] < SHORT, shape[a], a)))
+            return self.short_last(shape)
         return min(itertools.permutations(self.axes), key=lambda o: (self._cost(shape, o), o))
+
+    def short_last(self, shape):
+        """The axes, short ones last and small before large."""
+        return tuple(sorted(self.axes, key=lambda a: (shape[a] < SHORT, shape[a], a)))
 
     def _cost(self, shape, order):
         size, cost = math.prod(shape), 0.0
@@ -71,16 +75,24 @@ class Rule(NamedTuple):
         return cost
 
 
+def sharing(shape, axes):
+    """The axes that share what an error allows: long ones, or all where none is.
+
+    Short axes can seldom spare a direction, and would waste their part.
+    """
+    return {axis for axis in axes if shape[axis] >= SHORT} or set(axes)
+
+
 class Choice:
     """Ranks of one axis after the other, from their energies.
 
-    Of the square that a relative error allows each axis may lose an equal part of what those before it have left. Short
-    axes, which come last, have what the long ones leave: they can seldom spare a direction, and would waste their part.
+    Of the square that a relative error allows each axis may lose an equal part of what those before it have left. Axes
+    that do not share it (`sharing`) come last, and have what the others leave.
     """
 
     def __init__(self, rule, shape):
         self.rule, self.lost, self.left = rule, 0.0, set(rule.axes)
-        self.long = {axis for axis in rule.axes if shape[axis] >= SHORT}
+        self.sharing = sharing(shape, rule.axes)
 
     def rank(self, axis, values, norm):
         """Rank of an axis; waits for the device.
@@ -95,8 +107,8 @@ class Choice:
         if self.rule.error is None:
             allowed = (1 - self.rule.shares[axis]) * tails[0]
         else:
-            sharing = self.left & self.long if axis in self.long else self.left
-            allowed = max(self.rule.error**2 * float(norm) - self.lost, 0.0) / len(sharing)
+            parts = len(self.left & self.sharing if axis in self.sharing else self.left)
+            allowed = max(self.rule.error**2 * float(norm) - self.lost, 0.0) / parts
         rank = max(1, int(np.argmax(tails <= allowed)))
         self.lost += float(tails[rank])
         self.left.remove(axis)

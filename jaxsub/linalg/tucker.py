@@ -81,7 +81,7 @@ def hosvd(x, *, ranks=None, energy=None, error=None, axes=None, dtype="float32",
     """
     rule = ranking.Rule.create(x.shape, ranks, energy, error, axes)
     modes, choice = {}, ranking.Choice(rule, x.shape)
-    for axis in rule.order(x.shape):
+    for axis in rule.short_last(x.shape):
         modes[axis] = _directions(x, axis, choice, dtype, method, norm=None, thin=False)
     core = unfold.mode_products(x, _factors(x, modes), dtype=dtype)
     return _finish(x, core, modes, dtype, certify, num_passes=len(modes) + 1)

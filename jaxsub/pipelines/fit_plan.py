@@ -144,13 +144,12 @@ def _rows(group, module, config, wide):
 def _tucker(group, module, config, wide):
     """Bytes that factors of weight axes take beside the stack and its centred copy."""
     count, shape = len(group.members), group.shape or (1,)
-    # An equal part of what the fit may lose falls to each long axis, or to each where all are short.
-    long = [d >= ranking.SHORT or max(shape) < ranking.SHORT for d in shape]
-    lost = [is_long * (1 - config.energy) / sum(long) for is_long in long]
-    kept_of = [1 - own if "error" in _options(module) else config.energy for own in lost]
-    shares = [
-        min(config.rank, d) / d if config.rank else math.ceil(e * d) / d for d, e in zip(shape, kept_of, strict=True)
-    ]
+    energies = [config.energy] * len(shape)
+    if "error" in _options(module):  # each axis that shares what the fit may lose has an equal part of it
+        sharing = ranking.sharing(shape, range(len(shape)))
+        energies = [1 - (1 - config.energy) / len(sharing) if a in sharing else 1.0 for a in range(len(shape))]
+    ranks = [min(config.rank, d) if config.rank else math.ceil(e * d) for d, e in zip(shape, energies, strict=True)]
+    shares = [k / d for k, d in zip(ranks, shape, strict=True)]
     share = math.prod(shares) if "ranks" in _options(module) else max(shares)  # some reduce one axis
     kept = count * math.prod(shape) * share
     # After the others an axis may be longer than what is left is wide, and needs no Gram matrix.
