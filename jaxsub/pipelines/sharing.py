@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxsub import placement, precision, subspace
+from jaxsub import hostmemory, placement, precision, subspace
 from jaxsub.linalg.gram import FEATURES
 
 SHARED_BYTES = 2**26  # of a stack as stored: smaller ones are not worth an exchange between devices
@@ -45,6 +45,8 @@ def placed(x, mesh, *, by_rows):
 def _placed(x, mesh, by_rows):
     if mesh.size == 1:
         return jax.device_put(x)
+    if mesh.devices.flat[0].platform == "cpu":  # whose shares are each small enough for glibc to keep when freed
+        hostmemory.free_at_once()
     if by_rows:
         return jax.device_put(x, NamedSharding(mesh, P(None, FEATURES)))
     each, parts = -(-len(x) // mesh.size), []
