@@ -26,6 +26,7 @@ from jaxsub.formats._output import (  # noqa: F401
     new_file,
     new_folder,
     remove,
+    require_new,
     sweep,
     sync_folder,
     temporary_in,

@@ -120,6 +120,26 @@ def is_alive(process):
     return True
 
 
+def require_new(path, cure="remove it or give another folder"):
+    """Refuses a place for results before they are computed.
+
+    Raises:
+        WorkdirError: something is at `path`, or nothing can be made there.
+        ResourceError: the file system takes nothing.
+    """
+    if os.path.lexists(path):
+        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; {cure}")
+    place = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    tried = temporary_in(place)
+    try:  # permissions say too little: of root, of read-only mounts, of /proc
+        os.mkdir(tried)
+        os.rmdir(tried)
+    except OSError as error:
+        raise _not_made(path, error) from error
+
+
 @contextlib.contextmanager
 def new_folder(path):
     """Gives a temporary folder beside `path` that becomes `path` when the block ends, and is gone if it fails.
@@ -131,8 +151,7 @@ def new_folder(path):
         ResourceError: it cannot be written.
     """
     path = os.path.abspath(os.fspath(path))
-    if os.path.lexists(path):
-        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
+    require_new(path)
     temporary = temporary_in(os.path.dirname(path))
     make_folder(os.path.dirname(path))
     try:

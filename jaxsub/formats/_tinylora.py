@@ -168,8 +168,7 @@ def join(folder, model, path):
         InputError: no such member, or a vector that does not fit.
         WorkdirError: `path` exists.
     """
-    if os.path.lexists(path):
-        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; give another folder")
+    _files.require_new(path)
     base = os.path.join(folder, SHARED)
     tensors, source = safetensors.read(os.path.join(base, _portable.WEIGHTS)), member(folder, model)
     vector, known = safetensors.read(source), {k: v.shape for k, v in tensors.items() if k.startswith(_VECTOR)}

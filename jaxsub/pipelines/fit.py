@@ -21,7 +21,7 @@ from jaxsub import (
     plugins,
 )
 from jaxsub.bundle import files, storage
-from jaxsub.formats import peft
+from jaxsub.formats import _files, peft
 from jaxsub.pipelines import (
     aside,
     dealt,
@@ -140,7 +140,7 @@ def fit(opened, config, path=None, *, workdir=None, stream=None):
     stream, trace = (stream, trace) if is_main else (None, None)
     if workdir is not None and not config.dry_run:
         return _in_workdir(opened, config, workdir, stream, trace)
-    distributed.together(lambda: _require_new(path) if is_main else None)
+    distributed.together(lambda: _files.require_new(path) if is_main and path is not None else None)
     kept = parts.Parts(None, config) if is_alone else dealt.Parts(f"{path}.parts", config)
     if not config.dry_run:
         kept.require_shared()
@@ -151,11 +151,6 @@ def fit(opened, config, path=None, *, workdir=None, stream=None):
         if is_main and not is_alone:
             kept.remove()
     return result
-
-
-def _require_new(path):
-    if path is not None and os.path.lexists(path):
-        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
 
 
 def _shared_options(config):

@@ -13,6 +13,7 @@ import shutil
 
 from jaxsub import bundle as bundles, config as configs, errors, formats, hostmemory, lineup, plugins, rows, solvers
 from jaxsub.bundle import files as bundle_files
+from jaxsub.formats import _files
 from jaxsub.pipelines import (
     aside,
     layers as layer_loop,
@@ -114,7 +115,7 @@ def run(config, workdir=None, *, stream=None):
                 return _merge(ready, config, module, options, part, identity, stream)
 
         place, record = aside.going_on(work, opened, config, least=1)
-        merge_store.require_new(out)
+        _files.require_new(out, "remove it or give another --out")
         merge_store.install(place, out)
     shutil.rmtree(part, ignore_errors=True)
     return record
@@ -396,5 +397,5 @@ def _finished(out, identity):
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    merge_store.require_new(out)
+    _files.require_new(out, "remove it or give another --out")
     return None

@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 
-from jaxsub import descriptors, errors, formats, reading, rows
+from jaxsub import descriptors, formats, reading, rows
 from jaxsub.formats import _files, _rewrite, peft, safetensors
 from jaxsub.formats._frame import PIECE
 from jaxsub.rows import files as row_files
@@ -271,12 +271,6 @@ class _Loaded(dict):
 def _digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def require_new(out):
-    """Raises WorkdirError where something is at the place of the new model."""
-    if os.path.lexists(out):
-        raise errors.WorkdirError(f"{errors.quote(out)}: exists already; remove it or give another --out")
 
 
 def install(place, out):

@@ -64,8 +64,7 @@ def run(config, workdir=None, *, stream=None):
     bundle = files.load(config.bundle)
     opened = aside.open_collection(config, smallest=1)
     if config.write_models:
-        if os.path.lexists(config.write_models):
-            raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
+        _files.require_new(config.write_models)
         for model in opened.models:  # before anything is read
             if layout == "exact":
                 formats.ending(model)

@@ -12,6 +12,7 @@ import os
 import numpy as np
 
 from jaxsub import collection, errors, formats, hostmemory
+from jaxsub.formats import _files
 from jaxsub.pipelines import plan, workdir as workdirs
 from jaxsub.report import _write
 
@@ -113,8 +114,8 @@ def run(config, workdir=None, *, stream=None):
 
     validate(config)
     setup = train_setup.of(config)
-    if config.write_models and os.path.lexists(config.write_models) and _written(config, workdir) is None:
-        raise errors.WorkdirError(f"{errors.quote(config.write_models)}: exists already; give another folder")
+    if config.write_models and _written(config, workdir) is None:
+        _files.require_new(config.write_models)
     with contextlib.ExitStack() as stack:
         if workdir is not None and not config.dry_run:
             held = workdirs.hold(workdir, identity(config, setup), restart=config.restart, break_lock=config.break_lock)

@@ -5,6 +5,7 @@ import os
 
 from jaxsub import bundle as bundles, collection as collections, config as configs, errors
 from jaxsub.bundle import files, refit
+from jaxsub.formats import _files
 from jaxsub.pipelines import aside, fit, fit_layer, layers, progress, project_plan, workdir as workdirs
 from jaxsub.report import words
 
@@ -43,8 +44,8 @@ def run(config, path=None, *, stream=None):
             f"captured={config.captured}, rank={config.rank}: a share in 0 .. 1, a rank of 0 or more"
         )
     workdirs.require_outside(path, config.collection)
-    if path is not None and os.path.lexists(path):
-        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; remove it or give another folder")
+    if path is not None:
+        _files.require_new(path)
     bundle = files.load(config.bundle)
     bundle.coefficients(config.remove)  # refuses ids that are none
     if config.exact:

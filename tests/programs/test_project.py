@@ -10,7 +10,7 @@ import pytest
 import jaxsub
 from jaxsub import errors, formats
 from jaxsub.formats import _rewrite, peft, safetensors
-from jaxsub.pipelines import project
+from jaxsub.pipelines import project, update
 from tests.selected import first
 
 
@@ -206,6 +206,25 @@ def test_models_that_cannot_be_written_are_named_before_any_is_read(tmp_path, mo
     with pytest.raises(errors.ConfigError, match="keras cannot be written yet"):
         project.run(config)
     assert not os.path.exists(tmp_path / "new")
+
+
+@pytest.mark.parametrize("program", ["project", "fit", "update"])
+def test_a_place_where_nothing_can_be_made_is_refused_before_any_model_is_read(tmp_path, monkeypatch, program):
+    """Here under a file; permissions would not stop the superuser."""
+    folder, found = weights(tmp_path / "m", count=4), str(tmp_path / "b")
+    jaxsub.fit(folder, found, rank=1, layers=["w"])
+    (tmp_path / "file").write_text("")
+    place, before = str(tmp_path / "file" / "new" / "one"), sorted(os.listdir(tmp_path))
+    calls = {
+        "project": lambda: project.run(project.Config(bundle=found, collection=(folder,), write_models=place)),
+        "fit": lambda: jaxsub.fit(folder, place, rank=1),
+        "update": lambda: update.run(update.Config(bundle=found, collection=(folder,)), place),
+    }
+    for reads in ("reading.read_stack", "formats.read", "bundle.read"):
+        monkeypatch.setattr(f"jaxsub.{reads}", None)
+    with pytest.raises(errors.WorkdirError, match="cannot be made: Not a directory"):
+        calls[program]()
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_ids_do_not_lead_out_of_the_folder(tmp_path):
