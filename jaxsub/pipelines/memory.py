@@ -13,7 +13,7 @@ import itertools
 import math
 
 from jaxsub import descriptors, placement, reading
-from jaxsub.linalg import gram, modes, secular
+from jaxsub.linalg import gram, modes, secular, symmetric
 from jaxsub.pipelines import figures, kinship, layers, lora
 from jaxsub.statistics import KEPT_ENTRIES, QR_ENTRIES
 
@@ -21,6 +21,7 @@ RUNTIME_BYTES = 48 * 2**20  # compiled kernels, threads, and what malloc keeps o
 LORA_BYTES = 32 * 2**20  # more compiled kernels, of low-rank updates
 SMALL_BYTES = 2**16  # keys, sums of columns and the like on a device
 SKETCH_BYTES = 14 * 2**20  # compiling a sketch of one axis
+BLOCKS_BYTES = 10 * 2**20  # compiling the products of an axis with itself in blocks
 OTHER_BYTES = 22 * 2**20  # compiling the products of an axis' other side, and what threads then keep
 SKETCHES = 2 * modes.MIXTURES
 TESTS = SKETCHES * modes.COLUMNS  # columns of both halves of a sketch
@@ -100,6 +101,7 @@ def _dense(plan, group, mesh, base):
         steps.append(5 * 8 * n * min(width, max(4 * n, QR_ENTRIES // n)))
     # The last block may be a shape of its own.
     kernels = SKETCH_BYTES * len(plan.sketched_axes) * (2 if shape[0] % plan.rows else 1)
+    kernels += BLOCKS_BYTES * sum(shape[a] >= symmetric.HALVES for a in plan.exact_axes)
     kernels += OTHER_BYTES * plan.other_side
     after = max([8 * TESTS * shape[0] if 0 in plan.sketched_axes else 0, 2 * short, *(3 * m for m in exact)])
 
