@@ -39,7 +39,7 @@ def decompose(gram):
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
 
 
-def leave_one_out(gram, ks, *, leverage=None, eigen=None):
+def leave_one_out(gram, ks, *, leverage=None, largest=0.0, eigen=None):
     """LOO(k) for every k of `ks`, exact, from one eigendecomposition.
 
     Leaving out model i subtracts a_i y_i y_i^T from the features' covariance, y_i = x_i - mean, a_i = N / (N - 1), and
@@ -49,6 +49,7 @@ def leave_one_out(gram, ks, *, leverage=None, eigen=None):
         gram: (N, N) centred Gram matrix, inner products of the y_i.
         ks: numbers of components, each >= 0, in any order; those above N - 2 give what N - 2 gives.
         leverage: (N,) factors a_i instead of N / (N - 1), as `within_groups` returns them.
+        largest: entry of the matrix that `gram` was made of by subtractions, whose rounding it has.
         eigen: `decompose(gram)`, where the caller has it already.
 
     Returns:
@@ -67,10 +68,10 @@ def leave_one_out(gram, ks, *, leverage=None, eigen=None):
         return np.ones(len(ks))
     unit = energy.max()  # keeps squares of the entries within range
     values, vectors = decompose(gram) if eigen is None else eigen
-    values, energy = values / unit, energy / unit
+    values, energy, largest = values / unit, energy / unit, largest / unit
     alpha = np.full(num_models, num_models / (num_models - 1.0)) if leverage is None else np.asarray(leverage)
     baseline = alpha**2 * energy
-    floor = FLOOR_PER_MODEL * num_models * values[0]
+    floor = FLOOR_PER_MODEL * num_models * max(values[0], largest)
     # Rounding in place of a zero eigenvalue would enter the downdate through its square root, far above `floor`.
     weights = np.where(values > floor, values, 0.0) * vectors**2
     roots, projections = secular.downdate(values, weights, alpha, rank=rank)
@@ -87,7 +88,7 @@ def leave_one_out(gram, ks, *, leverage=None, eigen=None):
     return _curve(baseline.sum(), explained.sum(0), ks)
 
 
-def leave_one_out_of_draw(gram, ks, *, leverage=None, eigen=None):
+def leave_one_out_of_draw(gram, ks, *, leverage=None, largest=0.0, eigen=None):
     """`leave_one_out` of a null's draw, to 1e-6 and in a quarter of the time; arguments and result as there.
 
     Only where no eigenvalue that it looks at is near rounding; else it is `leave_one_out`.
@@ -98,9 +99,9 @@ def leave_one_out_of_draw(gram, ks, *, leverage=None, eigen=None):
     if rank < 1:
         return np.ones(len(ks))
     values, vectors = eigen = decompose(gram) if eigen is None else eigen
-    floor = FLOOR_PER_MODEL * num_models * values[0]
+    floor = FLOOR_PER_MODEL * num_models * max(values[0], largest)
     if not values[rank] > SMALLEST * floor:
-        return leave_one_out(gram, ks, leverage=leverage, eigen=eigen)
+        return leave_one_out(gram, ks, leverage=leverage, largest=largest, eigen=eigen)
     alpha = np.full(num_models, num_models / (num_models - 1.0)) if leverage is None else np.asarray(leverage)
     baseline = (alpha**2 * np.maximum(np.diagonal(gram), 0.0)).sum()
     weights = np.where(values > floor, values, 0.0) * vectors**2
@@ -118,7 +119,8 @@ def of_one_model(gram, rank):
 def within_groups(gram, groups):
     """Gram matrix of the models about the mean of their own group, and the leverages for leaving one out.
 
-    `leave_one_out(residual, ks, leverage=leverage)` then also recomputes the mean of the group without the model.
+    `leave_one_out(residual, ks, leverage=leverage, largest=gram.max())` then also recomputes the mean of the group
+    without the model.
 
     Args:
         gram: (N, N) Gram matrix about any common point.

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+SAME_START = 0.5  # cosine of LoRA's A factors; real groups were the same from .15 to .6
 NEAR_COPY = 0.99  # cosine over all layers above which two models are near copies
 THRESHOLD = (
     0.15  # average cosine at which groups stop merging; real families begin at .19, their nearest outsiders end at .11
@@ -151,6 +152,22 @@ def group_energy(gram, members):
     if not total > 0:
         return None
     return max(0.0, float(sum(len(g) * gram[np.ix_(g, g)].mean() for g in members)) / total)
+
+
+def group_energy_chance(gram, members, num_features):
+    """(mean, standard deviation) of `group_energy` of unrelated models of the same norms, in the same groups.
+
+    Args:
+        gram: (N, N) centred Gram matrix, N > 2.
+        members: list of index lists.
+        num_features: D; entries are taken to be Gaussian, whose share between groups follows a beta distribution.
+    """
+    count, own = len(gram), np.diag(gram)
+    total = own.sum() * count / (count - 1)
+    squares = np.maximum(own - total / count**2, 0.0) / (1 - 2 / count)  # of models before their mean was taken
+    between = sum((1 / len(g) - 2 / count) * squares[g].sum() + len(g) / count**2 * total for g in members)
+    share = min(max(between / own.sum(), 0.0), 1.0)
+    return float(share), float(np.sqrt(share * (1 - share) / ((count - 1) * num_features / 2 + 1)))
 
 
 def looks_untrained(squares, fourths, shape, num_features):

@@ -191,8 +191,10 @@ def project(space, x):
 
 
 def relative(squares, energies):
-    """Roots of squared errors over squared norms; of the errors themselves where a model is zero."""
-    return np.sqrt(squares / np.where(energies > 0, energies, 1.0))
+    """Roots of squared errors over squared norms; of a model that is zero, over the mean of the others'."""
+    energies = np.asarray(energies)
+    other = energies[energies > 0].mean() if (energies > 0).any() else 1.0
+    return np.sqrt(squares / np.where(energies > 0, energies, other))
 
 
 def error_figures(left, energies, total):

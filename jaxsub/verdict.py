@@ -85,9 +85,27 @@ def _most(least, key):
     return 1.0 - least[key] if least else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Families:
+    """The lineages of a layer, and what their means hold."""
+
+    number: int = 0
+    hold_all: bool = False  # a single one holds every model
+    energy: float | None = None  # share of the centred energy in their means
+    chance: float = 0.0  # what means of as many unrelated models of the same norms give
+    sd: float = 0.0
+    outside: int = 0  # models that are in none
+
+    @property
+    def beat_chance(self):
+        """Whether their means hold more than chance gives: many small families outnumber the deciding components."""
+        return self.energy is not None and self.energy > self.chance + max(MARGIN, SIGMAS * self.sd)
+
+
 def decide(
-    *, num_models, num_features, saturated, constant, lineages, one_lineage, overall, within, mean, mean_chance, k
-):
+    *, num_models, num_features, saturated, constant, families, overall, within, mean, mean_chance, k, k_within=None,
+    same_a=0,
+):  # fmt: skip
     """(verdict, why) of a layer.
 
     Args:
@@ -95,13 +113,14 @@ def decide(
         num_features: D.
         saturated: whether the spectrum is cut before it could be read.
         constant: whether all models are equal here.
-        lineages: number of lineages in the layer.
-        one_lineage: whether a single lineage holds every model.
+        families: Families.
         overall: Gain of the layer, or None.
-        within: Gain of the residuals about the lineage means, or None.
+        within: Gain of the residuals about the lineage means, models in none being one more group, or None.
         mean: share of uncentred energy in the mean, or None for a zero layer.
-        mean_chance: what N unrelated models give.
+        mean_chance: what N unrelated models give, also those whose entries have a mean of their own.
         k: the deciding rank.
+        k_within: the one of `within`.
+        same_a: adapters that keep the start of another's A factor.
     """
     if constant:
         return "undetermined", f"all {num_models} distinct models are equal here: there is no variation to explain"
@@ -114,19 +133,29 @@ def decide(
     if overall is None:
         return "undetermined", "no null model could be drawn for this layer"
     facts = _facts(overall, k)
-    if overall.beats and lineages and not one_lineage:
+    if families.number and not families.hold_all and (overall.beats or families.beat_chance):
+        named = _count(families.number)
+        if not overall.beats:
+            held = f"{families.energy:.1%} of the energy where unrelated models give {families.chance:.1%}"
+            facts = f"{facts}, but the means of {named} hold {held}"
         if within is None:
-            return "lineage", f"{facts}; too few models to look within {_count(lineages)}"
-        inside = f"within {_count(lineages)} {_facts(within, k)}"
-        return ("lineage+shared" if within.beats else "lineage"), f"{facts}; {inside}"
+            return "lineage", f"{facts}; too few models to look within {named}"
+        where = f"within {named}" + (" and among the others" if families.outside > 1 else "")
+        return ("lineage+shared" if within.beats else "lineage"), f"{facts}; {where} {_facts(within, k_within)}"
     if overall.beats:
-        under = "all models keep a common start" if one_lineage else "models keep no common start"
+        under = "all models keep a common start" if families.hold_all else "models keep no common start"
+        if same_a and not families.hold_all:
+            under = (
+                f"{same_a} adapters keep the start of another's A factor, which alone makes updates share directions"
+            )
         return "shared", f"{facts}; {under}"
     if mean is not None and mean > MEAN_FACTOR * mean_chance:
         return (
             "common_mean",
             f"{facts}; the mean holds {mean:.1%} of the energy where unrelated models give {mean_chance:.1%}",
         )
+    if mean is not None and mean > MEAN_FACTOR / num_models:
+        facts = f"{facts}; the mean holds {mean:.1%} of the energy, {mean_chance:.1%} with entries permuted as well"
     return "chance", facts
 
 

@@ -134,6 +134,73 @@ def test_held_out_within_lineages_equals_brute_force():
     assert layer["held_out_within"]["4"] == pytest.approx(error / base, abs=1e-6)
 
 
+def brute_within(x, groups, k):
+    """LOO(k) about the groups' means, each model against its own group without it."""
+    error = base = 0.0
+    for i in range(len(x)):
+        rest = [[m for m in g if m != i] for g in groups]
+        residuals = np.concatenate([x[g] - x[g].mean(0) for g in rest])
+        s, vt = np.linalg.svd(residuals, full_matrices=False)[1:]
+        vt = vt[:k][s[:k] > 1e-9 * s[0]]
+        d = x[i] - x[next(g for g, whole in zip(rest, groups, strict=True) if i in whole)].mean(0)
+        base += d @ d
+        error += d @ d - np.square(vt @ d).sum()
+    return error / base
+
+
+def test_models_in_no_lineage_are_looked_at_as_one_more_group():
+    """A pair among models of one subspace does not make it the pair's."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((24, 3)) @ rng.standard_normal((3, 400)) + rng.standard_normal((24, 400)) / 2
+    x[1] = x[0] + rng.standard_normal(400) / 10
+    layer = figures.layer(statistics(x.reshape(24, 20, 20)), [[0, 1]], figures.Options(draws=8, splits=2))
+    assert layer["verdict"] == "lineage+shared" and "and among the others" in layer["why"]
+    wanted = brute_within(x, [[0, 1], list(range(2, 24))], 4)
+    assert layer["held_out_within"]["4"] == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+def test_many_small_families_are_lineage_and_rounding_explains_nothing_within_them(noise):
+    """More families than the deciding components; beyond their own number of directions only rounding is left."""
+    rng = np.random.default_rng(7)
+    parents = np.repeat(rng.standard_normal((20, 6400)), 2, axis=0)
+    x = parents + noise * rng.standard_normal((40, 6400))
+    groups = [[i, i + 1] for i in range(0, 40, 2)]
+    layer = figures.layer(statistics(x.reshape(40, 80, 80)), groups, figures.Options(draws=8, splits=2))
+    assert layer["verdict"] == "lineage" and "means of the 20 lineages hold" in layer["why"]
+    for k in (16, 32):
+        assert layer["held_out_within"][str(k)] == pytest.approx(brute_within(x, groups, k), abs=1e-6)
+
+
+def test_what_unrelated_families_hold_is_known():
+    """Of unequal norms and sizes, some models in none: the mean over many draws, and how they spread."""
+    rng, groups = np.random.default_rng(8), [[0, 1, 2, 3], [4, 5], [6, 7, 8]]
+    scale = np.linspace(0.5, 2, 16)[:, None]
+    grams = []
+    for _ in range(400):
+        x = scale * rng.standard_normal((16, 300))
+        grams.append((x - x.mean(0)) @ (x - x.mean(0)).T)
+    found = [lineage.group_energy(gram, groups) for gram in grams]
+    mean, sd = np.mean([lineage.group_energy_chance(gram, groups, 300) for gram in grams], axis=0)
+    assert mean == pytest.approx(np.mean(found), rel=0.01) and 0.5 < np.std(found) / sd < 1.5
+    layer = figures.layer(
+        statistics((scale * rng.standard_normal((16, 300))).reshape(16, 15, 20)),
+        groups,
+        figures.Options(draws=8, splits=2),
+    )
+    assert layer["verdict"] == "chance"
+
+
+def test_a_mean_of_entries_is_no_common_mean_and_one_huge_model_is_said():
+    rng = np.random.default_rng(9)
+    layer = verdict(np.abs(rng.standard_normal((12, 20, 20))), draws=8)
+    assert layer["verdict"] == "chance" and "with entries permuted as well" in layer["why"]
+    x = rng.standard_normal((12, 20, 20))
+    x[5] *= 100
+    layer = verdict(x, draws=8)
+    assert "one_model" in layer["flags"] and "'m5' holds 9" in layer["warnings"][0]
+
+
 @pytest.mark.slow
 def test_nulls_of_one_law_share_their_draws():
     rng = np.random.default_rng(0)

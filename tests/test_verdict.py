@@ -5,8 +5,8 @@ import pytest
 from jaxsub import verdict
 
 BASE = dict(
-    num_models=40, num_features=1000, saturated=False, constant=False, lineages=0, one_lineage=False,
-    overall=verdict.Gain(0.3, 0.01, 0.001, "gaussian"), within=None, mean=0.03, mean_chance=1 / 40, k=16,
+    num_models=40, num_features=1000, saturated=False, constant=False, families=verdict.Families(),
+    overall=verdict.Gain(0.3, 0.01, 0.001, "gaussian"), within=None, mean=0.03, mean_chance=1 / 40, k=16, k_within=8,
 )  # fmt: skip
 WEAK = verdict.Gain(0.03, 0.011, 0.001, "permutation")
 
@@ -15,15 +15,18 @@ WEAK = verdict.Gain(0.03, 0.011, 0.001, "permutation")
     "changes, expected",
     [
         ({}, "shared"),
-        ({"lineages": 1, "one_lineage": True}, "shared"),
+        ({"families": verdict.Families(1, True)}, "shared"),
         ({"num_models": 7}, "undetermined"),
         ({"num_features": 39}, "undetermined"),
         ({"num_features": 40}, "shared"),
         ({"saturated": True}, "undetermined"),
         ({"constant": True}, "undetermined"),
-        ({"lineages": 2, "within": WEAK}, "lineage"),
-        ({"lineages": 2, "within": verdict.Gain(0.2, 0.01, 0.001, "gaussian")}, "lineage+shared"),
-        ({"lineages": 2, "overall": WEAK, "within": WEAK}, "chance"),
+        ({"families": verdict.Families(2), "within": WEAK}, "lineage"),
+        ({"families": verdict.Families(2), "within": verdict.Gain(0.2, 0.01, 0.001, "gaussian")}, "lineage+shared"),
+        ({"families": verdict.Families(2), "overall": WEAK, "within": WEAK}, "chance"),
+        ({"families": verdict.Families(9, False, 0.6, 0.57, 0.001), "overall": WEAK, "within": WEAK}, "lineage"),
+        ({"families": verdict.Families(9, False, 0.6, 0.57, 0.008), "overall": WEAK, "within": WEAK}, "chance"),
+        ({"overall": WEAK, "mean": 0.9, "mean_chance": 0.9}, "chance"),
         ({"overall": WEAK}, "chance"),
         ({"overall": WEAK, "mean": 0.0751}, "common_mean"),
         ({"overall": WEAK, "mean": 0.0749}, "chance"),
@@ -68,3 +71,14 @@ def test_null_curves_are_settled_only_where_they_agree_at_every_k():
     assert verdict.settled(curves)
     curves[3]["2"] = 0.97  # sd 3.3e-3, over a tenth of the margin
     assert not verdict.settled(curves)
+
+
+def test_each_rank_is_said_with_its_own_figure():
+    _, why = verdict.decide(**(BASE | {"families": verdict.Families(2), "within": WEAK}))
+    assert why.startswith("16 components of the others explain 30.0%")
+    assert "within the 2 lineages 8 components of the others explain 3.0%" in why
+
+
+def test_a_shared_start_of_adapters_is_said_with_the_claim():
+    _, why = verdict.decide(**(BASE | {"same_a": 20}))
+    assert "20 adapters keep the start of another's A factor" in why and "no common start" not in why

@@ -43,7 +43,7 @@ def assemble(path, content):
         scale = _factors.scale(alpha, pair.rank)
         adapters[layer] = descriptors.LoraPair(pair.a, pair.b, scale, pair.shape, pair.transposed)
     if not _factors.have_effect(adapters.values(), content.load):
-        warnings = (*warnings, "every lora_B is zero: the adapter has no effect")
+        warnings = (*warnings, "every lora_B or its scale is zero: the adapter has no effect")
     more = {"adapters": adapters, "warnings": warnings, "metadata": content.metadata}
     return _model.build(path, "diffusers", {}, content.skipped, load=content.load, files=(content.file,), **more)
 

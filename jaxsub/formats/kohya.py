@@ -79,7 +79,7 @@ def assemble(path, content):
         dense[layer] = descriptors.Tensor(layer, made.shape, made.dtype)
     warnings = []
     if adapters and not dense and not _factors.have_effect(adapters.values(), content.load):
-        warnings.append("every lora_up is zero: the adapter has no effect")
+        warnings.append("every lora_up or its scale is zero: the adapter has no effect")
     load = functools.partial(_load, content, plan.recipes, alphas)
     more = {"adapters": adapters, "warnings": warnings, "metadata": content.metadata}
     return _model.build(path, "kohya", dense, content.skipped, load=load, files=(content.file,), **more)

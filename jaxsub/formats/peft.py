@@ -80,7 +80,7 @@ def assemble(path, content, plan, form="peft", files=()):
     kept = {name: tensor for name, tensor in named.items() if name not in plan.skipped}
     warnings = list(plan.warnings)
     if not _factors.have_effect(adapters.values(), content.load):
-        warnings.append("every lora_B is zero: the adapter has no effect")
+        warnings.append("every lora_B or its scale is zero: the adapter has no effect")
     metadata = {**content.metadata, **plan.metadata}
     more = {"adapters": adapters, "warnings": warnings, "metadata": metadata, "load": content.load}
     return _model.build(path, form, kept, plan.skipped, files=(content.file, *files), **more)

@@ -16,6 +16,7 @@ from jaxsub.report import words
 HELD_OUT = (1, 2, 4, 8, 16, 32)
 STABILITY = (1, 2, 4, 8, 16)
 KEPT_VALUES = 512  # singular values written to the report
+HALF = 0.5  # of the centred energy in one model, over which the others hardly count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,12 @@ class _Layer:
         self.ks = [k for k in HELD_OUT if k <= self.num_models - 2]
         self.lineages = [g for g in lineages if len(g) > 1]
         self.one_lineage = len(self.lineages) == 1 and len(self.lineages[0]) == self.num_models
+        alone = sorted({*range(self.num_models)}.difference(*self.lineages))
+        self.groups = [*self.lineages, alone] if len(alone) > 1 else self.lineages
+        self.same_a = 0
+        if stats.a_cosines is not None:
+            others = np.abs(stats.a_cosines - np.diag(np.diag(stats.a_cosines))).max(axis=1, initial=0.0)
+            self.same_a = int((others > lineage.SAME_START).sum())
         values = np.zeros(self.num_models) if self.constant else stats.centred_energies()
         self.values = values[: max(self.num_models - 1, 0)]
         self.total = float(np.trace(self.gram))
@@ -90,12 +97,14 @@ class _Layer:
         k = verdict.deciding_rank(n)
         if k and stats.entries is not None:
             self._confirm(nulls, held_out, k)
-        held_within = self._curve(within, leverage) if within is not None and not self.one_lineage else None
+        held_within = None
+        if within is not None and not self.one_lineage:
+            held_within = self._curve(within, leverage, self.gram.max())
         if self.one_lineage:
             held_within = held_out
         saturated = not self.constant and ranks["0.9"] is None
         overall = verdict.gain(held_out, nulls, k) if k else None
-        inner = None
+        inner = k_within = None
         if held_within and within is not None:
             k_within = verdict.deciding_rank(min(n, len(within)))
             inner = verdict.gain(held_within, nulls, k_within, "held_out_within") if k_within else None
@@ -104,13 +113,16 @@ class _Layer:
             num_features=self.num_features,
             saturated=saturated,
             constant=self.constant,
-            lineages=len(self.lineages),
-            one_lineage=self.one_lineage,
+            families=self._families(),
             overall=overall,
             within=inner,
             mean=self.mean,
-            mean_chance=1.0 / max(n, 1),
+            mean_chance=max(
+                [1.0 / max(n, 1), *(nulls[name]["mean_energy"] for name in verdict.DECIDING if name in nulls)]
+            ),
             k=k,
+            k_within=k_within,
+            same_a=self.same_a,
         )
         grouped = bool(self.lineages) and not self.one_lineage
         return {
@@ -148,21 +160,30 @@ class _Layer:
             "warnings": self._warnings(nulls),
         }
 
+    def _families(self):
+        if not self.lineages or self.constant:
+            return verdict.Families(len(self.lineages), self.one_lineage)
+        outside = self.num_models - sum(map(len, self.lineages))
+        energy = lineage.group_energy(self.gram, self.lineages)
+        chance = lineage.group_energy_chance(self.gram, self.lineages, self.num_features)
+        return verdict.Families(len(self.lineages), self.one_lineage, energy, *chance, outside)
+
     def _unit_energies(self):
         """Energies of the centred rows at unit norm: unequal norms alone would lift values over the edge."""
         return spectrum.energies(lineage.cosines(self.gram))[: max(self.num_models - 1, 0)]
 
-    def _curve(self, gram, leverage=None, way=heldout.leave_one_out):
+    def _curve(self, gram, leverage=None, largest=0.0, way=heldout.leave_one_out):
         ks = [k for k in self.ks if k <= len(gram) - 2]
         if not ks or not float(np.trace(gram)) > 0:
             return {}
-        values = way(gram, ks, leverage=leverage)
+        values = way(gram, ks, leverage=leverage, largest=largest)
         return {str(k): float(v) for k, v in zip(ks, values, strict=True)}
 
     def _within(self):
-        if not self.lineages or self.constant or sum(map(len, self.lineages)) < 4:
+        """Residuals about the means of the lineages, and of the models that are in none, as one more group."""
+        if not self.lineages or self.constant or sum(map(len, self.groups)) < 4:
             return None, None
-        return heldout.within_groups(self.gram, self.lineages)
+        return heldout.within_groups(self.gram, self.groups)
 
     def _lineage_curve(self):
         outside = self.num_models - max(map(len, self.lineages))
@@ -244,14 +265,15 @@ class _Layer:
     def _null_within(self, within, leverage):
         """Gaussian rows whose residuals about the lineage means have the norms of the real ones."""
         module = plugins.load("nulls", "gaussian")
-        ends = np.cumsum([len(g) for g in self.lineages])
-        groups = [list(range(end - len(g), end)) for g, end in zip(self.lineages, ends, strict=True)]
+        ends = np.cumsum([len(g) for g in self.groups])
+        groups = [list(range(end - len(g), end)) for g, end in zip(self.groups, ends, strict=True)]
         norms = np.sqrt(np.maximum(np.diag(within), 0.0) * leverage)
         rng = generator(self.options.seed, self.stats.name, "gaussian", "within")
 
         def one(gram):
-            residual, alpha = heldout.within_groups(spectrum.centred(gram), groups)
-            return self._curve(residual, alpha, heldout.leave_one_out_of_draw)
+            gram = spectrum.centred(gram)
+            residual, alpha = heldout.within_groups(gram, groups)
+            return self._curve(residual, alpha, gram.max(), heldout.leave_one_out_of_draw)
 
         draws = module.sample(self._observed(norms), module.Options(draws=self.options.draws), rng)
         curves = self._until_settled(one, draws, lambda curve: curve)
@@ -322,6 +344,8 @@ class _Layer:
             flags.append("one_lineage")
         if self.stats.is_heavy():
             flags.append("heavy_tails")
+        if self._largest()[1] > HALF:
+            flags.append("one_model")
         shuffle = nulls.get("shuffle")
         if k and shuffle and held_out.get(str(k)) is not None:
             key = str(k)
@@ -331,8 +355,21 @@ class _Layer:
                 flags.append("coordinate_spread")
         return flags
 
+    def _largest(self):
+        """(model that holds most of the centred energy, its share beyond that of the others' mean)."""
+        if self.constant or self.num_models < 4:
+            return 0, 0.0
+        first = int(np.diag(self.gram).argmax())
+        return first, float(self.gram[first, first]) / self.total
+
     def _warnings(self, nulls):
         found = []
+        first, share = self._largest()
+        if share > HALF:
+            found.append(
+                f"{self.stats.model_ids[first]!r} holds {share:.0%} of the energy about the mean: figures are of it "
+                "more than of the others; analyse them without it"
+            )
         fewest = min((null["draws"] for null in nulls.values()), default=verdict.FEWEST_DRAWS)
         if fewest < verdict.FEWEST_DRAWS:
             found.append(f"nulls have {fewest} draws: no verdict should rest on a standard deviation of so few")

@@ -7,7 +7,6 @@ import numpy as np
 from jaxsub import lineage
 
 PICTURED = 200  # models in the cosine picture
-LORA_START = 0.5  # cosine of A factors; real groups were the same from .15 to .6
 
 
 @dataclasses.dataclass
@@ -47,7 +46,7 @@ def find(all_stats, ids, threshold):
     parts = _parts(cosine)
     groups = _groups(cosine, parts, features, threshold, tails)
     start_cosine = lineage.combine(starts, len(ids))
-    start_groups = _groups(start_cosine, _parts(start_cosine), features, LORA_START) if starts else []
+    start_groups = _groups(start_cosine, _parts(start_cosine), features, lineage.SAME_START) if starts else []
     near = lineage.near_copies(cosine)
     untrained = _untrained(all_stats, ids)
     warnings = []

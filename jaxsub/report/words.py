@@ -19,7 +19,7 @@ VERDICTS = {
     ),
     "lineage": (
         "The subspace is the families: models that share a start or a parent. Once each family's mean is taken away, "
-        "nothing beats chance."
+        "and that of the models in none, nothing beats chance."
     ),
     "common_mean": (
         "The models share a mean, at least three times what unrelated models would, but no directions around it that "
@@ -48,6 +48,7 @@ FLAGS = {
     "identical": "the layer is the same in all models",
     "rank_deficient": "some components lie under the noise floor: fewer directions vary than there could be",
     "heavy_tails": "a few entries carry much of a model: models agree as soon as two such entries meet by chance",
+    "one_model": "one model holds more than half of the energy about the mean, and decides the figures",
     "coordinate_spread": (
         "does not beat the shuffle null: a common set of strong coordinates may be all that is shared"
     ),
