@@ -17,8 +17,7 @@ LAPACK = 5  # of new rows in float64, which LAPACK makes orthonormal
 
 def projection(group):
     """Bytes of the host that projecting the models of a LayerGroup takes."""
-    is_lora, is_wide = group.parametrisation == lineup.LORA, "float64" in group.dtypes
-    return KERNELS + (FACTORS if is_lora else 1 + is_wide) * fit_plan.stored_bytes(group)
+    return KERNELS + (FACTORS if group.parametrisation == lineup.LORA else 1) * fit_plan.stored_bytes(group)
 
 
 def refit(group, layer):
