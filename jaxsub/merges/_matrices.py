@@ -16,6 +16,7 @@ from jaxsub import hostmemory, reading, rows, solvers
 
 DIRECT = 512  # shorter side up to which a float32 matrix is decomposed as it is
 LIBRARY_BYTES = 2**26
+POWERS = 6  # steps to the largest singular value: to a tenth, of matrices of noise too
 PIECE_BYTES = 3 * 8 + 4  # of a number of a result: itself, the base's, their sum, and it as stored
 
 
@@ -24,7 +25,7 @@ def fallback(own, scaling):
     return own.combination(np.full(own.num_models, scaling / own.num_models))
 
 
-def svd(w, most=None):
+def svd(w, most=None, least=0.0):
     """(u (p, k), s (k,), v (q, k)) of a matrix, k the number of singular values that are more than rounding.
 
     Rounding is max(p, q) eps of the largest value, with the eps of w's dtype. A matrix that has overflown gives NaN:
@@ -33,6 +34,7 @@ def svd(w, most=None):
     Args:
         w: (p, q) float32 or float64.
         most: largest k.
+        least: values up to it are rounding as well, of what w is a difference of: see `rounding`.
     """
     w = np.asarray(w)
     eps, most = float(np.finfo(w.dtype).eps), min(w.shape) if most is None else most
@@ -41,16 +43,34 @@ def svd(w, most=None):
         return np.full((len(w), count), np.nan), np.full(count, np.nan), np.full((w.shape[1], count), np.nan)
     if w.dtype == np.float64 or min(w.shape) <= DIRECT:
         u, s, vt = solvers.svd(w)
-        count = min(most, _count(s, max(w.shape) * eps))
+        count = min(most, _count(s, max(w.shape) * eps, least))
         return u[:, :count], s[:count], vt[:count].T
     if w.shape[0] < w.shape[1]:
-        v, s, u = svd(w.T, most)
+        v, s, u = svd(w.T, most, least)
         return u, s, v
-    s, v = _right(w, max(w.shape) * eps, most)
+    s, v = _right(w, max(w.shape) * eps, most, least)
     u = np.empty((len(w), len(s)))
     _multiply(w, v, u)
     u /= s
     return u, s, v
+
+
+def rounding(w):
+    """Singular values up to this are rounding in what a matrix w (p, q) is added to or taken from.
+
+    max(p, q) eps of its largest singular value, found by power iteration: from below, to a tenth.
+    """
+    w = np.asarray(w)
+    v = np.random.default_rng(0).standard_normal(w.shape[1])
+    for _ in range(POWERS):  # both products normed: squares of small weights would underflow
+        u = _normed(w @ _normed(v).astype(w.dtype))
+        v = (w.T @ u.astype(w.dtype)).astype(np.float64)
+    return max(w.shape) * float(np.finfo(w.dtype).eps) * float(np.linalg.norm(v))
+
+
+def _normed(x):
+    x = x.astype(np.float64)
+    return x / max(np.linalg.norm(x), 1e-300)
 
 
 class Sides:
@@ -121,8 +141,8 @@ def library(columns):
     return LIBRARY_BYTES + reading.threads() * rows.product_width(columns) * PIECE_BYTES
 
 
-def _right(w, floor, most=None):
-    """(s (k,), v (q, k)) of w (p, q), through w.T w; k singular values over floor s_1, `most` at most."""
+def _right(w, floor, most=None, least=0.0):
+    """(s (k,), v (q, k)) of w (p, q), through w.T w; k singular values over floor s_1 and `least`, `most` at most."""
 
     def gram():
         total = np.zeros((w.shape[1],) * 2, order="F")
@@ -133,12 +153,12 @@ def _right(w, floor, most=None):
     values, v = solvers.descending(gram, most)
     hostmemory.trim()
     s = np.sqrt(np.maximum(values, 0.0))
-    count = _count(s, floor)
+    count = _count(s, floor, least)
     return s[:count], v[:, :count]
 
 
-def _count(s, floor):
-    return int(np.sum(s > floor * s[0])) if s.size else 0
+def _count(s, floor, least=0.0):
+    return int(np.sum(s > max(floor * s[0], least))) if s.size else 0
 
 
 def _multiply(w, right, out):

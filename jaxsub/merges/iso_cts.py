@@ -51,15 +51,18 @@ def merge(rows, options, key):
     each = round((size - int(size * options.common)) / count)
     shared = max(size - each * count, 0)
     sides = _matrices.Sides(found.shape, shared + each * count)
-    total = sum(found)
+    total, least = 0.0, 0.0  # of differences of these little but rounding may be left
+    for w in found:
+        total, least = total + w, max(least, _matrices.rounding(w))
+    del w
     dtype = total.dtype
-    sides.add(*_matrices.svd(total, shared))
+    sides.add(*_matrices.svd(total, shared, least))
     del total
     common = sides.left[:, : sides.count]
     for w in found:
         own = _without(w, common)
         del w
-        sides.add(*_matrices.svd(own, each))
+        sides.add(*_matrices.svd(own, each, least))
     del own
     u, s, v = sides.orthonormal(dtype)
     u *= options.scaling * s.mean() if s.size else 0.0

@@ -188,12 +188,14 @@ class Rows:
         """(N, N) float64 inner products of the rows."""
         dtype = precision.compute_dtype(self.dtype.name, self.num_models**2 * self.size)
         mesh, nothing = placement.make_mesh(1, is_local=True), np.zeros((0, self.num_models), np.float32)
-        total = np.zeros((self.num_models, self.num_models))
+        total, is_zero = np.zeros((self.num_models, self.num_models)), np.ones(self.num_models, bool)
         with jax.enable_x64(True):
             for block in self.blocks():
                 sums, _ = grams.dense_gram(block.x, nothing, mesh=mesh, dtype=dtype)
                 sums = jax.device_get(sums)
                 total += sums.gram + sums.cross[:, None] + sums.cross + sums.mean_square
+                is_zero &= np.asarray(_are_zero(block.x))
+        total[is_zero], total[:, is_zero] = 0.0, 0.0  # what products of centred rows leave there is rounding
         return total
 
     def combination(self, coefficients):
@@ -286,6 +288,11 @@ class ArrayRows(Rows):
 
     def _put_piece(self, start, part):
         return part if self.base is None else part + self.base[start : start + len(part)]
+
+
+@jax.jit
+def _are_zero(x):
+    return jnp.logical_not(jnp.any(x != 0, axis=1))
 
 
 def block_width(size, num_models, itemsize):

@@ -239,3 +239,27 @@ def test_order_statistics_are_those_of_a_sort():
         assert np.array_equal(_select.magnitudes(own, ranks), np.sort(np.abs(x), axis=1)[:, ranks])
         values = lambda own=own: (b.x[:, : b.count] for b in own.blocks())  # noqa: E731
         assert np.array_equal(_select.order_statistics(values, own, ranks), np.sort(x, axis=1)[:, ranks])
+
+
+@pytest.mark.parametrize("direct", [512, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_iso_cts_takes_no_rounding_for_directions(monkeypatch, direct, dtype):
+    """Of three updates of rank 4 there are 12 directions; two more that cancel but for rounding add theirs alone."""
+    monkeypatch.setattr(_matrices, "DIRECT", direct)
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((3, 60, 4)) @ rng.standard_normal((3, 4, 48)) * 1e-25).astype(dtype)
+    spans = np.linalg.svd(np.concatenate(list(x), axis=1).astype(float) * 1e25, full_matrices=False)[0][:, :12]
+    for own in (x, np.concatenate([x, -x[:1], x[:1] * (1 + 1e-7)])):
+        found = run("iso_cts", stacks.of_arrays(own)).astype(float) * 1e25
+        s = np.linalg.svd(found, compute_uv=False)
+        assert np.sum(s > 1e-3 * s[0]) == 12
+        assert np.linalg.norm(found - spans @ (spans.T @ found)) < 1e-3 * np.linalg.norm(found)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (24, 16), (4000,)])
+def test_an_update_of_zero_has_no_angle_to_others(shape):
+    x = stacks.dense(shape, count=3, seed=4) + np.float32(0.01)
+    x[2] = 0
+    gram = stacks.of_arrays(x).gram()
+    assert not gram[2].any() and not gram[:, 2].any() and gram[:2, :2].all()
+    assert stacks.relative(run("model_stock", stacks.of_arrays(x)), twins.model_stock(x.astype(float))) < 1e-5

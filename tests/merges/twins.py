@@ -58,7 +58,7 @@ def spherical(x, weights=None, steps=200):
 def model_stock(x):
     count, flat = len(x), x.reshape(len(x), -1)
     pairs = [
-        flat[i] @ flat[j] / (np.linalg.norm(flat[i]) * np.linalg.norm(flat[j]))
+        flat[i] @ flat[j] / max(np.linalg.norm(flat[i]) * np.linalg.norm(flat[j]), 1e-300)
         for i in range(count)
         for j in range(i + 1, count)
     ]
