@@ -20,6 +20,7 @@ SHORTHANDS = (
     "method", "out", "weights", "force", "mergekit_yaml", "loss", "bench", "calibrate",
 )  # fmt: skip
 RENAMED = {"allow_roots": "allow_root"}  # a flag that is repeated is called by the name of one value
+PLACES = ("collection", "base", "bundle", "out", "write_models")
 PROGRAM_FLAGS = {
     "workdir": "folder for all output; made if missing",
     "config": "experiment file to start from: x.py[:argument] or x.json",
@@ -51,7 +52,7 @@ class Flags:
             self.values[cls.POSITIONAL].parse(rest.pop())
         if len(rest) > 1:
             raise errors.ConfigError(f"unexpected {errors.quote(rest[1], 80)!r}: options are written --name=value")
-        self.workdir, self.debug = self.values["workdir"].value, self.values["debug"].value
+        self.workdir, self.debug = _place(self.values["workdir"].value), self.values["debug"].value
         if self.workdir == "":
             raise errors.ConfigError("--workdir is empty; leave it out or name a folder")
 
@@ -80,9 +81,11 @@ class Flags:
         if isinstance(value, bool):
             return value
         if not isinstance(value, list):
-            return configs.parse(field, value)
-        if not name.startswith("config."):
-            return tuple(value)  # a pattern may hold commas: a shorthand takes one value whole, and may be repeated
+            value = configs.parse(field, value)
+            return _place(value) if path in PLACES else value
+        if not name.startswith("config.") and str in typing.get_args(field.type):
+            # A pattern may hold commas: a shorthand takes one value whole, and may be repeated.
+            return tuple(_place(text) if path in PLACES else text for text in value)
         return tuple(item for text in value for item in configs.parse(field, text))
 
     def _explain(self, error):
@@ -90,6 +93,11 @@ class Flags:
             near = errors.nearest("--" + error.flagname, ["--" + name for name in self.values])
             return f"unknown flag --{errors.quote(error.flagname, 80)}{near}; see jaxsub {self.program} --help"
         return errors.quote(error, 300)
+
+
+def _place(path):
+    """A path as it is meant: models/ is models, and shells leave a ~ behind = as it is."""
+    return os.path.normpath(os.path.expanduser(path)) if path else path
 
 
 def help_text(program, cls, summary=""):

@@ -134,17 +134,18 @@ def fit_rows(name, reference, stack, *, rank, energy):
     cap = row_cap(stack)
     require_rows(rank, energy, cap, stack.num_models)
     with jax.enable_x64(True):
-        is_known = stack.present is None and stack.num_models <= stack.num_features
-        are_equal = is_known and not stack.gram.any()
+        is_whole = stack.present is None
+        are_equal = is_whole and not stack.gram.any()
         hostmemory.trim()  # what the kernel took to compile is not needed beside the centred copy
         y, mean = stack.rows()
         if are_equal:
-            return _of_equal(y, mean, stack, name, reference)
+            spectrum, procedure, certificate = of_equal(row_cap(stack), name, reference)
+            return subspace.LinearSubspace(mean, y[:0], spectrum, stack.shape, procedure, certificate)
         if stack.x.dtype == jnp.float64:
             return _by_rows(y, mean, stack, name, reference, rank=rank, energy=energy)
         dtype = dtype_of(stack, min(stack.num_models, stack.num_features))
         # The Gram matrix of the models, which held-out errors are of too; else that of the features, made here.
-        known = [stack.gram] if is_known else []
+        known = [stack.gram] if is_whole and stack.num_models <= stack.num_features else []
         found = svd.of_shared(svd.gram_svd, y, *known, rank=rank or 1, dtype=dtype)
         spectrum = subspace.Spectrum(np.asarray(found.s)[:cap], float(found.energy), float(found.floor))
         chosen, procedure, certificate = rows_of(spectrum, cap, name, reference, rank=rank, energy=energy)
@@ -153,12 +154,10 @@ def fit_rows(name, reference, stack, *, rank, energy):
         return subspace.LinearSubspace(mean, found.vt, spectrum, stack.shape, procedure, certificate)
 
 
-def _of_equal(y, mean, stack, name, reference):
-    """The LinearSubspace of models that are all equal: their mean, and no direction."""
-    spectrum = subspace.Spectrum(np.zeros(row_cap(stack)), 0.0, 0.0)
-    procedure = subspace.Procedure(name, ("models",), "models", row_cap(stack), reference=reference)
-    certificate = subspace.Certificate(0.0, 0.0, exact=True, passes=1)
-    return subspace.LinearSubspace(mean, y[:0], spectrum, stack.shape, procedure, certificate)
+def of_equal(cap, name, reference):
+    """(Spectrum, Procedure, Certificate) of models that are all equal: they are their mean, with no direction."""
+    procedure = subspace.Procedure(name, ("models",), "models", cap, reference=reference)
+    return subspace.Spectrum(np.zeros(cap), 0.0, 0.0), procedure, subspace.Certificate(0.0, 0.0, exact=True, passes=1)
 
 
 def _by_rows(y, mean, stack, name, reference, *, rank, energy):

@@ -95,6 +95,13 @@ def partners(layer, sides, tensors, file, names, hint, embedding=False):
     return Factors(sides[names[0]], sides[names[1]], a.shape[0], (b.shape[0], *a.shape[1:]), embedding)
 
 
+def not_empty(a, b):
+    """Factors (r, ...) and (o, r), of rank 0 with one direction of zeros: programs refuse adapters without any."""
+    if len(a):
+        return a, b
+    return np.zeros((1, *a.shape[1:]), a.dtype), np.zeros((b.shape[0], 1), b.dtype)
+
+
 def have_effect(pairs, load):
     """Whether any LoraPair has a B with an entry that is not zero; reads 4 KiB as a rule, all of it if it is zero."""
     return any(pair.scale != 0 and any(x.any() for x in _model.blocks(pair.b, load)) for pair in pairs)

@@ -282,7 +282,10 @@ def partners(factors, tensors, file):
 
 
 def _target_faults(config, layers, path):
-    """Refuses targets that the file lacks; yields a warning about layers that are no target."""
+    """Refuses targets that have nothing to do with the file; yields warnings about some, and layers that are no target.
+
+    One list for several architectures is common: PEFT keeps what a model has no module for.
+    """
     if config.targets is None:
         return
     wanted, missing, strangers = set(config.targets), set(config.targets), []
@@ -292,9 +295,11 @@ def _target_faults(config, layers, path):
         missing -= endings
         if not endings & wanted:
             strangers.append(layer)
-    if missing:
-        name = min(missing)
+    name = min(missing, default="")
+    if missing and len(missing) == len(wanted):
         raise _refuse(path, "target_modules", f"lists {errors.quote(name)!r}, and the file has no factors for it")
+    if missing:
+        yield f"target_modules lists {errors.quote(name)}, and the file has no factors for it"
     if strangers:
         yield f"{len(strangers)} adapted modules are not in target_modules, the first is {errors.quote(strangers[0])}"
 

@@ -142,6 +142,8 @@ def write(folder, updates, *, fields=None, other=None):
         "task_type": None,
         "base_model_name_or_path": None,
         **(fields or {}),
+        # Of a task with a head PEFT looks for the head among the adapter's own tensors, where servers want none.
+        **({"task_type": None} if other else {}),
         "r": r,
         "lora_alpha": r,
         "target_modules": target_modules(updates, (fields or {}).get("target_modules", ())),

@@ -125,7 +125,7 @@ def rewrite(model, path, layers):
     ranks = {name: pair.rank for name, pair in model.adapters.items()}
     alphas = {name: pair.scale * pair.rank for name, pair in model.adapters.items()}
     for name, value in layers.items():
-        pair, (a, b) = model.adapters[name], (np.asarray(x) for x in value)
+        pair, (a, b) = model.adapters[name], _factors.not_empty(*(np.asarray(x) for x in value))
         if pair.transposed:
             a, b = b.T, a.T
         ranks[name], alphas[name] = len(a), float(len(a))

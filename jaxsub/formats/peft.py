@@ -130,10 +130,15 @@ def stored_name(layer):
     return _peft.PREFIX + layer
 
 
+def can_rewrite(model):
+    """Whether `rewrite` can write an adapter in its own layout."""
+    return os.path.lexists(os.path.join(model.path, _sniff.ADAPTER_FILES[0]))
+
+
 def rewrite(model, path, layers):
     """Writes an adapter again in a new folder with other values in some layers; see `formats.rewrite`."""
     source = os.path.join(model.path, _sniff.ADAPTER_FILES[0])
-    if not os.path.lexists(source):
+    if not can_rewrite(model):
         raise errors.ConfigError(f"{errors.quote(model.path)}: its weights are a torch file: not written yet")
     tensors, metadata = safetensors.read(source), safetensors.open_metadata(source)
     ranks = {name: pair.rank for name, pair in model.adapters.items()}
@@ -145,7 +150,7 @@ def rewrite(model, path, layers):
             dtype = descriptors.numpy_dtype(tensor.dtype)
             tensors[tensor.name] = _rewrite.cast(np.reshape(value, tensor.shape), dtype, model, name)
             continue
-        a, b = (np.asarray(x) for x in value)
+        a, b = _factors.not_empty(*(np.asarray(x) for x in value))
         if pair.transposed:
             a, b = b.T, a.T
         ranks[name], alphas[name] = len(a), float(len(a))

@@ -156,14 +156,15 @@ def hosvd(a, b, scales, *, ranks=None, energy=None, error=None, centred=False, d
     rule = ranking.Rule.create(sizes, ranks, energy, error)
     if len(rule.axes) < 2:
         raise errors.ConfigError(f"ranks {ranks}; both sides of an update are reduced")
-    found, choice = [], ranking.Choice(rule, sizes)
-    for axis, side in enumerate(("out", "in")):
-        gram = mode_gram(a, b, scales, side=side, centred=centred, dtype=dtype)
+    found, choice = {}, ranking.Choice(rule, sizes)
+    for axis in rule.short_last(sizes):
+        gram = mode_gram(a, b, scales, side=("out", "in")[axis], centred=centred, dtype=dtype)
         rank = rule.ranks.get(axis, sizes[axis])
         one = leading.leading(gram, rank=rank, dtype=dtype, method=method)
         if not rule.ranks:
             one = one._replace(vectors=one.vectors[: choice.rank(axis, one.values, one.total)])
-        found.append(one)
+        found[axis] = one
+    found = [found[0], found[1]]
     return _finish(a, b, scales, found, found[0].total, centred, dtype, num_passes=3)
 
 

@@ -87,7 +87,7 @@ class Choice:
     """Ranks of one axis after the other, from their energies.
 
     Of the square that a relative error allows each axis may lose an equal part of what those before it have left. Axes
-    that do not share it (`sharing`) come last, and have what the others leave.
+    that do not share it (`sharing`) should come last, and have what the others leave.
     """
 
     def __init__(self, rule, shape):

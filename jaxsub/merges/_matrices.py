@@ -62,15 +62,18 @@ def rounding(w):
     """
     w = np.asarray(w)
     v = np.random.default_rng(0).standard_normal(w.shape[1])
-    for _ in range(POWERS):  # both products normed: squares of small weights would underflow
-        u = _normed(w @ _normed(v).astype(w.dtype))
-        v = (w.T @ u.astype(w.dtype)).astype(np.float64)
-    return max(w.shape) * float(np.finfo(w.dtype).eps) * float(np.linalg.norm(v))
+    with np.errstate(over="ignore", invalid="ignore"):  # the one who writes the result tells
+        for _ in range(POWERS):  # both products normed: squares of small weights would underflow
+            u = _normed(w @ _normed(v).astype(w.dtype))
+            v = (w.T @ u.astype(w.dtype)).astype(np.float64)
+    found = max(w.shape) * float(np.finfo(w.dtype).eps) * float(np.linalg.norm(v))
+    return found if np.isfinite(found) else 0.0
 
 
 def _normed(x):
     x = x.astype(np.float64)
-    return x / max(np.linalg.norm(x), 1e-300)
+    norm = np.linalg.norm(x)
+    return x / norm if 0 < norm < np.inf else np.zeros_like(x)
 
 
 class Sides:

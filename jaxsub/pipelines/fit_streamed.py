@@ -106,13 +106,20 @@ class _Components:
         return len(self.s)
 
 
+def _centred(stats):
+    """(N, N) Gram matrix of the centred models; zeros where all are equal, as `stacks.DenseStack.gram` has it."""
+    centred, mean = stats.centred(), stats.num_models * stats.mean_square
+    return np.zeros_like(centred) if np.trace(centred) <= precision.CONSTANT[stats.dtype] * mean else centred
+
+
 def _components(stats, plan, config, rank):
-    centred = stats.centred()
+    centred, cap, named = _centred(stats), _fit.row_cap(stats), (plugin.__name__.rpartition(".")[2], plugin.REFERENCE)
     values, vectors = heldout.decompose(centred)
-    s, cap = np.sqrt(values), _fit.row_cap(stats)
+    if not centred.any():
+        return _Components(vectors[:, :0], values[:0], *_fit.of_equal(cap, *named))
+    s = np.sqrt(values)
     floor = float(precision.gram_floor(s[0], stats.num_models, plan.dtype))
     spectrum = subspace.Spectrum(s[:cap], float(np.trace(centred)), floor)
-    named = plugin.__name__.rpartition(".")[2], plugin.REFERENCE
     rank, procedure, certificate = _fit.rows_of(spectrum, cap, *named, rank=rank, energy=config.energy)
     resolved = s[:rank] > floor
     kept = np.where(resolved, vectors[:, :rank], 0.0), np.where(resolved, s[:rank], 0.0)
@@ -169,6 +176,8 @@ def _orthonormal(values, basis):
     Rows of values near the floor lean on each other by the Gram matrix' rounding; B = L B' with L L.T = B B.T takes
     that out (one round of CholeskyQR), and c B = (c L) B'. Rows of zeros stay.
     """
+    if not len(basis):
+        return values, basis
     parts = [basis[:, j : j + orth.PIECE] for j in range(0, basis.shape[1], orth.PIECE)]
     lower = orth.one_round(basis, sum(np.asarray(part, np.float64) @ part.T for part in parts))
     largest = np.zeros(len(basis))
@@ -182,7 +191,7 @@ def _orthonormal(values, basis):
 
 def _figures(stats, left, rank):
     """What the manifest says of the layer; as `fit_layer` finds it from the whole stack."""
-    centred = stats.centred()
+    centred = _centred(stats)
     total = float(np.trace(centred))
     return {**subspace.error_figures(left, np.square(stats.norms()), total), **heldout.of_one_model(centred, rank)}
 

@@ -61,7 +61,7 @@ class Config:
     mismatched: str = "fail"  # layers that do not fit: fail, copy (the first model's), crop (to common rows, else copy)
     rank: int = 0  # of merged low-rank updates, at most; 0: that of all models together
     energy: float = 0.0  # share of a merged low-rank update that its rank must hold; 0: all
-    peft_layout: str = "portable"  # of merged PEFT adapters: portable (for servers too), or exact
+    peft_layout: str = ""  # of merged PEFT adapters: portable (for servers too), or exact (by default of saved modules)
     seed: int = 0  # of methods that draw
     force: bool = False  # merge models that do not share a start
     dry_run: bool = False  # read the models once and say whether merging them can work; writes nothing
@@ -161,7 +161,8 @@ def validate(config):
     options = zoo.parse_options(module.Options, config.options, f"method {config.method}")
     merge_options.require(module, options)
     errors.require_known("mismatched", config.mismatched, merge_layers.POLICIES)
-    errors.require_known("peft_layout", config.peft_layout, LAYOUTS)
+    if config.peft_layout:
+        errors.require_known("peft_layout", config.peft_layout, LAYOUTS)
     if config.rank < 0 or not 0 <= config.energy <= 1 or config.max_host_bytes < 0:
         raise errors.ConfigError(
             f"rank={config.rank}, energy={config.energy}, max_host_bytes={config.max_host_bytes}: a rank of 0 or more, "
@@ -267,7 +268,7 @@ def _require_fit(found, sources, config, module):
             )
     template = sources.opened.models[found.template]
     missing = [layer.name for layer in found.layers if layer.is_lora and layer.name not in template.adapters]
-    if missing and not (template.format == "peft" and config.peft_layout == "portable"):
+    if missing and not (template.format == "peft" and config.peft_layout != "exact"):
         raise errors.ConfigError(
             f"layer {errors.quote(missing[0])}: no single adapter has all updates, and this format needs one that has; "
             "--peft_layout=portable can, or leave it out with --exclude_layers"
@@ -366,6 +367,7 @@ def _record(records, found, sources, config, options, kin, identity):
             *kin.said,
             *(said for one in records for said in one.get("solved_again", ())),
             *merge_words.notes(records, config.method, sources.weights, has_statistics=bool(sources.statistics)),
+            *merge_words.beside(opened.models[found.template], found.layers, config.peft_layout),
         ],
         "kinship": kin.figures,
         "quarantined": [dict(q) for q in opened.quarantined],

@@ -124,7 +124,7 @@ def open_statistics(folder, opened, allow_roots=()):
 
 
 def weights_of(texts, opened):
-    """(N,) float64 from texts "0.3" (in the order of the ids), "id=0.3" or "path=0.3"; None without any.
+    """(N,) float64 from texts "0.3" or "0.3,0.7" (in the order of the ids), "id=0.3" or "path=0.3"; None without any.
 
     Raises:
         ConfigError: not one for every model, no number, or an id that is no model's.
@@ -132,6 +132,7 @@ def weights_of(texts, opened):
     if not texts:
         return None
     ids, named = [ref.id for ref in opened.refs], {}
+    texts = [part for text in texts for part in ([text] if "=" in text else text.split(","))]
     places = {os.path.abspath(ref.path): ref.id for ref in opened.refs}
     for position, text in enumerate(texts):
         name, is_named, value = text.rpartition("=")

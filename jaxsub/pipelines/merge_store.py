@@ -68,6 +68,17 @@ def _writing(path):
         raise _files.failed(path, error) from error
 
 
+def layout_of(model, layers, wanted):
+    """The layout in which a merged model is written: `wanted`, or where that is empty portable for PEFT adapters.
+
+    Exact where they have full values, such as saved heads and biases, which programs load from that layout alone.
+    """
+    if wanted or model.format != "peft":
+        return wanted or "portable"
+    is_whole = all(layer.name in model.adapters for layer in layers if layer.is_lora)
+    return "exact" if model.tensors and is_whole and peft.can_rewrite(model) else "portable"
+
+
 def open_store(folder, template, layers, of, layout):
     """The store of a run: `Framed` where the template's format can be filled in place, else `Parts`.
 
@@ -76,7 +87,7 @@ def open_store(folder, template, layers, of, layout):
         template: Model whose files are written again.
         layers: merge_layers.Layers.
         of: of what the layers are, see `Journal`.
-        layout: of PEFT adapters, "portable" or "exact".
+        layout: of PEFT adapters, "portable" or "exact"; empty: see `layout_of`.
 
     Raises:
         ConfigError: models of this format cannot be written.
@@ -89,7 +100,7 @@ def open_store(folder, template, layers, of, layout):
         frames = formats.frames(template, place)
         if frames is not None:
             return Framed(place, template, layers, journal, frames)
-    return Parts(folder, template, journal, layout)
+    return Parts(folder, template, journal, layout_of(template, layers, layout))
 
 
 class Framed:

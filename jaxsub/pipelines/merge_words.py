@@ -3,8 +3,20 @@
 import textwrap
 
 from jaxsub import errors, lineup, plugins
-from jaxsub.pipelines import plan
+from jaxsub.pipelines import merge_store, plan
 from jaxsub.report import words
+
+
+def beside(template, layers, wanted):
+    """What to know of an adapter's full values, where programs do not load them from the layout it is written in."""
+    if not template.format == "peft" or not template.tensors:
+        return
+    if merge_store.layout_of(template, layers, wanted) == "portable":
+        names = lineup.listed([*template.tensors], 3)
+        yield (
+            f"{len(template.tensors)} tensors are no updates (saved modules, biases), and lie beside them in "
+            f"other_tensors.safetensors, which programs do not load: {names}"
+        )
 
 
 def notes(records, method, weights=None, *, has_statistics=False):

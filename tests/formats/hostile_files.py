@@ -156,7 +156,7 @@ for name, fields, words in (
     ("fan_text", {"fan_in_fan_out": "no"}, "true or false"),
     ("targets_number", {"target_modules": 3}, "neither a text nor a list"),
     ("targets_nested", {"target_modules": [["q"]]}, "neither a text nor a list"),
-    ("targets_absent", {"target_modules": ["q", "\x1b[31m\u202e"]}, "no factors for it"),
+    ("targets_absent", {"target_modules": ["k", "\x1b[31m\u202e"]}, "no factors for it"),
     ("pattern_list", {"rank_pattern": [1]}, "table was expected"),
     ("pattern_bad", {"rank_pattern": {"(": 3}}, "no regular expression"),
     ("pattern_controls", {"rank_pattern": {"[\x1b\u202e-\x00]": 3}}, "no regular expression"),

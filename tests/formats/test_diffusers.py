@@ -114,7 +114,7 @@ def test_warnings(tmp_path):
         ("r", 3), ("r", "2"), ("r", True), ("r", 0), ("r", ...), ("lora_alpha", ...), ("lora_alpha", "6"),
         ("lora_alpha", None), ("use_dora", True), ("lora_bias", True), ("peft_type", "LOHA"), ("rank_pattern", [1]),
         ("alpha_pattern", {"to_q": "x"}), ("rank_pattern", {"(a+)+": 2}), ("use_rslora", "yes"),
-        ("init_lora_weights", "pissa"), ("target_modules", ["to_q", "to_v", "to_k"]),
+        ("init_lora_weights", "pissa"), ("target_modules", ["x", "y"]),
     ],
 )  # fmt: skip
 def test_metadata_faults_name_component_and_field(tmp_path, field, value):

@@ -141,7 +141,7 @@ def test_adapter_name_left_in_the_key_and_saved_modules(tmp_path):
         ("r", 3), ("r", "2"), ("r", True), ("r", 2.0), ("r", 0), ("r", ...), ("r", 10**9),
         ("lora_alpha", ...), ("lora_alpha", "6"), ("lora_alpha", None), ("lora_alpha", False),
         ("use_rslora", "yes"), ("fan_in_fan_out", 1), ("rank_pattern", [1]), ("alpha_pattern", "q"),
-        ("target_modules", {"q": 1}), ("target_modules", ["q", "v", "k"]), ("target_modules", [1]),
+        ("target_modules", {"q": 1}), ("target_modules", ["x", "y"]), ("target_modules", [1]),
         ("peft_type", "LOHA"), ("peft_type", "ADALORA"), ("peft_type", "VERA"), ("peft_type", ...), ("peft_type", 1),
         ("use_dora", True), ("lora_bias", True), ("use_qalora", True), ("use_bdlora", {"a": 1}),
         ("alora_invocation_tokens", [1]), ("kasa_config", {"a": 1}), ("arrow_config", {"a": 1}),
@@ -212,6 +212,9 @@ def test_warnings(tmp_path):
     assert "use_new_thing" in warning
     (warning,) = formats.open_model(save(tmp_path / "d", tensors(["q", "v", "k"]))).warnings
     assert "target_modules" in warning and "k" in warning
+    several = save(tmp_path / "e", target_modules=["q", "v", "qkv_proj"])  # one list for several architectures
+    (warning,) = formats.open_model(several).warnings
+    assert "target_modules lists qkv_proj" in warning
 
 
 def test_zero_is_looked_for_in_all_of_a_large_factor(tmp_path):

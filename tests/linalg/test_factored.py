@@ -213,3 +213,13 @@ def test_impossible_options_are_refused(change, words):
         factored.hosvd(options.pop("a"), options.pop("b"), options.pop("scales"), **options)
     with pytest.raises(errors.ConfigError, match="in or out"):
         factored.mode_gram(a, b, scales, side="left")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_by_error_are_those_of_the_updates_turned(seed):
+    """A short side, which can seldom spare a direction, takes what the long one leaves, whichever it is."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((6, 4, 64)).astype("f4"), rng.standard_normal((6, 4, 4)).astype("f4")
+    found = factored.hosvd(a, b, np.ones(6), error=0.4)
+    turned = factored.hosvd(b.transpose(0, 2, 1), a.transpose(0, 2, 1), np.ones(6), error=0.4)
+    assert [len(f) for f in found.factors] == [len(f) for f in turned.factors][::-1]

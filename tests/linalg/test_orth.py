@@ -188,3 +188,10 @@ def test_one_compilation_a_shape():
     for seed in range(3):
         orth.cholesky_qr2(jnp.asarray(np.random.default_rng(seed).standard_normal((77, 3)), jnp.float32))
     assert orth.cholesky_qr2._cache_size() == before + 1
+
+
+def test_sums_of_many_float32_products_are_kept_in_float64(rows=200_000):
+    x = np.random.default_rng(0).standard_normal((rows, 40)).astype("f4")
+    found = np.asarray(orth.gram(x, dtype="float32"))
+    exact = x.astype(float).T @ x
+    assert found.dtype == "float64" and np.linalg.norm(found - exact) < 1e-7 * np.linalg.norm(exact)

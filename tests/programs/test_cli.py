@@ -274,3 +274,22 @@ def test_calibration_of_projections_has_a_short_flag():
         flags.Flags("jaxsub project", project.Config, ["jaxsub project", "--calibrate=digits"]).freeze().calibrate
         == "digits"
     )
+
+
+def test_paths_are_taken_as_they_are_meant(monkeypatch):
+    """A slash at the end is no other collection; shells leave a ~ behind = as it is."""
+    from jaxsub.pipelines import merge
+
+    monkeypatch.setenv("HOME", "/home/ann")
+    given = [
+        "--collection=models/",
+        "--collection=~/more//b",
+        "--base=./base/",
+        "--out=~",
+        "--weights=.5,2",
+        "--weights=1",
+    ]
+    found = flags.Flags("merge", merge.Config, ["merge", *given, "--workdir=out/"])
+    config = found.freeze()
+    assert config.collection == ("models", "/home/ann/more/b") and config.base == "base" and config.out == "/home/ann"
+    assert found.workdir == "out"

@@ -164,10 +164,10 @@ def test_models_that_are_equal_in_a_layer_are_their_mean(tmp_path):
     rng = np.random.default_rng(0)
     frozen = rng.standard_normal((7, 6)).astype(np.float32)
     for n in range(6):
-        tensors = {"frozen": frozen, "w": rng.standard_normal((5, 4)).astype(np.float32)}
+        tensors = {"frozen": frozen, "few": frozen[0, :3], "w": rng.standard_normal((5, 4)).astype(np.float32)}
         safetensors.write(str(tmp_path / f"m{n}.safetensors"), tensors)
     bundle = jaxsub.fit(str(tmp_path), rank=2)
-    assert {one.name: one.subspace.rank for one in bundle.layers} == {"frozen": 0, "w": 2}
+    assert {one.name: one.subspace.rank for one in bundle.layers} == {"few": 0, "frozen": 0, "w": 2}
     again = bundle.reconstruct(bundle.coefficients())["frozen"]
     np.testing.assert_array_equal(again, np.broadcast_to(frozen, (6, 7, 6)))
 

@@ -130,3 +130,17 @@ def test_it_stays_within_the_memory_that_is_allowed(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) <= allowed
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, {"energy": 0.9}], ids=str)
+@pytest.mark.parametrize("value", ["random", "ones", "zeros"])
+def test_models_that_are_equal_are_their_mean_alone(tmp_path, streamed, options, value):
+    weight = {"random": np.random.default_rng(0).standard_normal((90, 70)), "ones": np.ones((90, 70))}
+    weight = weight.get(value, np.zeros((90, 70))).astype(np.float32)
+    for n in range(7):
+        safetensors.write(tmp_path / f"m{n}.safetensors", {"w": weight})
+    streamed()
+    (layer,) = jaxsub.fit(str(tmp_path), **options).layers
+    assert layer.is_constant and layer.subspace.rank == 0 and layer.values.shape == (7, 0)
+    np.testing.assert_allclose(np.asarray(layer.subspace.reconstruct(layer.values))[3], weight, rtol=1e-6)
+    assert layer.figures["energy_kept"] == 1 and layer.figures["error_max"] < 1e-6

@@ -584,6 +584,51 @@ def test_adapters_of_mixed_ranks(tmp_path, method, layout):
         assert not peft.served_problems(str(tmp_path / "out"))
 
 
+def with_heads(folder, task="SEQ_CLS"):
+    """Adapters with a saved head; the heads, (N, 2, 7)."""
+    adapters(folder, missing=False)
+    heads = np.random.default_rng(8).standard_normal((3, 2, 7)).astype("f4")
+    for n, head in enumerate(heads):
+        place = folder / "models" / f"a{n}"
+        tensors, config = safetensors.read(place / "adapter_model.safetensors"), place / "adapter_config.json"
+        safetensors.write(place / "adapter_model.safetensors", tensors | {"base_model.model.head.weight": head})
+        fields = {"modules_to_save": ["head"], "task_type": task}
+        config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    return heads
+
+
+def test_saved_heads_are_merged_where_programs_load_them(tmp_path):
+    heads = with_heads(tmp_path)
+    found = run(tmp_path, "mean")
+    merged = safetensors.read(tmp_path / "out" / "adapter_model.safetensors")
+    np.testing.assert_allclose(merged["base_model.model.head.weight"], heads.mean(axis=0), rtol=1e-5)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["head"] and config["task_type"] == "SEQ_CLS" and found["said"] == []
+
+
+def test_heads_that_the_portable_layout_leaves_out_are_said(tmp_path):
+    """Of a task with a head PEFT would look for it in the adapter's own file, and fail."""
+    with_heads(tmp_path)
+    found = run(tmp_path, "mean", peft_layout="portable")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] is None and "head.weight" in found["said"][0]
+    assert (tmp_path / "out" / "other_tensors.safetensors").exists()
+
+
+@pytest.mark.parametrize("layout", ["portable", "exact"])
+def test_updates_that_vanish_have_one_direction_of_zeros(tmp_path, layout):
+    """No program opens an adapter of rank 0."""
+    adapters(tmp_path, missing=False)
+    for n in range(3):
+        place = tmp_path / "models" / f"a{n}" / "adapter_model.safetensors"
+        tensors = safetensors.read(place)
+        zero = {k: v * 0 if "m.v.lora_B" in k else v for k, v in tensors.items()}
+        safetensors.write(place, zero)
+    run(tmp_path, "mean", peft_layout=layout)
+    model = formats.open_model(str(tmp_path / "out"))
+    assert min(pair.rank for pair in model.adapters.values()) >= 1 and not updates(tmp_path / "out")["m.v"].any()
+
+
 def test_the_rank_of_a_merged_adapter(tmp_path):
     x = adapters(tmp_path, missing=False)
     found = run(tmp_path, "mean", rank=3, peft_layout="exact")
