@@ -220,11 +220,3 @@ def test_few_combinations_are_made_side_by_side(count, programs, monkeypatch):
     want = weights.astype(np.float64) @ (x - x.astype(np.float64).mean(0))
     assert sum(ran) == programs
     assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()  # of a mean a hundred times as large
-
-
-def test_a_gram_matrix_is_symmetric_to_the_last_bit():
-    """Eigensolvers read one half; products of a piece with itself round both halves apart."""
-    x = np.random.default_rng(0).standard_normal((150, 3000)).astype("f4")
-    with jax.enable_x64(True):
-        sums, _ = gram.dense_gram(x, np.zeros((0, 150), "f4"), mesh=placement.make_mesh(1), dtype="float32")
-    np.testing.assert_array_equal(sums.gram, np.asarray(sums.gram).T)
