@@ -1,5 +1,7 @@
 """`jaxsub PROGRAM [flags]`: finds the program, imports only it, and turns errors into one message and an exit code."""
 
+import os
+import signal
 import sys
 
 PROGRAMS = {
@@ -36,9 +38,17 @@ def entry(argv=None):
             f"jaxsub: no program {errors.quote(name)!r}{errors.nearest(name, PROGRAMS)}; see jaxsub --help\n"
         )
         sys.exit(2)
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the program's own handlers are there
+        signal.signal(number, _too_early)
     from jaxsub.cli import _run
 
     _run.program(name, argv[1:])
+
+
+def _too_early(number, _):
+    sys.stderr.write("jaxsub: stopped before it began\n")
+    sys.stderr.flush()
+    os._exit(128 + number)
 
 
 def _overview():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import logging as stdlib_logging
 import os
@@ -49,8 +50,8 @@ def program(name, argv):
         module.main(parsed)
         sys.stdout.flush()  # here, where a reader who has gone is met below; absl's app ends by SystemExit
 
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, functools.partial(_stop, f"jaxsub {name}: {{}}; {_again(module)}\n"))
     _listen(name)
     try:
         app.run(main, argv=argv, flags_parser=parse)
@@ -103,10 +104,18 @@ def keep_compiled_kernels():
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-def _stop(number, _):
+def _stop(said, number, frame):
     # The second signal ends the process at once, even inside a device call.
     signal.signal(number, signal.SIG_DFL)
-    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    is_term = number == signal.SIGTERM
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            # Modules take an exception while they are imported for a library that is missing, and go on without it.
+            sys.stderr.write(said.format("terminated" if is_term else "interrupted"))
+            sys.stderr.flush()
+            os._exit(143 if is_term else 130)
+        frame = frame.f_back
+    raise _Terminated if is_term else KeyboardInterrupt
 
 
 def _listen(name):

@@ -240,6 +240,29 @@ def test_signals_end_with_a_message_after_cleaning_up(number, status):
     assert err.count("\n") == 1 and "nothing of it is kept" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("jaxsub.cli._run", "stopped before it began"), ("swallows", "inspect: interrupted; nothing")]
+)
+def test_an_interruption_while_modules_are_imported_ends_the_program(tmp_path, name, said):
+    """Some modules take any exception in their import for a missing library, and go on without it."""
+    (tmp_path / "swallows.py").write_text("try:\n    import other\nexcept BaseException:\n    pass\n")
+    (tmp_path / "other.py").write_text("")
+    code = (
+        "import os, signal, sys\nfrom jaxsub import cli\n"
+        "class Finder:\n    def find_spec(self, name, *_):\n"
+        f"        if name == {name.replace('swallows', 'other')!r}:\n            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        + (
+            "import jaxsub.pipelines.inspect as i\ni.run = lambda *_, **__: __import__('swallows')\n"
+            * (name == "swallows")
+        )
+        + "cli.entry(['jaxsub', 'inspect'])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 130 and said in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # Python writes at the end, or at once
 def test_reader_of_the_output_may_leave(models, unbuffered):
     read, write = os.pipe()
