@@ -5,6 +5,9 @@ gain  1 - LOO(k), what k components of the other models explain of an unseen one
 beats the null: gain exceeds the null's mean gain by max(.02, 4 sd over draws), and every draw's gain, for every null
 that decides
 
+Lineages also count where their means hold more of the energy than those of unrelated models in the same groups, by
+max(.02, 4 sd) as well: of more families than k no component of the others is an unseen model's own.
+
 Nominal rate at which a layer of noise is called shared or lineage: at most .0006, the chance of Student's t with 19
 degrees of freedom to pass 4 sd of 20 draws (none where the sd is so small that .02 decides); at most 1 in 201 where a
 few entries carry a model, and its entries are permuted 200 times. `tests/test_false_findings.py` counts them.

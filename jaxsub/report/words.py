@@ -108,7 +108,10 @@ GLOSSARY = [
         "Share of the centred energy that lies in the lineage means. Near 100 %: the leading directions are the "
         "parents.",
     ),
-    ("LOO(k) within lineages", "The same error after each model's lineage mean has been subtracted."),
+    (
+        "LOO(k) within lineages",
+        "The same error after each model's lineage mean has been subtracted; models in no lineage are one more group.",
+    ),
     (
         "LOO(k), lineage left out",
         "The whole lineage of a model is left out, not the model alone: does the subspace reach a new family?",

@@ -110,7 +110,9 @@ def test_weights_go_by_order_by_id_or_by_path(tmp_path):
     models, _ = collection(tmp_path)
     wanted = twins.mean(stack(models, "a.weight"), [1, 2, 3])
     path = str(tmp_path / "models" / "m0.safetensors")
-    for number, given in enumerate([("1", "2", "3"), ("m2=3", "m0=1", "m1=2"), (f"{path}=1", "m1=2", "m2=3")]):
+    for number, given in enumerate(
+        [("1", "2", "3"), ("m2=3", "m0=1", "m1=2"), (f"{path}=1", "m1=2", "m2=3"), ("1,2", "3")]
+    ):
         out = tmp_path / f"out{number}"
         found = run(tmp_path, "weighted", weights=given, out=str(out))
         assert found["weights"] == [1, 2, 3]
