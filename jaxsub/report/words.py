@@ -228,7 +228,7 @@ def columns(names, limit):
         end = os.path.commonprefix([name[start:][::-1] for name in whole])
         end = max(end.rfind("."), end.rfind("/")) + 1
         short = [".." * (start > 3) + name[start if start > 3 else 0 : len(name) - end] for name in whole]
-    short = distinct(short, limit)
+    short = [shown.rstrip() for shown in distinct(short, limit)]  # blanks at an end are not seen in a column
     alike, numbers = _alike(whole, short), {}
     for name, shown in zip(whole, short, strict=True):
         if len(alike[shown]) > 1:

@@ -7,7 +7,7 @@ import pytest
 
 import jaxsub
 from jaxsub import config as configs, errors
-from jaxsub.pipelines import fit, fit_layer, fit_plan, plan
+from jaxsub.pipelines import fit, fit_layer, fit_plan, fit_streamed, layers, plan
 from tests.programs import worlds
 
 
@@ -28,6 +28,26 @@ def test_the_device_holds_copies_of_the_stack_and_the_host_what_was_read_too(fol
         stack = found.bytes_read  # float32, as stored
         assert found.device_bytes >= 2 * stack and found.host_bytes == found.device_bytes  # the stack is used in place
     assert plan.device_peak(plans(folder)) == max(p.device_bytes for p in plans(folder))
+
+
+def test_tucker_fits_hold_what_their_ranks_ask_for_and_sweeps_more(tmp_path):
+    """What the default suite can hold of the plan; test_fit_memory.py measures it."""
+    folder = str(worlds.write(tmp_path / "m", {"w": worlds.noise(8, (64, 48, 3, 3))}))
+    stack = 8 * 64 * 48 * 9 * 4
+    (half,), (most,) = (plans(folder, decomposition="sthosvd", energy=e) for e in (0.5, 0.9))
+    # Two of four axes share the error: three quarters of each for half of the energy, 19 of 20 for .9 of it.
+    assert most.device_bytes - half.device_bytes == pytest.approx(stack * (0.95**2 - 0.75**2), rel=0.05)
+    ranks = {"rank": 3, "decomposition": "hosvd"}
+    (once,), (swept,) = plans(folder, **ranks), plans(folder, **(ranks | {"decomposition": "hooi"}))
+    # The stack without its longest axis, 3 x 3 x 3 of 48 x 3 x 3 kept on the others.
+    assert swept.device_bytes - once.device_bytes == pytest.approx(stack * 3 / 48, rel=0.01)
+
+
+@pytest.mark.parametrize("host", [2**30, 2**31])
+def test_a_streamed_block_is_a_twelfth_of_what_is_allowed_beyond_kernels(host):
+    config = configs.freeze(fit.Config, {"max_host_bytes": host})
+    wanted = min((host - fit_streamed.KERNELS) // 12, layers.Options().block_bytes)
+    assert fit_streamed.block_bytes(config) == wanted
 
 
 def test_a_bound_on_device_memory_refuses_the_worst_layer_by_name_before_reading(folder, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import time
+import types
 
 import jax
 import numpy as np
@@ -316,3 +317,11 @@ def test_the_peak_is_that_of_this_process():
     del held  # a peak stays
     kib = int(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
     assert peak > 2**27 and kib * 1024 == pytest.approx(peak, rel=0.02)
+
+
+def test_blocks_are_sketched_beside_the_next_on_one_device_and_of_many_models_alone():
+    def beside(count, devices):
+        plan = types.SimpleNamespace(dtype="float32", storage="float32", num_models=count)
+        return layers.sketches_beside(plan, types.SimpleNamespace(size=devices))
+
+    assert beside(256, 1) and not beside(256, 2) and not beside(8, 1)

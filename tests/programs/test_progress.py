@@ -70,3 +70,14 @@ def test_silence_without_a_stream(clock):
     with progress.Progress(5, 1) as bar:
         bar.layer("a", 5)
     assert bar.done == 5 and bar.bar is None
+
+
+def test_another_pass_adds_its_layers_and_bytes(clock):
+    stream = io.StringIO()
+    with progress.Progress(2 * GB, 1, stream=stream) as bar:
+        clock[0] += 1
+        bar.layer("first", 2 * GB)
+        bar.more(6 * GB, 1)
+        clock[0] += 1
+        bar.layer("again", 6 * GB)
+    assert stream.getvalue().splitlines()[1].startswith("[2/2] again  7.5 GiB of 7.5 GiB")

@@ -145,3 +145,4 @@ def test_columns_of_names_tell_every_two_apart(limit):
         found = words.columns(names, limit)
         assert len({*found}) == len({*names}) and {len(one) for one in found} == {limit}
     assert words.columns(llama, limit)[0].strip() == "..0.self_attn.q_proj"
+    assert words.columns(["a", "a ", "b"], 8) == ["a~1     ", "a~2     ", "b       "]  # blanks at an end are not seen
