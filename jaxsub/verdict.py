@@ -95,7 +95,7 @@ class Families:
     number: int = 0
     hold_all: bool = False  # a single one holds every model
     energy: float | None = None  # share of the centred energy in their means
-    chance: float = 0.0  # what means of as many unrelated models of the same norms give
+    chance: float | None = None  # what means of as many unrelated models of the same norms give
     sd: float = 0.0
     outside: int = 0  # models that are in none
 

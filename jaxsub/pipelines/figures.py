@@ -108,12 +108,13 @@ class _Layer:
         if held_within and within is not None:
             k_within = verdict.deciding_rank(min(n, len(within)))
             inner = verdict.gain(held_within, nulls, k_within, "held_out_within") if k_within else None
+        families = self._families()
         word, why = verdict.decide(
             num_models=n,
             num_features=self.num_features,
             saturated=saturated,
             constant=self.constant,
-            families=self._families(),
+            families=families,
             overall=overall,
             within=inner,
             mean=self.mean,
@@ -142,7 +143,8 @@ class _Layer:
             "held_out": held_out,
             "held_out_within": held_within,
             "held_out_lineage": self._lineage_curve() if grouped else None,
-            "lineage_energy": lineage.group_energy(self.gram, self.lineages) if self.lineages else None,
+            "lineage_energy": families.energy,
+            "lineage_energy_chance": families.chance,
             "lineages": len(self.lineages),
             "modes": [_mode(m) for m in stats.modes],
             "effective_rank": spectrum.effective_ranks(self.values),
@@ -161,7 +163,7 @@ class _Layer:
         }
 
     def _families(self):
-        if not self.lineages or self.constant:
+        if not self.lineages or self.constant or self.num_models < 3:
             return verdict.Families(len(self.lineages), self.one_lineage)
         outside = self.num_models - sum(map(len, self.lineages))
         energy = lineage.group_energy(self.gram, self.lineages)

@@ -23,6 +23,7 @@ _LAYER = {
     "held_out_within": {},
     "held_out_lineage": {},
     "lineage_energy": None,
+    "lineage_energy_chance": None,
     "modes": [],
     "effective_rank": {},
     "mp_count": None,

@@ -143,6 +143,7 @@ def _other_figures(layer):
         ("the same, unrelated models (chance)", words.percent(layer["mean_energy_chance"])),
         (f"the same, {shorten(null_name, 24)} null", words.percent(null["mean_energy"])),
         ("energy in the lineage means", words.percent(layer["lineage_energy"])),
+        ("the same of unrelated models", words.percent(layer["lineage_energy_chance"])),
         ("components above the Marchenko-Pastur edge", words.count(layer["mp_count"])),
         ("floor of the singular values", words.amount(layer["floor"])),
         ("stored as", layer["storage_dtype"] or "-"),

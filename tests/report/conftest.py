@@ -43,6 +43,7 @@ def make_layer(name="fc1/kernel", num_models=40, verdict="lineage+shared", slope
         "mean_energy_chance": 1 / num_models,
         "floor": 1e-6,
         "lineage_energy": None,
+        "lineage_energy_chance": None,
         "held_out_within": None,
         "held_out_lineage": None,
         "modes": [],
@@ -64,6 +65,7 @@ def make_layer(name="fc1/kernel", num_models=40, verdict="lineage+shared", slope
     mode |= {"rank_at": layer["rank_at"], "energy_at": layer["energy_at"]}
     return layer | {
         "lineage_energy": 0.71,
+        "lineage_energy_chance": 0.03,
         "held_out_within": {k: min(1.0, v + 0.2) for k, v in layer["held_out"].items()},
         "held_out_lineage": dict.fromkeys(layer["held_out"], 1.01),
         "modes": [mode, mode | {"axis": 1, "size": 32}],
