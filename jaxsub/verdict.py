@@ -147,6 +147,8 @@ def decide(
         return ("lineage+shared" if within.beats else "lineage"), f"{facts}; {where} {_facts(within, k_within)}"
     if overall.beats:
         under = "all models keep a common start" if families.hold_all else "models keep no common start"
+        if families.hold_all and mean is not None and mean <= MEAN_FACTOR / num_models:
+            under = f"{under}, which other layers show: here the mean holds {mean:.1%} of the energy"
         if same_a and not families.hold_all:
             under = (
                 f"{same_a} adapters keep the start of another's A factor, which alone makes updates share directions"

@@ -79,6 +79,12 @@ def test_each_rank_is_said_with_its_own_figure():
     assert "within the 2 lineages 8 components of the others explain 3.0%" in why
 
 
+def test_a_start_that_only_other_layers_show_is_said_so():
+    start = {"families": verdict.Families(1, True)}
+    assert "which other layers show: here the mean holds 3.0%" in verdict.decide(**(BASE | start))[1]
+    assert verdict.decide(**(BASE | start | {"mean": 0.3}))[1].endswith("all models keep a common start")
+
+
 def test_a_shared_start_of_adapters_is_said_with_the_claim():
     _, why = verdict.decide(**(BASE | {"same_a": 20}))
     assert "20 adapters keep the start of another's A factor" in why and "no common start" not in why

@@ -105,8 +105,8 @@ GLOSSARY = [
     ),
     (
         "lineage energy",
-        "Share of the centred energy that lies in the lineage means. Near 100 %: the leading directions are the "
-        "parents.",
+        "Share of the centred energy that lies in the lineage means; beside it what means of unrelated models of these "
+        "norms hold. Near 100 %: the leading directions are the parents.",
     ),
     (
         "LOO(k) within lineages",
