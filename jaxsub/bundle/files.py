@@ -115,9 +115,15 @@ def _manifest_of(bundle, known):
 def load(path):
     """The Bundle in a folder; its files are hashed, or if they are more than `HASHED` bytes, their sizes are checked.
 
+    Args:
+        path: of the bundle, or of the workdir that `jaxsub fit` wrote it in.
+
     Raises:
         InputError: no bundle, or a damaged one; names the file.
     """
+    inner = os.path.join(path, "bundle")
+    if not os.path.lexists(os.path.join(path, MANIFEST)) and os.path.lexists(os.path.join(inner, MANIFEST)):
+        path = inner
     manifest = _manifest(path)
     total = sum(wanted["bytes"] for wanted in manifest["files"].values())
     for name, wanted in manifest["files"].items():

@@ -324,6 +324,14 @@ def test_forged_halves_are_refused_before_they_are_multiplied(tmp_path):
         jaxsub.load(forged(tmp_path / "a", tmp_path / "b", put))
 
 
+def test_the_workdir_of_a_fit_stands_for_its_bundle(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "work" / "bundle")
+    found, wanted = jaxsub.load(tmp_path / "work"), jaxsub.load(saved)
+    np.testing.assert_array_equal(found.layers[0].values, wanted.layers[0].values)
+    with pytest.raises(errors.InputError, match="manifest.json"):
+        jaxsub.load(tmp_path)
+
+
 def test_a_folder_that_exists_is_not_touched(saved, folder):
     before = files._manifest(saved)
     with pytest.raises(errors.WorkdirError, match="exists already"):
