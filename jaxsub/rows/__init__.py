@@ -194,7 +194,8 @@ class Rows:
                 sums, _ = grams.dense_gram(block.x, nothing, mesh=mesh, dtype=dtype)
                 sums = jax.device_get(sums)
                 total += sums.gram + sums.cross[:, None] + sums.cross + sums.mean_square
-                is_zero &= np.asarray(_are_zero(block.x))
+                for n in np.flatnonzero(is_zero):
+                    is_zero[n] = not block.x[n].any()
         total[is_zero], total[:, is_zero] = 0.0, 0.0  # what products of centred rows leave there is rounding
         return total
 
@@ -288,11 +289,6 @@ class ArrayRows(Rows):
 
     def _put_piece(self, start, part):
         return part if self.base is None else part + self.base[start : start + len(part)]
-
-
-@jax.jit
-def _are_zero(x):
-    return jnp.logical_not(jnp.any(x != 0, axis=1))
 
 
 def block_width(size, num_models, itemsize):
