@@ -11,12 +11,11 @@ import numpy as np
 
 from jaxsub import heldout, hostmemory, lineage, plugins, precision, spectrum, verdict
 from jaxsub.nulls import _observed
-from jaxsub.report import words
+from jaxsub.pipelines import remarks
 
 HELD_OUT = (1, 2, 4, 8, 16, 32)
 STABILITY = (1, 2, 4, 8, 16)
 KEPT_VALUES = 512  # singular values written to the report
-HALF = 0.5  # of the centred energy in one model, over which the others hardly count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +157,8 @@ class _Layer:
             "compute_dtype": stats.dtype,
             "verdict": word,
             "why": why,
-            "flags": self._flags(saturated, above, nulls, held_out, k),
-            "warnings": self._warnings(nulls),
+            "flags": remarks.flags(self, saturated, above, nulls, held_out, k),
+            "warnings": remarks.warnings(self, nulls),
         }
 
     def _families(self):
@@ -332,65 +331,6 @@ class _Layer:
         for runner in [self.cores.submit(run) for _ in range(threads(self.num_models))]:
             runner.result()
         return [results[i] for i in range(len(results))]
-
-    def _flags(self, saturated, above, nulls, held_out, k):
-        flags = []
-        cap = min(self.num_models - 1, self.num_features)
-        if self.constant:
-            flags.append("identical")
-        if saturated:
-            flags.append("saturated")
-        if not self.constant and len(above) < cap:
-            flags.append("rank_deficient")
-        if self.one_lineage:
-            flags.append("one_lineage")
-        if self.stats.is_heavy():
-            flags.append("heavy_tails")
-        if self._largest()[1] > HALF:
-            flags.append("one_model")
-        shuffle = nulls.get("shuffle")
-        if k and shuffle and held_out.get(str(k)) is not None:
-            key = str(k)
-            hardest = verdict.Gain(1 - held_out[key], 1 - shuffle["held_out"][key], shuffle["held_out_sd"][key], "")
-            overall = verdict.gain(held_out, nulls, k)
-            if overall and overall.beats and not hardest.beats:
-                flags.append("coordinate_spread")
-        return flags
-
-    def _largest(self):
-        """(model that holds most of the centred energy, its share beyond that of the others' mean)."""
-        if self.constant or self.num_models < 4:
-            return 0, 0.0
-        first = int(np.diag(self.gram).argmax())
-        return first, float(self.gram[first, first]) / self.total
-
-    def _warnings(self, nulls):
-        found = []
-        first, share = self._largest()
-        if share > HALF:
-            found.append(
-                f"{self.stats.model_ids[first]!r} holds {share:.0%} of the energy about the mean: figures are of it "
-                "more than of the others; analyse them without it"
-            )
-        fewest = min((null["draws"] for null in nulls.values()), default=verdict.FEWEST_DRAWS)
-        if fewest < verdict.FEWEST_DRAWS:
-            found.append(f"nulls have {fewest} draws: no verdict should rest on a standard deviation of so few")
-        zero = self.stats.zero()
-        small = "too small beside the others to be told from rounding"
-        for what, which in (("zero in this layer", zero), (small, self.stats.lost() & ~zero)):
-            if which.any() and not zero.all():
-                first = self.stats.model_ids[int(which.argmax())]
-                found.append(f"{words.plural(which.sum(), 'model')} {what}, {first!r} among them")
-        spread = nulls.get("permutation", {}).get("spread", 1.0)
-        if spread > 1:
-            found.append(
-                f"few entries carry much of a model: null draws were taken to vary {spread:.2g} times as much as drawn"
-            )
-        if self.stats.storage == "float64":
-            found.append("weights are float64; all products were made in float64")
-        if self.stats.exponent and not self.constant:
-            found.append(f"weights were scaled by 2**{-self.stats.exponent} before any product; figures are unscaled")
-        return found
 
 
 def _mode(mode):

@@ -37,7 +37,6 @@ from jaxsub.report import _write
 from jaxsub.rows import lora
 
 SCHEMA, RECORD, PART = "jaxsub.merge/1", "merge.json", ".part"
-LAYOUTS = ("portable", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +160,7 @@ def validate(config):
     options = zoo.parse_options(module.Options, config.options, f"method {config.method}")
     merge_options.require(module, options)
     errors.require_known("mismatched", config.mismatched, merge_layers.POLICIES)
-    if config.peft_layout:
-        errors.require_known("peft_layout", config.peft_layout, LAYOUTS)
+    errors.require_known("peft_layout", config.peft_layout or "exact", merge_store.LAYOUTS)
     if config.rank < 0 or not 0 <= config.energy <= 1 or config.max_host_bytes < 0:
         raise errors.ConfigError(
             f"rank={config.rank}, energy={config.energy}, max_host_bytes={config.max_host_bytes}: a rank of 0 or more, "
@@ -218,10 +216,9 @@ def _diagnosis(opened, config, module, stream):
     from jaxsub.pipelines import merge_diagnosis
 
     ready = _prepare(opened, config, module, is_checked=False)
-    text = merge_plan.text(ready.plans, ready.found, ready.sources)
+    text, unfit = merge_plan.text(ready.plans, ready.found, ready.sources), ""
     try:
         _require_fit(ready.found, ready.sources, config, module)
-        unfit = ""
     except errors.ConfigError as error:
         unfit = str(error)
     return merge_diagnosis.run(ready.found, ready.sources, config, text, stream, unfit=unfit)

@@ -24,6 +24,7 @@ from jaxsub.formats._frame import PIECE
 from jaxsub.rows import files as row_files
 
 JOURNAL, MODEL, LAYERS = "journal", "model", "layers"
+LAYOUTS = ("portable", "exact")  # of PEFT adapters
 STEM = "model"  # of the file of a format whose models are single files
 
 

@@ -78,9 +78,9 @@ def spoilt(key, value):
 
 LAYER = "layers/00000.safetensors"
 FORGERIES = {
-    "coefficient NaN": ("rows", arrays(files.COEFFICIENTS, spoilt("00000", np.nan)), "NaN or Inf"),
-    "coefficient Inf": ("rows", arrays(files.COEFFICIENTS, spoilt("00000", np.inf)), "NaN or Inf"),
-    "basis NaN": ("rows", arrays(LAYER, spoilt("basis", np.nan)), "NaN or Inf"),
+    "coefficient NaN": ("rows", arrays(files.COEFFICIENTS, spoilt("00001", np.nan)), "NaN or Inf"),
+    "coefficient Inf": ("rows", arrays(files.COEFFICIENTS, spoilt("00001", np.inf)), "NaN or Inf"),
+    "basis NaN": ("rows", arrays("layers/00001.safetensors", spoilt("basis", np.nan)), "NaN or Inf"),
     "mean Inf": ("rows", arrays(LAYER, spoilt("mean", -np.inf)), "NaN or Inf"),
     "spectrum NaN": ("rows", arrays(LAYER, spoilt("singular_values", np.nan)), "NaN or Inf"),
     "factor NaN": ("axes", arrays("layers/00001.safetensors", spoilt("factor_0", np.nan)), "NaN or Inf"),
