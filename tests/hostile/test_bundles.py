@@ -76,18 +76,18 @@ def spoilt(key, value):
     return change
 
 
-LAYER = "layers/00000.safetensors"
+LAYER, SECOND = "layers/00000.safetensors", "layers/00001.safetensors"  # the first of equal models: rank 0
 FORGERIES = {
     "coefficient NaN": ("rows", arrays(files.COEFFICIENTS, spoilt("00001", np.nan)), "NaN or Inf"),
     "coefficient Inf": ("rows", arrays(files.COEFFICIENTS, spoilt("00001", np.inf)), "NaN or Inf"),
-    "basis NaN": ("rows", arrays("layers/00001.safetensors", spoilt("basis", np.nan)), "NaN or Inf"),
+    "basis NaN": ("rows", arrays(SECOND, spoilt("basis", np.nan)), "NaN or Inf"),
     "mean Inf": ("rows", arrays(LAYER, spoilt("mean", -np.inf)), "NaN or Inf"),
     "spectrum NaN": ("rows", arrays(LAYER, spoilt("singular_values", np.nan)), "NaN or Inf"),
-    "factor NaN": ("axes", arrays("layers/00001.safetensors", spoilt("factor_0", np.nan)), "NaN or Inf"),
+    "factor NaN": ("axes", arrays(SECOND, spoilt("factor_0", np.nan)), "NaN or Inf"),
     "8-bit scales that multiply": (
-        "narrow", arrays(LAYER, lambda t: {"basis_scale": np.ones(10**6, np.float32)}), "does not fit",
+        "narrow", arrays(SECOND, lambda t: {"basis_scale": np.ones(10**6, np.float32)}), "does not fit",
     ),
-    "8-bit scale NaN": ("narrow", arrays(LAYER, spoilt("basis_scale", np.nan)), "NaN or Inf"),
+    "8-bit scale NaN": ("narrow", arrays(SECOND, spoilt("basis_scale", np.nan)), "NaN or Inf"),
     "paths that multiply": (
         "rows", lambda m, f: m["members"].update({"around": ["x" * 10**6, ""]}) or m["members"]["each"].pop("path", 0),
         "does not fit",
