@@ -16,7 +16,7 @@ WORST = {
     "gram_pca_basis": 2e-5,
     "incremental": 1e-3,
     "lora_gram": 2e-6,
-    "lora_gram_bfloat16": 4e-6,  # of float32 products, where no tiles multiply bfloat16: 2.0e-6 here, NumPy's own 1.4e-6
+    "lora_gram_bfloat16": 4e-6,  # where no tiles multiply bfloat16: 2.0e-6, NumPy 1.4e-6
     "orthonormalise": 1e-5,
     "tall_pca": 1e-4,
 }
