@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from jaxsub import solvers
+from jaxsub import precision, solvers
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 COUNTS = (1, 4, 8, 16, 32, 64)
@@ -22,6 +22,18 @@ def centred(gram):
     rows = gram.mean(axis=1, keepdims=True)
     out = gram - rows - rows.T + gram.mean()
     return (out + out.T) / 2
+
+
+def unless_equal(gram, mean_square, dtype):
+    """The centred Gram matrix (N, N) itself, or zeros where all models are equal but for rounding of their mean.
+
+    Args:
+        gram: (N, N) float64, centred; one of NaN, of products that failed, is no sign of equal models.
+        mean_square: squared norm of the mean model.
+        dtype: of the products.
+    """
+    are_equal = np.trace(gram) <= precision.CONSTANT[dtype] * len(gram) * mean_square
+    return np.zeros_like(gram) if are_equal else gram
 
 
 def energies(gram):

@@ -128,9 +128,7 @@ class DenseStack:
         none = np.zeros((0, self.num_models), np.float32)
         with jax.enable_x64(True):
             sums, _ = kernels.dense_gram(self.x, none, mesh=mesh, dtype=dtype)
-        centred, mean = spectrum.centred(np.asarray(sums.gram)), self.num_models * float(sums.mean_square)
-        are_equal = np.trace(centred) <= precision.CONSTANT[dtype] * mean  # not of NaN, which is a failed product
-        return np.zeros_like(centred) if are_equal else centred
+        return spectrum.unless_equal(spectrum.centred(np.asarray(sums.gram)), float(sums.mean_square), dtype)
 
     def centred_energy(self):
         """Sum of the squared distances of the models to their mean."""

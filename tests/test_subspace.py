@@ -147,3 +147,11 @@ def test_models_may_come_as_rows(make):
     np.testing.assert_array_equal(space.project(x), space.project(x.reshape(3, -1)))
     with pytest.raises(Exception, match="the subspace is of"):
         space.project(x[:, :, :-1])
+
+
+def test_the_error_of_a_model_that_is_zero_is_relative_to_the_others():
+    """Not an absolute norm, which would hang on the unit of the weights."""
+    for unit in (1.0, 1e6):
+        found = subspace.relative(unit * np.array([1.0, 4.0, 9.0]), unit * np.array([4.0, 0.0, 12.0]))
+        np.testing.assert_allclose(found, [0.5, np.sqrt(4 / 8), np.sqrt(9 / 12)])
+    np.testing.assert_array_equal(subspace.relative(np.zeros(2), np.zeros(2)), 0.0)

@@ -139,7 +139,7 @@ def fit_rows(name, reference, stack, *, rank, energy):
         hostmemory.trim()  # what the kernel took to compile is not needed beside the centred copy
         y, mean = stack.rows()
         if are_equal:
-            spectrum, procedure, certificate = of_equal(row_cap(stack), name, reference)
+            spectrum, procedure, certificate = of_equal(cap, name, reference)
             return subspace.LinearSubspace(mean, y[:0], spectrum, stack.shape, procedure, certificate)
         if stack.x.dtype == jnp.float64:
             return _by_rows(y, mean, stack, name, reference, rank=rank, energy=energy)

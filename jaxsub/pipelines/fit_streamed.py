@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxsub import bundle, heldout, placement, precision, reading, subspace
+from jaxsub import bundle, heldout, placement, precision, reading, spectrum, subspace
 from jaxsub.decompositions import _fit, gram as plugin
 from jaxsub.linalg import gram as kernels, orth, pieces, products
 from jaxsub.pipelines import layers, memory, plan as plans
@@ -107,9 +107,7 @@ class _Components:
 
 
 def _centred(stats):
-    """(N, N) Gram matrix of the centred models; zeros where all are equal, as `stacks.DenseStack.gram` has it."""
-    centred, mean = stats.centred(), stats.num_models * stats.mean_square
-    return np.zeros_like(centred) if np.trace(centred) <= precision.CONSTANT[stats.dtype] * mean else centred
+    return spectrum.unless_equal(stats.centred(), stats.mean_square, stats.dtype)
 
 
 def _components(stats, plan, config, rank):
@@ -119,11 +117,11 @@ def _components(stats, plan, config, rank):
         return _Components(vectors[:, :0], values[:0], *_fit.of_equal(cap, *named))
     s = np.sqrt(values)
     floor = float(precision.gram_floor(s[0], stats.num_models, plan.dtype))
-    spectrum = subspace.Spectrum(s[:cap], float(np.trace(centred)), floor)
-    rank, procedure, certificate = _fit.rows_of(spectrum, cap, *named, rank=rank, energy=config.energy)
+    found = subspace.Spectrum(s[:cap], float(np.trace(centred)), floor)
+    rank, procedure, certificate = _fit.rows_of(found, cap, *named, rank=rank, energy=config.energy)
     resolved = s[:rank] > floor
     kept = np.where(resolved, vectors[:, :rank], 0.0), np.where(resolved, s[:rank], 0.0)
-    return _Components(*kept, spectrum, procedure, certificate)
+    return _Components(*kept, found, procedure, certificate)
 
 
 def _second_read(group, models, plan, mesh, exponent, found, past_cache):
