@@ -88,3 +88,12 @@ def test_iid_stack_has_the_known_spectrum():
     shares = spectrum.energy_at(spectrum.energies(spectrum.centred(factor @ factor.T)))
     assert shares["1"] == pytest.approx(0.0103, abs=5e-4)
     assert shares["16"] == pytest.approx(0.1648, abs=5e-4)
+
+
+def test_rounding_of_the_mean_is_no_difference_between_models():
+    gram = spectrum.centred(np.diag([1.0, 2.0, 4.0, 3.0]))
+    for dtype, least in (("float32", 1e-21), ("float64", 1e-40)):
+        same, other = gram * least / 10, gram * least * 10
+        assert not spectrum.unless_equal(same, 1.0, dtype).any()
+        np.testing.assert_array_equal(spectrum.unless_equal(other, 1.0, dtype), other)
+    assert np.isnan(spectrum.unless_equal(gram * np.nan, 1.0, "float32")).all()  # products that failed
