@@ -12,6 +12,8 @@ import numpy as np
 
 SAME_START = 0.5  # cosine of LoRA's A factors; real groups were the same from .15 to .6
 NEAR_COPY = 0.99  # cosine over all layers above which two models are near copies
+EVEN = 0.9  # (sum of norms)^2 / (n sum of squares) of kin; .64 of one half of a normal distribution
+FLAT = 1e-5  # share of a row's energy about the mean of its entries under which they are one number, and rounding
 THRESHOLD = (
     0.15  # average cosine at which groups stop merging; real families begin at .19, their nearest outsiders end at .11
 )
@@ -26,11 +28,26 @@ def cosines(gram):
     return np.clip(gram * inverse[:, None] * inverse[None, :], -1.0, 1.0)
 
 
-def combine(layers, num_models):
-    """Mean cosine of each pair over the layers both have, weighted by features; NaN where they share none.
+def correlations(gram, sums, num_features):
+    """(N, N) cosines of rows about the mean of their own entries; NaN where a row's entries are all one number.
+
+    Entries that have a mean (weights that are all positive, scales about 1) make a cosine that says nothing of descent.
 
     Args:
-        layers: iterable of (members, cosines (n, n), num_features).
+        gram: (N, N) uncentred Gram matrix.
+        sums: (N,) sums of the entries of each row.
+        num_features: D.
+    """
+    about, whole = gram - np.outer(sums, sums) / num_features, np.diag(gram)
+    flat = (np.diag(about) <= FLAT * whole) & (whole > 0)
+    return np.where(flat[:, None] | flat[None, :], np.nan, cosines(about))
+
+
+def combine(layers, num_models):
+    """Mean cosine of each pair over the layers both have, weighted by features; NaN where none tells.
+
+    Args:
+        layers: iterable of (members, cosines (n, n), num_features); a cosine may be NaN.
         num_models: N.
 
     Returns:
@@ -39,9 +56,27 @@ def combine(layers, num_models):
     total, weight = np.zeros((num_models, num_models)), np.zeros((num_models, num_models))
     for members, values, num_features in layers:
         at = np.ix_(members, members)
-        total[at] += num_features * values
-        weight[at] += num_features
+        known = np.isfinite(values)
+        total[at] += num_features * np.where(known, values, 0.0)
+        weight[at] += num_features * known
     return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+
+
+def related(layers, num_models):
+    """Mean cosines of all pairs, about the mean of each row's entries and plain; both NaN where no layer is common.
+
+    The first tell descent (`correlations`; where rows are single numbers the plain ones stand in), the second copies.
+
+    Args:
+        layers: list of (members, uncentred Gram matrix (n, n), sums of the rows' entries (n,), num_features).
+        num_models: N.
+
+    Returns:
+        two (N, N) float64.
+    """
+    about = combine(((m, correlations(gram, sums, d), d) for m, gram, sums, d in layers), num_models)
+    plain = combine(((m, cosines(gram), d) for m, gram, _, d in layers), num_models)
+    return np.where(np.isnan(about), plain, about), plain
 
 
 def chance_threshold(num_features, kurtosis=3.0):
@@ -56,19 +91,22 @@ def chance_threshold(num_features, kurtosis=3.0):
     return 4.9 / math.sqrt(max(num_features, 1)) + math.sqrt(max(kurtosis - 3.0, 0.0) / max(num_features, 1))
 
 
-def groups(cosine, num_features, threshold=THRESHOLD, kurtosis=3.0):
+def groups(cosine, num_features, threshold=THRESHOLD, kurtosis=3.0, norms=None):
     """Lineages: groups of models that share a start or a parent.
 
     Average linkage down to `threshold` (or the chance level of so few features, if higher). A group is kept if its
     members are clearly closer to one another than models are elsewhere: the 5th percentile of their own cosines lies
     above the 95th of theirs with all others, and above half the threshold; and their median lies `SPREADS` spreads
     above the middle of all cosines between groups. Closest pairs of a continuum pass the first, never the second.
+    Where they are as far from others, by cosines of either sign, as near to one another, their norms must be alike too:
+    models with one direction in common, and coefficients of their own, have cosines of 1 and -1, and are no kin.
 
     Args:
         cosine: (N, N) mean cosines, NaN read as 0.
         num_features: features the cosines were computed from.
         threshold: average cosine at which merging stops.
         kurtosis: of the entries of the models with the heaviest tails.
+        norms: (N,) of the models, or None where they are not known.
 
     Returns:
         list of sorted index lists of two or more models, largest first.
@@ -82,6 +120,8 @@ def groups(cosine, num_features, threshold=THRESHOLD, kurtosis=3.0):
     similarity = np.nan_to_num(np.asarray(cosine, np.float64), nan=0.0)
     similarity = (similarity + similarity.T) / 2
     cut = max(threshold, chance_threshold(num_features, kurtosis))
+    if not (similarity[np.triu_indices(count, 1)] > cut).any():
+        return []
     if similarity.min() > cut:  # all pairs: one group, and importing scipy.cluster takes 20 MiB
         return [list(range(count))]
 
@@ -101,9 +141,16 @@ def groups(cosine, num_features, threshold=THRESHOLD, kurtosis=3.0):
         others = similarity[np.ix_(members, np.flatnonzero(~inside))]
         low = np.percentile(own, 5)
         apart = not others.size or low > np.percentile(others, 95)
+        if apart and others.size and norms is not None and low <= np.percentile(np.abs(others), 95):
+            apart = _are_even(norms[members])
         if apart and low > cut / 2 and np.median(own) > background:
             found.append([int(m) for m in members])
     return sorted(found, key=lambda g: (-len(g), g))
+
+
+def _are_even(norms):
+    squares = float(np.square(norms).sum())
+    return squares > 0 and float(norms.sum()) ** 2 > EVEN * len(norms) * squares
 
 
 def _background(between):

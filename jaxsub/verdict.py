@@ -98,6 +98,7 @@ class Families:
     chance: float | None = None  # what means of as many unrelated models of the same norms give
     sd: float = 0.0
     outside: int = 0  # models that are in none
+    is_own: bool = False  # found in this layer, where those of all layers together explain less
 
     @property
     def beat_chance(self):
@@ -137,7 +138,7 @@ def decide(
         return "undetermined", "no null model could be drawn for this layer"
     facts = _facts(overall, k)
     if families.number and not families.hold_all and (overall.beats or families.beat_chance):
-        named = _count(families.number)
+        named = _count(families.number, families.is_own)
         if not overall.beats:
             held = f"{families.energy:.1%} of the energy where unrelated models give {families.chance:.1%}"
             facts = f"{facts}, but the means of {named} hold {held}"
@@ -164,8 +165,9 @@ def decide(
     return "chance", facts
 
 
-def _count(lineages):
-    return "the lineage" if lineages == 1 else f"the {lineages} lineages"
+def _count(lineages, is_own):
+    where = " that this layer alone shows" if is_own else ""
+    return ("the lineage" if lineages == 1 else f"the {lineages} lineages") + where
 
 
 def _facts(g, k):

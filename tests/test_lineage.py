@@ -54,6 +54,41 @@ def test_one_start_for_all_is_one_lineage(share):
     assert lineage.groups(c, 1000) == [list(range(20))]
 
 
+def test_one_direction_with_coefficients_of_both_signs_is_no_lineage_and_two_opposite_families_are():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 1)) * rng.standard_normal(500) + 1e-3 * rng.standard_normal((40, 500))
+    norms = np.linalg.norm(x, axis=1)
+    assert sorted(map(len, lineage.groups(cosine(x), 500))) != []  # cosines alone cannot tell
+    assert lineage.groups(cosine(x), 500, norms=norms) == []
+    x = np.repeat([[1.0], [-1.0]], 20, axis=0) * rng.standard_normal(500) + 0.3 * rng.standard_normal((40, 500))
+    found = lineage.groups(cosine(x), 500, norms=np.linalg.norm(x, axis=1))
+    assert found == [list(range(20)), list(range(20, 40))]
+
+
+@pytest.mark.parametrize("offset", [1.0, 2.0, 30.0])
+def test_entries_that_have_a_mean_are_no_kinship(offset):
+    rng = np.random.default_rng(0)
+    x = offset + rng.standard_normal((20, 2000)) * rng.uniform(0.5, 2, (20, 1))
+    x[7] = x[3] + 0.1 * rng.standard_normal(2000)
+    about, plain = lineage.related([(list(range(20)), x @ x.T, x.sum(1), 2000)], 20)
+    np.testing.assert_allclose(about, np.corrcoef(x), atol=1e-9)
+    assert lineage.groups(about, 2000) == [[3, 7]]
+    assert lineage.groups(plain, 2000) != [[3, 7]]
+
+
+def test_rows_of_one_number_tell_nothing_unless_there_is_nothing_else():
+    rng = np.random.default_rng(0)
+    x, ones = rng.standard_normal((4, 1000)), np.ones((4, 5000)) * [[1.0], [1.0], [2.0], [-1.0]]
+    ones += 1e-9 * rng.standard_normal(ones.shape)
+    flat, told = (ones @ ones.T, ones.sum(1), 5000), (x @ x.T, x.sum(1), 1000)
+    about, plain = lineage.related([(range(4), *flat), (range(4), *told)], 4)
+    np.testing.assert_allclose(about, np.corrcoef(x), atol=1e-9)
+    assert plain[0, 1] > 0.8
+    about, plain = lineage.related([(range(4), *flat)], 4)
+    np.testing.assert_array_equal(about, plain)
+    assert plain[0, 3] == pytest.approx(-1)
+
+
 def test_zero_models_and_pairs_without_common_layers():
     x = np.concatenate([np.zeros((2, 300)), np.random.default_rng(0).standard_normal((6, 300))])
     c = cosine(x)

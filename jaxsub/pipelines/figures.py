@@ -28,19 +28,20 @@ class Options:
     seed: int = 0
 
 
-def layer(stats, lineages, options):
+def layer(stats, lineages, options, is_own=False):
     """The report's record of one layer.
 
     Args:
         stats: Statistics of the distinct models.
         lineages: index lists into the layer's models; two or more each.
         options: Options.
+        is_own: whether the lineages are of this layer alone.
 
     Returns:
         dict as in report.json, "layers".
     """
     with futures.ThreadPoolExecutor(threads(stats.num_models)) as cores:
-        return _Layer(stats, lineages, options, cores).record()
+        return _Layer(stats, lineages, options, cores, is_own).record()
 
 
 def threads(num_models):
@@ -57,8 +58,8 @@ def generator(seed, *names):
 
 
 class _Layer:
-    def __init__(self, stats, lineages, options, cores):
-        self.stats, self.options, self.cores = stats, options, cores
+    def __init__(self, stats, lineages, options, cores, is_own):
+        self.stats, self.options, self.cores, self.is_own = stats, options, cores, is_own
         self.num_models, self.num_features = stats.num_models, stats.num_features
         self.uncentred, self.gram = stats.uncentred(), stats.centred()
         total = float(np.trace(self.uncentred))
@@ -145,6 +146,7 @@ class _Layer:
             "lineage_energy": families.energy,
             "lineage_energy_chance": families.chance,
             "lineages": len(self.lineages),
+            "own_lineages": [[stats.model_ids[m] for m in g] for g in self.lineages] if self.is_own else None,
             "modes": [_mode(m) for m in stats.modes],
             "effective_rank": spectrum.effective_ranks(self.values),
             "mp_count": spectrum.marchenko_pastur_count(self._unit_energies(), n, self.num_features),
@@ -163,11 +165,11 @@ class _Layer:
 
     def _families(self):
         if not self.lineages or self.constant or self.num_models < 3:
-            return verdict.Families(len(self.lineages), self.one_lineage)
+            return verdict.Families(len(self.lineages), self.one_lineage, is_own=self.is_own)
         outside = self.num_models - sum(map(len, self.lineages))
         energy = lineage.group_energy(self.gram, self.lineages)
         chance = lineage.group_energy_chance(self.gram, self.lineages, self.num_features)
-        return verdict.Families(len(self.lineages), self.one_lineage, energy, *chance, outside)
+        return verdict.Families(len(self.lineages), self.one_lineage, energy, *chance, outside, self.is_own)
 
     def _unit_energies(self):
         """Energies of the centred rows at unit norm: unequal norms alone would lift values over the edge."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxsub import lineage
+from jaxsub import lineage, verdict
 
 PICTURED = 200  # models in the cosine picture
 
@@ -37,17 +37,17 @@ def find(all_stats, ids, threshold):
     layers, starts = [], []
     for stats in all_stats:
         members = [row[i] for i in stats.model_ids]
-        layers.append((members, lineage.cosines(stats.uncentred()), stats.num_features))
+        layers.append((members, stats.uncentred(), stats.row_sums, stats.num_features))
         if stats.a_cosines is not None:
             starts.append((members, stats.a_cosines, stats.num_features))
-    cosine = lineage.combine(layers, len(ids))
+    cosine, plain = lineage.related(layers, len(ids))
     features = max((s.num_features for s in all_stats), default=1)
     tails = _tails([s for s in all_stats if s.num_features == features])
     parts = _parts(cosine)
-    groups = _groups(cosine, parts, features, threshold, tails)
+    groups = _groups(cosine, parts, features, threshold, tails, _norms(all_stats, row))
     start_cosine = lineage.combine(starts, len(ids))
     start_groups = _groups(start_cosine, _parts(start_cosine), features, lineage.SAME_START) if starts else []
-    near = lineage.near_copies(cosine)
+    near = lineage.near_copies(plain)
     untrained = _untrained(all_stats, ids)
     warnings = []
     if len(near) > 1000:
@@ -71,6 +71,48 @@ def find(all_stats, ids, threshold):
     )
 
 
+def of_layer(stats, lineages, threshold):
+    """(lineages, whether they are its own): groups that explain more of a layer than those of all layers.
+
+    A small layer may have families of which the cosines of all layers together show nothing.
+
+    Args:
+        stats: Statistics of the layer.
+        lineages: index lists into its models, found from all layers.
+        threshold: as in `find`.
+
+    Fails where: families of all layers and of this one cross: only the better of the two groupings is taken.
+    """
+    cosine = lineage.correlations(stats.uncentred(), stats.row_sums, stats.num_features)
+    found = lineage.groups(cosine, stats.num_features, threshold, _tails([stats]), stats.norms())
+    lineages = [g for g in lineages if len(g) > 1]
+    if not found or len(found[0]) == stats.num_models or sorted(found) == sorted(lineages):
+        return lineages, False
+    gram = stats.centred()
+    (own, sd), (given, other) = (_over_chance(gram, g, stats.num_features) for g in (found, lineages))
+    is_own = own > given + max(verdict.MARGIN, verdict.SIGMAS * max(sd, other))
+    return (found, True) if is_own else (lineages, False)
+
+
+def _over_chance(gram, groups, num_features):
+    """Energy in the means of groups beyond what unrelated models give, and the standard deviation of that."""
+    energy = lineage.group_energy(gram, groups) if groups and len(gram) > 2 else None
+    if energy is None:
+        return 0.0, 0.0
+    chance, sd = lineage.group_energy_chance(gram, groups, num_features)
+    return energy - chance, sd
+
+
+def _norms(all_stats, row):
+    """(N,) norms of the models over all layers, up to a factor."""
+    most, squares = max((s.exponent for s in all_stats), default=0), np.zeros(len(row))
+    for stats in all_stats:
+        np.add.at(
+            squares, [row[i] for i in stats.model_ids], np.ldexp(np.square(stats.norms()), 2 * (stats.exponent - most))
+        )
+    return np.sqrt(squares)
+
+
 def _parts(cosine):
     """Index lists of models connected by common layers, largest first: other kinds of models are no background."""
     from scipy.sparse import csgraph
@@ -89,10 +131,11 @@ def _tails(all_stats):
     return float(np.quantile(known, 0.9)) if len(known) else 3.0
 
 
-def _groups(cosine, parts, features, threshold, tails=3.0):
+def _groups(cosine, parts, features, threshold, tails=3.0, norms=None):
     found = []
     for part in parts:
-        inside = lineage.groups(cosine[np.ix_(part, part)], features, threshold, tails)
+        own = None if norms is None else norms[part]
+        inside = lineage.groups(cosine[np.ix_(part, part)], features, threshold, tails, own)
         found += [[int(part[m]) for m in group] for group in inside]
     return sorted(found, key=lambda g: (-len(g), g))
 

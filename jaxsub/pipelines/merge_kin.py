@@ -60,9 +60,9 @@ def _dense(layers, sources, names):
     total, parts = 0, []
     for layer in layers:
         x = sample(layer, sources, max(LEAST, min(SAMPLED // len(layers), HELD // len(labels))))
-        parts.append((np.arange(len(x)), lineage.cosines(x @ x.T), x.shape[1]))
+        parts.append((np.arange(len(x)), x @ x.T, x.sum(axis=1), x.shape[1]))
         total += x.shape[1]
-    cosine = lineage.combine(parts, len(labels))
+    cosine, _ = lineage.related(parts, len(labels))
     if lineage.chance_threshold(total) >= 1:
         said = f"{total} weights are too few to tell whether the models share a start: this was not looked at"
         return Kin({"sampled": total}, (said,)), ""

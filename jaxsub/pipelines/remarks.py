@@ -29,6 +29,8 @@ def flags(layer, saturated, above, nulls, held_out, k):
         found.append("rank_deficient")
     if layer.one_lineage:
         found.append("one_lineage")
+    if layer.is_own:
+        found.append("own_lineages")
     if layer.stats.is_heavy():
         found.append("heavy_tails")
     if largest(layer)[1] > HALF:

@@ -274,7 +274,8 @@ class Session:
             position = {m: i for i, m in enumerate(stats.model_ids)}
             lineages = [[position[m] for m in g if m in position] for g in kin.lineages]
             with tracing.stage(f"figures of {stats.name}"), solvers.of_layer(stats.name):
-                return figures.layer(stats, lineages, options)
+                lineages, is_own = kinship.of_layer(stats, lineages, self.config.lineage_threshold)
+                return figures.layer(stats, lineages, options, is_own)
 
         with futures.ThreadPoolExecutor(figures.threads(max((s.num_models for s in all_stats), default=1))) as pool:
             records = list(pool.map(one, all_stats))

@@ -12,9 +12,9 @@ _FIRST = 6  # lineages of which some members are shown without a click
 _SAMPLE = 40  # members shown of these, in all
 
 
-def lineages(collection):
+def lineages(collection, layers=()):
     """The lineage section: what was found, the cosine picture, its key, and the members of each lineage beside it."""
-    said, listed = tag("p", _found(collection)), _lists(collection)
+    said, listed = tag("p", _found(collection, layers)), _lists(collection)
     picture = _picture(collection)
     if picture is None:
         return [said, *listed]
@@ -22,15 +22,21 @@ def lineages(collection):
     return [tag("div", said, picture, _key(collection), tag("div", listed), class_=style)]
 
 
-def _found(collection):
+def _found(collection, layers):
     groups = collection["lineages"]
     grouped = sum(len(group) for group in groups)
     singles = (collection["num_distinct"] or 0) - grouped
+    alone = sum(bool(layer["own_lineages"]) for layer in layers)
     if groups:
         said = f"{words.plural(len(groups), 'lineage')} with {words.plural(grouped, 'model')}"
         said += f"; {words.plural(max(singles, 0), 'model')} in none." if singles >= 0 else "."
+    elif alone:
+        said = "All layers together show no two models that share a start or a parent."
     else:
         said = "No two models share a start or a parent, as far as their weights tell."
+    if alone:
+        said += f" {words.plural(alone, 'layer')} {'shows' if alone == 1 else 'show'} groups that the others do not:"
+        said += " they are told there."
     threshold, chance = collection["lineage_threshold"], collection["lineage_threshold_chance"]
     if threshold is not None:
         said += f" Groups are joined down to an average cosine of {words.amount(threshold)}"
@@ -46,11 +52,14 @@ def _lists(collection):
     ):
         if groups:
             each = _SAMPLE // min(len(groups), _FIRST)
-            members = [
-                _members(f"{title}{i + 1}", group, each if i < _FIRST else 1) for i, group in enumerate(groups[:_MOST])
-            ]
-            parts += [tag("h3", heading), tag("div", members, _rest(groups, "p"), class_="members")]
+            parts += [tag("h3", heading), members(title, groups, each)]
     return parts
+
+
+def members(title, groups, each=_SAMPLE // _FIRST):
+    """Groups of models, numbered; of the first some members, of the others one, and all on a click."""
+    listed = [_members(f"{title}{i + 1}", group, each if i < _FIRST else 1) for i, group in enumerate(groups[:_MOST])]
+    return tag("div", listed, _rest(groups, "p"), class_="members")
 
 
 def _members(title, group, shown):

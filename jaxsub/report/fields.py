@@ -22,6 +22,7 @@ _LAYER = {
     "held_out": {},
     "held_out_within": {},
     "held_out_lineage": {},
+    "own_lineages": [],
     "lineage_energy": None,
     "lineage_energy_chance": None,
     "modes": [],

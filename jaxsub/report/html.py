@@ -32,7 +32,7 @@ def render(report):
     layers, collection = report["layers"], report["collection"]
     sections = [
         ("layers", "Layers", _layers(layers)),
-        ("lineages", "Lineages", collection_parts.lineages(collection) if layers else None),
+        ("lineages", "Lineages", collection_parts.lineages(collection, layers) if layers else None),
         ("copies", "Copies and near copies", collection_parts.copies(collection) if layers else None),
         ("aside", "Set aside", collection_parts.set_aside(collection, bool(layers))),
         ("cards", "Layer by layer", _cards(layers) if layers else None),

@@ -1,6 +1,6 @@
 """One expandable card a layer: the sentence that decided, the charts, the figures."""
 
-from . import fields, layer_charts, words
+from . import collection_parts, fields, layer_charts, words
 from .markup import join, name, shorten, tag
 
 _CHIPS = {
@@ -36,6 +36,7 @@ def card(position, layer, is_open):
         tag("p", shorten(layer["name"], 600), class_="whole") if len(layer["name"]) > 72 else None,
         tag("p", shorten(layer["why"], 1200), class_="why") if layer["why"] else None,
         _remarks(layer),
+        collection_parts.members("L", layer["own_lineages"]) if layer["own_lineages"] else None,
         tag("div", figures, class_="charts"),
         tag("div", _held_out_table(layer), _rank_table(layer), _other_figures(layer), class_="figures"),
     ]

@@ -148,7 +148,11 @@ def _meanings(layers, width):
     single = sum(words.verdict_label(layer) == "shared (1 start)" for layer in layers)
     if single:
         lines += _wrap(f"shared (1 start) ({single}): {words.FLAGS['one_lineage']}.", width, "  ")
-    for flag in ("coordinate_spread", "one_model"):  # which a claim, or its absence, should not be read without
+    for flag in (
+        "coordinate_spread",
+        "one_model",
+        "own_lineages",
+    ):  # which a claim, or its absence, should not be read without
         number = sum(flag in layer["flags"] for layer in layers)
         if number:
             lines += _wrap(f"{flag} ({number}): {words.FLAGS[flag]}.", width, "  ")

@@ -45,6 +45,9 @@ _IN_SENTENCE = {
 FLAGS = {
     "saturated": "90 % of the energy is not reached above the noise floor, so the spectrum cannot be read",
     "one_lineage": "all models come from one start; models from other starts may share nothing with them",
+    "own_lineages": (
+        "its lineages are groups of models that are alike in this layer; all layers together show others, or none"
+    ),
     "identical": "the layer is the same in all models",
     "rank_deficient": "some components lie under the noise floor: fewer directions vary than there could be",
     "heavy_tails": "a few entries carry much of a model: models agree as soon as two such entries meet by chance",
@@ -101,7 +104,10 @@ GLOSSARY = [
     ),
     (
         "lineage",
-        "A group of models that share a start or a parent, found from the cosines between weights, not from names.",
+        "A group of models that share a start or a parent, found from the cosines between weights, not from names. "
+        "Weights are taken about each model's own mean, layer by layer: those of models whose weights are all positive "
+        "are no kin. Groups are found from all layers together; a layer in which other groups explain more is told "
+        "with those (own_lineages).",
     ),
     (
         "lineage energy",

@@ -237,10 +237,14 @@ def test_a_head_that_is_not_tied_is_no_twin(tmp_path):
 # Who may be merged ------------------------------------------------------------------------------------------------
 
 
-def test_models_of_different_starts_are_refused(tmp_path):
+@pytest.mark.parametrize("offset", [0, 9])
+def test_models_of_different_starts_are_refused(tmp_path, offset):
+    """Also where a mean of all entries makes cosines of nearly 1."""
+
     def change(n, model):
         if n == 2:
             model.update({k: v for k, v in weights(seed=77).items() if v.dtype.kind == "f"})
+        model.update({k: v + v.dtype.type(offset) for k, v in model.items() if v.dtype.kind == "f"})
 
     collection(tmp_path, change=change)
     with pytest.raises(errors.InputError, match="do not share a start: 2 of 3 share one, not m2.*--force"):
