@@ -217,14 +217,16 @@ def group_energy_chance(gram, members, num_features):
     return float(share), float(np.sqrt(share * (1 - share) / ((count - 1) * num_features / 2 + 1)))
 
 
-def looks_untrained(squares, fourths, shape, num_features):
-    """Whether entries look drawn from a common initialiser: its shape of distribution and its exact width.
+def looks_untrained(squares, fourths, shape, num_features, singular_values=None):
+    """Whether entries look drawn from a common initialiser: its shape of distribution, its exact width, no structure.
 
     Args:
         squares: sum of the squared entries of one model in one layer.
         fourths: sum of the fourth powers.
         shape: weight shape, two or more axes; either of the first two may be the fan-in.
         num_features: D, at least 1000 for a verdict.
+        singular_values: of a matrix, where known: the sum of their fourth powers, v^2 o i (o + i - 2 + K) of independent
+            entries of variance v, is known to 1 / sqrt(D); products of rank 16 have twice as much.
 
     Returns:
         True, or False (also where the layer says nothing). Uniform (kurtosis 1.8), normal (3) and normal cut at two
@@ -234,6 +236,10 @@ def looks_untrained(squares, fourths, shape, num_features):
         return False
     std = math.sqrt(squares / num_features)
     kurtosis = fourths * num_features / squares**2
+    if singular_values is not None and len(shape) == 2:
+        expected = (sum(shape) - 2 + kurtosis) / num_features * float(np.square(singular_values).sum()) ** 2
+        if float((singular_values**4).sum()) > expected * (1 + 4 / math.sqrt(num_features)):
+            return False
     # Of wide layers fourth powers are taken from an eighth of the columns, without the squares of the same columns.
     sample = num_features / 32 if num_features >= 65536 else num_features
     field = math.prod(shape[2:])

@@ -140,6 +140,23 @@ def test_fresh_initialisations_are_recognised_and_trained_ones_are_not(draw):
     assert not lineage.looks_untrained((w**2).sum(), (w**4).sum(), (64,), 64)
 
 
+@pytest.mark.parametrize("shape", [(64, 48), (32, 32), (20, 90)])
+def test_products_of_the_width_of_an_initialiser_do_not_look_untrained(shape):
+    rng = np.random.default_rng(0)
+
+    def looks(w, **more):
+        w = w / w.std() / np.sqrt(shape[1])
+        values = np.linalg.svd(w, compute_uv=False)
+        return lineage.looks_untrained((w**2).sum(), (w**4).sum(), shape, w.size, values if more else None)
+
+    thin = [rng.standard_normal((shape[0], 16)) @ rng.standard_normal((16, shape[1])) for _ in range(200)]
+    assert not any(looks(w, values=True) for w in thin)
+    assert sum(map(looks, thin)) > 5  # entries alone do not tell
+    for draw in (rng.standard_normal, rng.random):
+        fresh = [draw(shape) - (draw == rng.random) / 2 for _ in range(200)]
+        assert sum(looks(w, values=True) for w in fresh) > 180
+
+
 def test_picture_order_keeps_lineages_together():
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.standard_normal((5, 500)), family(rng, 4, 500, 0.8), family(rng, 3, 500, 0.8)])

@@ -144,16 +144,17 @@ def _untrained(all_stats, ids):
     """Ids of models all of whose matrices that can tell look drawn from an initialiser, or that are zero throughout."""
     votes = {i: [] for i in ids}
     for stats in all_stats:
-        squares = np.diag(stats.uncentred())
-        for i, square, fourth, zero in zip(stats.model_ids, squares, stats.row_fourths, stats.zero(), strict=True):
+        squares, strengths = np.diag(stats.uncentred()), stats.model_singular_values
+        each = zip(stats.model_ids, squares, stats.row_fourths, stats.zero(), strict=True)
+        for n, (i, square, fourth, zero) in enumerate(each):
             if zero:
                 votes[i].append(True)
             elif abs(stats.exponent) > 200:
                 votes[i].append(False)  # no initialiser draws such numbers
             elif len(stats.shape) > 1 and stats.num_features >= 1000 and np.isfinite(fourth):
-                power = stats.scale
-                looks = lineage.looks_untrained(square * power**2, fourth * power**4, stats.shape, stats.num_features)
-                votes[i].append(looks)
+                sums = square * stats.scale**2, fourth * stats.scale**4
+                own = None if strengths is None else strengths[n]
+                votes[i].append(lineage.looks_untrained(*sums, stats.shape, stats.num_features, own))
             elif stats.parametrisation == "lora":
                 votes[i].append(False)
     return [i for i in ids if votes[i] and all(votes[i])]
