@@ -225,8 +225,8 @@ def looks_untrained(squares, fourths, shape, num_features, singular_values=None)
         fourths: sum of the fourth powers.
         shape: weight shape, two or more axes; either of the first two may be the fan-in.
         num_features: D, at least 1000 for a verdict.
-        singular_values: of a matrix, where known: the sum of their fourth powers, v^2 o i (o + i - 2 + K) of independent
-            entries of variance v, is known to 1 / sqrt(D); products of rank 16 have twice as much.
+        singular_values: of a matrix, where known: the sum of their fourth powers, v^2 o i (o + i - 2 + K) of
+            independent entries of variance v, is known to 1 / sqrt(D); products of rank 16 have twice as much.
 
     Returns:
         True, or False (also where the layer says nothing). Uniform (kurtosis 1.8), normal (3) and normal cut at two

@@ -10,7 +10,7 @@ import functools
 import os
 
 from jaxsub import errors, plugins
-from jaxsub.formats import _files, _hints, _model, _sniff
+from jaxsub.formats import _factors, _files, _hints, _model, _sniff
 
 EXTENSIONS = frozenset(_sniff.EXTENSIONS)
 SHARED_BASIS = _sniff.SHARED_BASIS  # a file that several models stand on, and no model
@@ -112,6 +112,7 @@ def rewrite(model, path, layers):
         InputError: values that the stored dtype cannot hold.
         InputChangedError: the original is not as it was.
     """
+    layers = {n: _factors.not_empty(*v) if n in model.adapters else v for n, v in layers.items()}
     _writer(model).rewrite(model, path, layers)
 
 

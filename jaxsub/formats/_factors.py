@@ -97,6 +97,7 @@ def partners(layer, sides, tensors, file, names, hint, embedding=False):
 
 def not_empty(a, b):
     """Factors (r, ...) and (o, r), of rank 0 with one direction of zeros: programs refuse adapters without any."""
+    a, b = np.asarray(a), np.asarray(b)
     if len(a):
         return a, b
     return np.zeros((1, *a.shape[1:]), a.dtype), np.zeros((b.shape[0], 1), b.dtype)

@@ -13,6 +13,7 @@ import shutil
 
 from jaxsub import errors
 
+CURE = "remove it or give another folder"
 _LEFTOVER = re.compile(r"\.tmp-([0-9]+)-[0-9a-f]{12}")  # see `temporary_in`
 # What the disk refuses, rather than the folder: room, quotas, the size of a file, faults, a read-only file system.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -120,15 +121,14 @@ def is_alive(process):
     return True
 
 
-def require_new(path, cure="remove it or give another folder"):
+def require_new(path, cure=CURE):
     """Refuses a place for results before they are computed.
 
     Raises:
         WorkdirError: something is at `path`, or nothing can be made there.
         ResourceError: the file system takes nothing.
     """
-    if os.path.lexists(path):
-        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; {cure}")
+    _require_absent(path, cure)
     place = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(place):
         place = os.path.dirname(place)
@@ -138,6 +138,11 @@ def require_new(path, cure="remove it or give another folder"):
         os.rmdir(tried)
     except OSError as error:
         raise _not_made(path, error) from error
+
+
+def _require_absent(path, cure):
+    if os.path.lexists(path):
+        raise errors.WorkdirError(f"{errors.quote(path)}: exists already; {cure}")
 
 
 @contextlib.contextmanager
@@ -151,7 +156,7 @@ def new_folder(path):
         ResourceError: it cannot be written.
     """
     path = os.path.abspath(os.fspath(path))
-    require_new(path)
+    _require_absent(path, CURE)
     temporary = temporary_in(os.path.dirname(path))
     make_folder(os.path.dirname(path))
     try:

@@ -7,8 +7,6 @@ component ("unet.r"). Of a component without them alpha is r, or `<layer>.alpha`
 import json
 import os
 
-import numpy as np
-
 from jaxsub import descriptors, errors
 from jaxsub.formats import _factors, _files, _header, _json, _model, _peft, _rewrite, peft, safetensors
 
@@ -125,7 +123,7 @@ def rewrite(model, path, layers):
     ranks = {name: pair.rank for name, pair in model.adapters.items()}
     alphas = {name: pair.scale * pair.rank for name, pair in model.adapters.items()}
     for name, value in layers.items():
-        pair, (a, b) = model.adapters[name], _factors.not_empty(*(np.asarray(x) for x in value))
+        pair, (a, b) = model.adapters[name], value
         if pair.transposed:
             a, b = b.T, a.T
         ranks[name], alphas[name] = len(a), float(len(a))

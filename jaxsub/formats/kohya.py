@@ -206,7 +206,7 @@ def rewrite(model, path, layers):
 
 
 def _put_pair(tensors, model, name, pair, value, alpha):
-    a, b = _factors.not_empty(*(np.asarray(x) for x in value))
+    a, b = value
     rank = len(a)
     shapes = (rank, *pair.a.shape[1:]), (pair.b.shape[0], rank, *pair.b.shape[2:])
     for tensor, array, shape in zip((pair.a, pair.b), (a, b), shapes, strict=True):
@@ -222,9 +222,9 @@ def _describe(metadata, model, layers):
     """Rank and alpha as kohya-ss writes them: a number for all layers, or "Dynamic"."""
     if not any(name in model.adapters for name in layers):
         return
-    ranks = {max(len(layers[name][0]), 1) if name in layers else pair.rank for name, pair in model.adapters.items()}
+    ranks = {len(layers[name][0]) if name in layers else pair.rank for name, pair in model.adapters.items()}
     alphas = {
-        float(max(len(layers[name][0]), 1) if name in layers else pair.scale * pair.rank)
+        float(len(layers[name][0]) if name in layers else pair.scale * pair.rank)
         for name, pair in model.adapters.items()
     }
     for key, values in (("ss_network_dim", ranks), ("ss_network_alpha", alphas)):

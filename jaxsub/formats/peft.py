@@ -150,7 +150,7 @@ def rewrite(model, path, layers):
             dtype = descriptors.numpy_dtype(tensor.dtype)
             tensors[tensor.name] = _rewrite.cast(np.reshape(value, tensor.shape), dtype, model, name)
             continue
-        a, b = _factors.not_empty(*(np.asarray(x) for x in value))
+        a, b = value
         if pair.transposed:
             a, b = b.T, a.T
         ranks[name], alphas[name] = len(a), float(len(a))
