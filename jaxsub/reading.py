@@ -8,7 +8,6 @@ A block holds the same columns of every model. Two buffers: one is read by threa
 import concurrent.futures
 import dataclasses
 import math
-import os
 import threading
 
 import jax
@@ -166,7 +165,7 @@ def _base_tensor(base, group):
 
 def threads():
     """Threads that make and write the pieces of a result."""
-    return min(os.cpu_count() or 1, READERS)
+    return min(hostmemory.cores(), READERS)
 
 
 def read_stack(group, models):

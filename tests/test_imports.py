@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = [
-    ["errors"],
+    ["errors", "cgroups"],
     ["precision", "plugins", "config", "descriptors", "hubcache", "launcher", "hostmemory", "solvers"],
     ["distributed"],
     ["linalg", "formats", "finding", "lineup"],
@@ -45,8 +45,8 @@ NAMED_SIBLINGS = {
     ("bundle", "decompositions"),
 }
 NO_JAX = (
-    "errors", "launcher", "plugins", "config", "descriptors", "formats", "finding", "hubcache", "lineup", "collection",
-    "report", "spectrum", "solvers", "heldout", "lineage", "verdict", "nulls", "cli",
+    "errors", "cgroups", "launcher", "plugins", "config", "descriptors", "formats", "finding", "hubcache", "lineup",
+    "collection", "report", "spectrum", "solvers", "heldout", "lineage", "verdict", "nulls", "cli",
 )  # fmt: skip
 TRAINING_LIBRARIES = ("flax", "optax", "orbax")
 MAY_TRAIN = ("models", "tasks", "training", "worlds", "optimizers")

@@ -7,7 +7,6 @@ other processes and kernels that must be compiled first are not in it.
 import concurrent.futures
 import dataclasses
 import math
-import os
 import time
 
 import numpy as np
@@ -152,7 +151,7 @@ def _figures(plan, rates, nulls, draws):
     """Seconds of a layer's null draws."""
     wide = not plan.strengths
     number = (len(nulls) - ("strength" in nulls and wide)) * (min(draws, verdict.FEWEST_DRAWS) if wide else draws)
-    return number * (DRAW_SECONDS + DRAW_EIGEN * rates.eigen * plan.num_models**3 / (os.cpu_count() or 1))
+    return number * (DRAW_SECONDS + DRAW_EIGEN * rates.eigen * plan.num_models**3 / hostmemory.cores())
 
 
 def operations(plan, group, options):

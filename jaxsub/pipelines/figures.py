@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 import threading
 import zlib
 from concurrent import futures
@@ -49,7 +48,7 @@ def threads(num_models):
 
     One for few models: their operations are so short that threads wait for the interpreter lock, and take longer.
     """
-    return 1 if num_models <= heldout.WHOLE else os.cpu_count() or 1
+    return 1 if num_models <= heldout.WHOLE else hostmemory.cores()
 
 
 def generator(seed, *names):

@@ -211,7 +211,7 @@ def available_bytes():
 
 def total_bytes():
     """Memory of the machine, bytes; 0 where the system does not say."""
-    return hostmemory.meminfo("MemTotal")
+    return hostmemory.total()
 
 
 def outgrows_cache(num_bytes):
