@@ -73,6 +73,20 @@ def of_bundle(bundle, shapes):
     return found
 
 
+def with_directions(spaces):
+    """Those of {layer: Space} that hold a direction: layers in which all of the bundle's models are equal have none.
+
+    Raises:
+        ConfigError: none does.
+    """
+    found = {n: s for n, s in spaces.items() if min(map(len, [s.basis] if s.basis is not None else s.factors.values()))}
+    if spaces and not found:
+        raise errors.ConfigError(
+            "the bundle holds no directions: its models are equal in all layers of the network (are they copies?)"
+        )
+    return found
+
+
 def turned(array, shape, name):
     """An array of a file, or of a bundle, in the network's orientation; `name` is what it is called there.
 

@@ -180,6 +180,7 @@ def _train(config, setup, workdir, stream):
         "skipped": setup.skipped,
         "blind": setup.is_blind,
     }
+    found["fixed"] = list(setup.fixed)
     found["saturated"] = [[*one] for one in _spaces.saturated(setup.spaces)]
     found |= {"seeds": config.seeds, "steps": config.steps, "initial": config.initial, "methods": []}
     if config.sweep and not config.dry_run:

@@ -46,6 +46,7 @@ class Setup:
     bundle: object = None
     skipped: int = 0  # variations left out: members were trained on them
     is_blind: bool = False  # no labels say what members were trained on
+    fixed: tuple[str, ...] | list[str] = ()  # layers in which the bundle's models are equal: no subspace to train in
 
 
 def of(config):
@@ -63,7 +64,9 @@ def of(config):
     network, shapes = networks.of(module, example, config.compute)
     spaces = _spaces.of_bundle(bundle, shapes) if bundle is not None else {}
     start, names = _start(config, bundle, spaces, shapes, module, example)
-    return Setup(task, network, variations, spaces, start, names, bundle, skipped, bundle is not None and seen is None)
+    varied = _spaces.with_directions(spaces)
+    fixed, is_blind = sorted({*spaces} - {*varied}), bundle is not None and seen is None
+    return Setup(task, network, variations, varied, start, names, bundle, skipped, is_blind, fixed)
 
 
 PARTS = ("Options", "load", "batches", "loss", "score", "OUTPUTS")  # of a task, to be trained on

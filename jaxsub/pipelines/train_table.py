@@ -64,6 +64,11 @@ def table(found):
         lines.append(
             "no labels of the bundle's members: some may have been trained on these tasks (--config.labels=FILE)"
         )
+    if found.get("fixed"):
+        more = f" and {len(found['fixed']) - 1} more" if len(found["fixed"]) > 1 else ""
+        lines.append(
+            f"{errors.quote(found['fixed'][0], 40)}{more}: the bundle's models are equal there; not trained in it"
+        )
     for layer, count, models in found.get("saturated", ())[:3]:
         lines.append(
             f"{errors.quote(layer, 40)}: {count} components of {models} models are all there can be: saturated, "

@@ -358,12 +358,27 @@ def test_a_basis_of_copies_is_no_basis(tmp_path):
     content = pathlib.Path(models, "000.safetensors").read_bytes()
     for n in range(1, 6):
         pathlib.Path(models, f"{n:03d}.safetensors").write_bytes(content)
-    try:
-        jaxsub.fit(models, str(tmp_path / "bundle"), rank=2, layers=("hidden/kernel",))
-    except errors.ConfigError:
-        return
+    jaxsub.fit(models, str(tmp_path / "bundle"), rank=2, layers=("hidden/kernel",))
     with pytest.raises(errors.ConfigError, match="no directions"):
         train.run(train.Config(bundle=str(tmp_path / "bundle"), **QUICK, **HALF))
+
+
+@pytest.mark.slow
+def test_a_layer_in_which_all_models_are_equal_stays_as_it_is(made, tmp_path):
+    """A frozen layer has no directions: the others are trained, and that is said."""
+    models = tmp_path / "models"
+    models.mkdir()
+    sources = sorted((made / "same_start_split_task" / "models").glob("*.safetensors"))[:8]
+    frozen = safetensors.read(str(sources[0]))["hidden/kernel"]
+    for path in sources:
+        safetensors.write(str(models / path.name), safetensors.read(str(path)) | {"hidden/kernel": frozen})
+    jaxsub.fit(str(models), str(tmp_path / "bundle"), rank=3, layers=("kernel",))
+    found = run(tmp_path, str(tmp_path / "work"), baselines=("random",), write_models=str(tmp_path / "written"))
+    assert found["fixed"] == ["hidden/kernel"] and found["methods"][0]["numbers"] == 3
+    assert "the bundle's models are equal there" in train_table.table(found)
+    written = safetensors.read(found["written"][0])
+    np.testing.assert_array_equal(written["hidden/kernel"], frozen)
+    assert np.abs(written["output/kernel"] - safetensors.read(str(sources[0]))["output/kernel"]).max() > 0
 
 
 @pytest.mark.slow
