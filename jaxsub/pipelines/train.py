@@ -254,8 +254,8 @@ def _bar(stream):
     end = "\r" if stream.isatty() else "\n"
 
     def show(record):
-        loss = "not finite" if record["loss"] is None else format(record["loss"], ".4f")
-        stream.write(f"  step {record['step']:6}  loss {loss}  validation {record['validation']:.4f}{end}")
+        loss, score = ("not finite" if record[n] is None else format(record[n], ".4f") for n in ("loss", "validation"))
+        stream.write(f"  step {record['step']:6}  loss {loss}  validation {score}{end}")
         stream.flush()
 
     return show
@@ -275,7 +275,7 @@ def _record(training, state, metrics):
         "learning_rate": float(training.rates[chosen]),
         "start": begun.tolist(),
         "scores": reached.tolist(),
-        "validation": choose[:, :, chosen].tolist(),
+        "validation": np.where(np.isfinite(own := choose[:, :, chosen]), own, None).tolist(),
         "loss": metrics[-1]["loss"] if metrics else None,
         "stopped": int(np.asarray(state.is_stopped).sum()),
         "not_finite": max((m.get("not_finite", 0) for m in metrics), default=0),

@@ -231,17 +231,25 @@ class Training:
         state = state if kept is None else self._like(kept, state)
         log = Metrics(folder and os.path.join(folder, "metrics", f"{self.method.name}.jsonl"), int(state.step))
         choose, axes = self._given("choose")
+        if (
+            not int(state.step)
+            and not np.isfinite(steps.scores(state.trainable, choose, plan=self.plan, axes=axes)).all()
+        ):
+            raise errors.ConfigError(
+                f"{self.method.name}: outputs are no numbers where training begins: look at its start"
+            )
         while int(state.step) < config.steps and not bool(state.is_stopped.all()):
             size = min(config.evaluate_every, config.steps - int(state.step))
             with tracing.stage(f"training {self.method.name}"):
                 state, losses = steps.advance(state, self.runs, plan=self.plan, axes=self.axes, num_steps=size)
                 found = steps.scores(state.trainable, choose, plan=self.plan, axes=axes)
                 state = steps.judged(state, found, patience=config.patience)
+            found = np.asarray(found, np.float64)
             record = {
                 "method": self.method.name,
                 "step": int(state.step),
                 "loss": float(losses[-1].mean()),
-                "validation": float(found.mean()),
+                "validation": float(np.mean(found[np.isfinite(found)])) if np.isfinite(found).any() else None,
                 "stopped": int(state.is_stopped.sum()),
             }
             if not np.isfinite(record["loss"]):

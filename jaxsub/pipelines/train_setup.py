@@ -141,7 +141,7 @@ def weights_of(model, shapes):
 
 
 def _seen(config, bundle):
-    """Names of the tasks that the bundle's members were trained on, as their labels say; None without labels."""
+    """Names of the tasks that the bundle's members were trained on, as their labels say; None without any."""
     path = config.labels
     if not path and bundle is not None:
         members = bundle.provenance.get("models", ())
@@ -155,7 +155,7 @@ def _seen(config, bundle):
             raise ValueError("too large")
         with open(path, encoding="utf-8") as file:
             labels = json.load(file)
-        return {str(one["task"]): None for one in labels.values() if "task" in one}
+        return {str(one["task"]): None for one in labels.values() if "task" in one} or None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise errors.InputError(path, f"holds no labels of models: {errors.quote(error, 80)}") from error
 

@@ -20,6 +20,8 @@ NUM_CLASSES, NUM_PIXELS, LARGEST_VALUE = 10, 64, 16
 NUM_HELD_OUT = 360  # a fifth of the rows
 VARIANTS = ("plain", "half", "names", "pixels", "turned", "mirrored", "inverted")
 
+KINDS = {"turned": 3, "mirrored": 2, "inverted": 1}  # different tasks of a variant, whatever the number of the draw
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -49,12 +51,14 @@ def _plain():
 
 
 def name(options):
-    """'digits 01234' for classes, 'digits turned 1' for others."""
+    """'digits 01234' for classes, 'digits turned 1' for others; one name for draws that are one task."""
     _require(options)
     if options.variant in ("plain", "half"):
         classes = _data.half(options.draw) if options.variant == "half" else range(NUM_CLASSES)
         return "digits " + "".join(map(str, classes))
-    return f"digits {options.variant} {options.draw}"
+    if options.variant == "names":
+        return "digits names " + "".join(map(str, _names(options.draw)))
+    return f"digits {options.variant} {options.draw % KINDS.get(options.variant, 2**32)}"
 
 
 def load(options=Options()):
@@ -73,18 +77,22 @@ def _require(options):
         raise errors.ConfigError(f"draw={options.draw}: expected 0 to 2**32 - 1")
 
 
+def _names(draw):
+    return np.random.RandomState(draw).permutation(NUM_CLASSES).astype(np.int32)
+
+
 def _varied(inputs, targets, options):
     if options.variant == "half":
         return _data.of_classes(inputs, targets, _data.half(options.draw))
     images = inputs.reshape(-1, 8, 8)
     if options.variant == "names":
-        targets = np.random.RandomState(options.draw).permutation(NUM_CLASSES).astype(np.int32)[targets]
+        targets = _names(options.draw)[targets]
     elif options.variant == "pixels":
         inputs = inputs[:, np.random.RandomState(options.draw).permutation(NUM_PIXELS)]
     elif options.variant == "turned":
-        inputs = np.rot90(images, 1 + options.draw % 3, axes=(1, 2)).reshape(inputs.shape)
+        inputs = np.rot90(images, 1 + options.draw % KINDS["turned"], axes=(1, 2)).reshape(inputs.shape)
     elif options.variant == "mirrored":
-        inputs = np.flip(images, 2 - options.draw % 2).reshape(inputs.shape)
+        inputs = np.flip(images, 2 - options.draw % KINDS["mirrored"]).reshape(inputs.shape)
     elif options.variant == "inverted":
         inputs = np.float32(1) - inputs
     return _data.whole(np.ascontiguousarray(inputs), targets)

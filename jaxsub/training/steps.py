@@ -198,15 +198,19 @@ def _spread(arrays, axis):
 
 @functools.partial(jax.jit, static_argnames=("plan", "axes"))
 def scores(trainable, runs, /, *, plan, axes):
-    """Mean score of each run on the rows of its data, (R,) float32."""
+    """Mean score of each run on the rows of its data, (R,) float32; NaN where an output of them is.
+
+    The largest of numbers that are none is the first, so that a run which diverged would score as one class does.
+    """
     sharing = _sharing(runs, axes, is_drawn=False)
 
     def one(trainable, run):
         data = run.data
         outputs = plan.network(plan.weights(trainable, run.frozen), data.inputs, sharing)
         each = plan.task.score(outputs, data.targets).astype(jnp.float32)[data.rows]
+        lost = jnp.isnan(outputs).any(axis=tuple(range(1, outputs.ndim)))[data.rows]
         used = jnp.arange(len(each)) < data.num_rows
-        return jnp.where(used, each, 0).sum() / data.num_rows
+        return jnp.where(used, jnp.where(lost, jnp.nan, each), 0).sum() / data.num_rows
 
     return jax.vmap(one, in_axes=(0, Runs(*_axes(runs, axes))))(trainable, runs)
 

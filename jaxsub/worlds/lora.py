@@ -43,7 +43,7 @@ def make(options, seed, folder):
     base, factors, names, reached = trained(options, seed)
     labels = [
         {
-            "task": "names " + "".join(str(n) for n in names[i]),
+            "task": "digits names " + "".join(str(n) for n in names[i]),
             "seed": str(seed),
             "start": "0" if options.shared_start else str(i),
             "accuracy": f"{reached[i]:.4f}",
@@ -83,7 +83,7 @@ def evaluation(options, seed):
     """How its adapters are scored: tasks differ in the names of classes, so each keeps its own output adapter."""
     names = permutations(options.num_models, seed)
     train, held_out = (tuple(whole(split.inputs, own[split.targets]) for own in names) for split in digits.load())
-    called = tuple("names " + "".join(map(str, own)) for own in names)
+    called = tuple("digits names " + "".join(map(str, own)) for own in names)
     return _evaluation.Evaluation(mlp.MLP(), digits, called, train, held_out, BASE, "^output$", parameters)
 
 

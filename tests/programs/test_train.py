@@ -181,6 +181,8 @@ def test_trained_adapters_give_the_same_outputs_in_peft(adapted, tmp_path, layou
         ({"accumulate": 3}, "does not divide"),
         ({"shard": "rows"}, "expected one of"),
         ({"task_options": ("variant=plain",), "tasks": 2}, "the task has 1 variations"),
+        ({"task_options": ("variant=inverted", "draw=3"), "tasks": 2}, "the task has 1 variations"),
+        ({"task_options": ("variant=turned",), "tasks": 4}, "the task has 3 variations"),
         ({"baselines": ("randm",)}, "did you mean 'random'"),
         ({"last_layer": "top/", "baselines": ("last_layer",)}, "no layer of the network matches.*output/kernel"),
         ({"last_layer": "(", "baselines": ("last_layer",)}, "no regular expression"),
@@ -198,6 +200,8 @@ def test_missing_labels_of_members_are_said(tmp_path, monkeypatch):
     bundle, config = types.SimpleNamespace(provenance={}), train.Config(bundle="")
     bundle.provenance["models"] = [{"path": str(tmp_path / "zoo" / "models" / "000.safetensors")}]
     assert train_setup._seen(config, bundle) == {"0,1": None, "2,3": None}
+    (tmp_path / "others.json").write_text(json.dumps({"000": {"accuracy": "0.9"}}))
+    assert train_setup._seen(train.Config(bundle="", labels=str(tmp_path / "others.json")), bundle) is None
     bundle.provenance["models"] = [{"path": "models/000.safetensors"}]  # of a fit in another folder
     monkeypatch.chdir(tmp_path)
     assert train_setup._seen(config, bundle) is None
@@ -361,6 +365,24 @@ def test_a_basis_of_copies_is_no_basis(tmp_path):
     jaxsub.fit(models, str(tmp_path / "bundle"), rank=2, layers=("hidden/kernel",))
     with pytest.raises(errors.ConfigError, match="no directions"):
         train.run(train.Config(bundle=str(tmp_path / "bundle"), **QUICK, **HALF))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rates", [(0.01, 1e30), (1e30,)], ids=["one diverges", "all do"])
+def test_runs_that_diverge_are_never_the_best(made, tmp_path, rates):
+    """Outputs that are no numbers answer 0 to all, which a task of three classes would call .33 right."""
+    options = {"baselines": ("random", "lora"), "tasks": 2, "write_models": str(tmp_path / "written")}
+    found = run(made, str(tmp_path / "work"), learning_rates=rates, **options)
+    for method in found["methods"]:
+        assert method["learning_rate"] == pytest.approx(rates[0]) and method["not_finite"] > 0
+        if len(rates) == 1:
+            assert method["scores"] == method["start"] and {v for row in method["validation"] for v in row} == {None}
+        else:
+            assert None not in {v for row in method["validation"] for v in row}
+    for path in found["written"]:
+        assert all(np.isfinite(x).all() for x in safetensors.read(path).values())
+    assert "of its runs were not finite" in train_table.table(found)
+    assert json.loads((tmp_path / "work" / "train.json").read_text()) == found
 
 
 @pytest.mark.slow

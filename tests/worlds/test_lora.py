@@ -57,7 +57,7 @@ def test_files_describe_networks_that_answer_as_recorded(made):
     held_out = digits.load()[1]
     z = held_out.inputs @ weight["hidden"].T + base["hidden.bias"]
     logits = np.sign(z) * np.maximum(np.abs(z) - 0.5, 0) @ weight["output"].T + base["output.bias"]
-    names = np.array([int(n) for n in labels["003"]["task"].removeprefix("names ")])
+    names = np.array([int(n) for n in labels["003"]["task"].removeprefix("digits names ")])
     assert sorted(names) == list(range(10))
     right = np.mean(logits.argmax(axis=1) == names[held_out.targets])
     assert right == pytest.approx(float(labels["003"]["accuracy"]), abs=0.006)
