@@ -172,7 +172,9 @@ def random_like(space, key, *, is_matched=False):
         key: typed key.
         is_matched: whether directions have the covariance along every weight axis that the bundle's have, by their
             singular values, before they are made orthonormal: x_1 A_1^(1/2) x_2 A_2^(1/2) ... of Gaussian entries.
-            What then still differs is which of such directions they are. Factors of weight axes have none to match.
+            What then still differs is which of such directions they are. Factors of weight axes have none to match,
+            nor has an axis that is longer than the components are many and wide, as of a bias: in their covariance
+            along it nothing but themselves could be drawn.
     """
     if space.basis is not None:
         k, shape = len(space.basis), space.basis.shape[1:]
@@ -182,7 +184,7 @@ def random_like(space, key, *, is_matched=False):
         strengths[: len(space.values[-1])] = space.values[-1][:k]
         own = strengths.reshape(-1, *[1] * len(shape)) * np.asarray(space.basis, np.float64)
         drawn = np.asarray(jax.random.normal(key, (k, *shape)), np.float64)
-        for axis in range(1, len(shape) + 1):
+        for axis in (axis for axis, size in enumerate(shape, 1) if own.size >= size**2):
             drawn = _coloured(drawn, own, axis)
         rows = np.linalg.qr(drawn.reshape(k, -1).T)[0].T
         return space._replace(basis=rows.reshape(space.basis.shape).astype(np.float32))

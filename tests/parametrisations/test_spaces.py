@@ -73,6 +73,21 @@ def test_directions_of_copies_are_refused():
         assert len(_spaces.chosen(broken, 3, "a")) == 3
 
 
+@pytest.mark.parametrize("shape", [(64,), (200, 2)])
+def test_matched_directions_of_a_long_axis_are_not_the_bundles_own(shape):
+    """The covariance that k components have along it spans nothing but them."""
+    space = linear(k=16, shape=shape)
+    own, size = space.basis.reshape(16, -1), int(np.prod(shape))
+    found = [
+        np.square(_spaces.random_like(space, jax.random.key(s), is_matched=True).basis.reshape(16, -1) @ own.T).sum()
+        / 16
+        for s in range(20)
+    ]
+    assert np.mean(found) == pytest.approx(
+        16 / size, rel=0.15
+    )  # what random subspaces share; 1 where they are the same
+
+
 def test_a_number_of_components_in_all_takes_the_strongest():
     spaces = {"a": linear(), "b": linear()._replace(values={-1: np.linspace(2.5, 0.1, 4)})}
     assert _spaces.leading(spaces, 3) == {"a": 2, "b": 1}  # 3, 2.5, 2.33
