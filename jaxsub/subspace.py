@@ -23,7 +23,10 @@ CENTRINGS = ("models", "columns", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """Error of a fit on the data it was fitted to, relative to what was left after centring (Frobenius norms)."""
+    """Error of a fit on the data it was fitted to, relative to what was left after centring (Frobenius norms).
+
+    In a bundle of what is stored, about its mean, which stays where models are appended; without corrections.
+    """
 
     relative_error: float  # |X - X_k| / |X|
     bound: float  # never below the true error

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsub import bundle, descriptors, errors, hostmemory, plugins, precision, stacks, subspace
-from jaxsub.bundle import cores, corrections, frames, storage
+from jaxsub.bundle import certificates, cores, corrections, frames, storage
 from jaxsub.decompositions import _again
 from jaxsub.linalg import rebuild, unfold
 
@@ -212,14 +212,18 @@ def refitted(layer, keep, x=None, ids=(), dtypes=(), *, rank=0, key=None):
             change = subspace.relative(left, energies) * (1.0 + layer.figures["error_max"])  # of what they stand for
         else:
             norms, left = _norms(frame, every[: len(old)]), subspace.missed(small, every, values[: len(old)])[1]
-            change = subspace.relative(left, np.square(norms))
+            # Of the models as they were rebuilt, which are off by the layer's error at most.
+            change = subspace.relative(left, np.square(norms)) * (1.0 + layer.figures["error_max"])
             if layer.storage[0]:  # rounded directions leave the frame
                 change = np.maximum(change, _moved(layer, old, found, values[: len(old)]))
-        relative = np.zeros(0)
+            energies = np.square(norms)
+        relative, lost, whole = np.zeros(0), float((np.square(change) * energies).sum()), energies.sum()
         if x is not None:
             energies, left = subspace.missed(found, x, values[len(old) :])
-            relative = subspace.relative(left, energies)
-    kept = 1.0 - found.certificate.relative_error**2
+            relative, lost = subspace.relative(left, energies), lost + left.sum()
+            whole += energies.sum()
+        found = certificates.at_least(found, math.sqrt(_lost_before(layer)) + math.sqrt(lost), math.sqrt(whole))
+    kept = 1.0 - min(found.certificate.relative_error, 1.0) ** 2
     figures = _figures(layer, change, relative, kept)
     return dataclasses.replace(
         layer,
@@ -275,12 +279,15 @@ def _turned(space, frame, values):
 
 
 def _norms(frame, cores):
-    """(n,) lower bounds of the norms of the models: of their parts inside the frame, mean included."""
-    mean = 0.0
+    """(n,) norms of the models that the cores are, of which the mean has a part outside the frame."""
+    mean = outside = 0.0
     if isinstance(frame, subspace.LinearSubspace) or frame.procedure.centring == "models":
-        doubled = 2 * np.asarray(frame.mean).reshape(_mean_shape(frame))  # project subtracts the mean once
-        mean = np.asarray(frame.project(np.broadcast_to(doubled, frame.shape)[None]))[0]
-    return np.array([np.linalg.norm(core + mean) for core in np.asarray(cores)])
+        whole = np.broadcast_to(np.asarray(frame.mean).reshape(_mean_shape(frame)), frame.shape)
+        mean = np.asarray(frame.project(2 * whole[None]))[0]  # it subtracts the mean once
+        squares = np.square(whole, dtype=np.float64).sum()
+        rounding = 16 * float(np.finfo(mean.dtype).eps) * squares
+        outside = max(0.0, squares - np.square(mean, dtype=np.float64).sum() - rounding)
+    return np.array([math.sqrt(np.square(c + mean, dtype=np.float64).sum() + outside) for c in np.asarray(cores)])
 
 
 def _fit(layer, cores, rank, *, plugin, key):
@@ -329,11 +336,15 @@ def _composed(space, frame, small):
     return dataclasses.replace(space, mean=mean, factors=factors)
 
 
+def _lost_before(layer):
+    """Squared errors of the members as they are in the bundle, at most; 0 of one that holds all of them."""
+    space = layer.subspace
+    return 0.0 if is_lossless(layer) else space.certificate.bound**2 * certificates.total_energy(space)
+
+
 def _with_losses(layer, found, small):
     """`found` with the spectra of the cores, and a certificate that counts what the old basis had lost before."""
-    space, exact = layer.subspace, is_lossless(layer)
-    olds = [space.spectrum] if isinstance(space, subspace.LinearSubspace) else list(space.spectra.values())
-    before = 0.0 if exact else space.certificate.bound**2 * max(s.total_energy for s in olds)
+    before, exact = _lost_before(layer), is_lossless(layer)
     news = [small.spectrum] if isinstance(small, subspace.LinearSubspace) else list(small.spectra.values())
     inside = max(s.total_energy for s in news)
     now = small.certificate.bound**2 * inside

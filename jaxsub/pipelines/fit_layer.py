@@ -21,7 +21,7 @@ from jaxsub import (
     stacks,
     subspace,
 )
-from jaxsub.bundle import cores, corrections, storage
+from jaxsub.bundle import certificates, cores, corrections, storage
 from jaxsub.decompositions import _again
 from jaxsub.formats import peft
 from jaxsub.pipelines import fit_plan, fit_streamed, layers, plan, sharing
@@ -68,7 +68,9 @@ def _fitted(group, opened, config, rank):
         space = subspace.stored(space, _wide(group.dtypes))
         space, values, _, unrounded = _stored(space, stack.x, len(x), config)
         found = _entries(group, x, space, values, exponent, config)
-        figures = {**_figures(stack, x, values, space, found, exponent, config), **unrounded}
+        energies, left = subspace.missed(space, stack.x, values)
+        space = certificates.measured(space, left, energies)
+        figures = {**_figures(stack, x, values, space, found, exponent, config, energies, left), **unrounded}
     if exponent:
         space, values = subspace.scaled(space, exponent), precision.scaled(values, exponent)
     dtypes = stored_dtypes(group)
@@ -139,6 +141,7 @@ def _lora_layer(group, models, ids, config, rank):
         _require_memory(group, space, config)
         space, values, halves, unrounded = _stored(space, factors, len(models), config, inner or stack.a.shape[1])
         energies, left = subspace.missed(space, factors, values)
+        space = certificates.measured(space, left, energies)
     found = None
     if config.max_error >= 0:
         relative = subspace.relative(left, energies)
@@ -226,12 +229,11 @@ def _options(module, config, stack, rank):
     return module.Options(energy=config.energy)
 
 
-def _figures(stack, x, values, space, found, exponent, config):
+def _figures(stack, x, values, space, found, exponent, config, energies, left):
     """What the manifest says of a layer beside its spectrum: errors of its own models, and of models left out.
 
-    `x` is the stack on the host.
+    `x` is the stack on the host; `energies` and `left` are those of `subspace.missed`.
     """
-    energies, left = subspace.missed(space, stack.x, values)
     if found is not None:
         left = np.array(
             [_left(x, n, space, values, found, exponent) if found.counts[n] else left[n] for n in range(len(x))]

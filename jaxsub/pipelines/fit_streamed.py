@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxsub import bundle, heldout, placement, precision, reading, spectrum, subspace
+from jaxsub.bundle import certificates
 from jaxsub.decompositions import _fit, gram as plugin
 from jaxsub.linalg import gram as kernels, orth, pieces, products
 from jaxsub.pipelines import layers, memory, plan as plans
@@ -85,6 +86,7 @@ def fit(group, models, ids, config, rank):
         jnp.asarray(mean), jnp.asarray(basis), found.spectrum, tuple(group.shape), found.procedure, found.certificate
     )
     values = values.astype(np.float32)
+    space = certificates.measured(space, left, np.square(stats.norms()))
     if stats.exponent:
         space, values = subspace.scaled(space, stats.exponent), precision.scaled(values, stats.exponent)
     dtypes = tuple(e.dtype for e in group.entries)
