@@ -131,6 +131,11 @@ class Factors:
             a[p, : len(own_a)], b[p, :, : len(own_a)] = own_a, scale * own_b.astype(np.float64)
         return a, b
 
+    def own(self):
+        """(a (r, i), b (o, r), scale) of one model, as they are kept."""
+        ((a, b),) = self._each()
+        return a, b, float(self.scales[0])
+
     def are_of(self, a, b, scale):
         """Whether these are the factors, to the bit, of one model, a (r, i), b (o, r) padded with zeros or not."""
         if len(self.positions) != 1 or self.scales[0] != scale or len(a) < self.ranks[0]:

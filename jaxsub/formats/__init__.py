@@ -10,7 +10,7 @@ import functools
 import os
 
 from jaxsub import errors, plugins
-from jaxsub.formats import _factors, _files, _hints, _model, _sniff
+from jaxsub.formats import _files, _hints, _model, _sniff
 
 EXTENSIONS = frozenset(_sniff.EXTENSIONS)
 SHARED_BASIS = _sniff.SHARED_BASIS  # a file that several models stand on, and no model
@@ -106,13 +106,13 @@ def rewrite(model, path, layers):
         model: descriptors.Model, of a format that `ending` knows.
         path: file or folder, made here.
         layers: layer -> array of the weight's shape; for low-rank updates (a (k, i), b (o, k)), Delta-W = b @ a in the
-            orientation of `LoraPair.shape`, written with a scale of 1.
+            orientation of `LoraPair.shape`, written with a scale of 1, or (a, b, scale), Delta-W = scale * b @ a,
+            written as they are.
 
     Raises:
         InputError: values that the stored dtype cannot hold.
         InputChangedError: the original is not as it was.
     """
-    layers = {n: _factors.not_empty(*v) if n in model.adapters else v for n, v in layers.items()}
     _writer(model).rewrite(model, path, layers)
 
 

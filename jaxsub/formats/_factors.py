@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 
+import ml_dtypes
 import numpy as np
 
 from jaxsub import descriptors, errors
@@ -27,6 +28,7 @@ _PEFT = re.compile(r"\.lora_[AB](\.[^.]+)?\.weight$")
 _SUBSPACE = re.compile(r"\.(subspaceadapter|eigenflux)_[AB]\.(.+\.)?(components|loadings)$")
 _DELTA = re.compile(r".\.(diff|diff_b|w_norm|b_norm)$")
 MAX_SCALE = 2.0**700  # products are made with powers of two kept apart; beyond it they would leave float64
+ROUNDING = 4 * float(np.finfo(np.float32).eps)  # share of an update's norm that factors in float32 lose anyway
 _SCALARS = ((), (1,))  # shapes of an alpha; older scripts saved it with one axis
 
 
@@ -95,12 +97,53 @@ def partners(layer, sides, tensors, file, names, hint, embedding=False):
     return Factors(sides[names[0]], sides[names[1]], a.shape[0], (b.shape[0], *a.shape[1:]), embedding)
 
 
-def not_empty(a, b):
-    """Factors (r, ...) and (o, r), of rank 0 with one direction of zeros: programs refuse adapters without any."""
-    a, b = np.asarray(a), np.asarray(b)
-    if len(a):
-        return a, b
-    return np.zeros((1, *a.shape[1:]), a.dtype), np.zeros((b.shape[0], 1), b.dtype)
+def balanced(a, b, scale=1.0):
+    """(a (r, i), b (o, r)) float64 with the product scale * b @ a and equal singular values, r the rank of it.
+
+    Left out are the last directions that together hold less than ROUNDING of the norm.
+
+    Raises:
+        ValueError: the product is not finite.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    left, inner = np.linalg.qr(b)
+    right, outer = np.linalg.qr(a.T)
+    core = scale * (inner @ outer.T)
+    if not np.isfinite(core).all():
+        raise ValueError("the update is not finite")
+    u, s, vt = np.linalg.svd(core, full_matrices=False)
+    shares = s / s[0] if s.size and s[0] > 0 else s
+    tails = np.sqrt(np.cumsum(np.square(shares[::-1])))[::-1]  # norm of what is lost by stopping before each
+    rank = int(np.sum(tails > ROUNDING * tails[0])) if s.size else 0
+    root = np.sqrt(s[:rank])
+    return (root[:, None] * vt[:rank]) @ right.T, (left @ u[:, :rank]) * root
+
+
+def written(value, pair):
+    """(a (r, i), b (o, r), scale) of a low-rank update as a file takes it, r >= 1.
+
+    Args:
+        value: (a, b), the update b @ a, or (a, b, scale), factors that are to stay as they are; see `formats.rewrite`.
+        pair: LoraPair in whose place and dtypes it is written. Factors of a product of which 16 bits would lose more
+            than they round, as of numbers near the smallest they have, go balanced.
+    """
+    (a, b), scale = (np.asarray(x) for x in value[:2]), float(value[2]) if len(value) > 2 else 1.0
+    if not len(a):  # programs refuse adapters without any direction
+        return np.zeros((1, *a.shape[1:]), a.dtype), np.zeros((b.shape[0], 1), b.dtype), scale
+    is_finite = np.isfinite(a).all() and np.isfinite(b).all()
+    if len(value) > 2 or not is_finite or (_holds(pair.a.dtype, a) and _holds(pair.b.dtype, b)):
+        return a, b, scale
+    even_a, even_b = balanced(a, b)
+    room = len(a) - len(even_a)
+    return np.pad(even_a, ((0, room), (0, 0))), np.pad(even_b, ((0, 0), (0, room))), scale
+
+
+def _holds(dtype, x):
+    """Whether a dtype holds an array but for its rounding."""
+    dtype, x = descriptors.numpy_dtype(dtype), x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        lost = np.linalg.norm(x.astype(dtype).astype(np.float64) - x)
+    return lost <= float(ml_dtypes.finfo(dtype).eps) * np.linalg.norm(x)
 
 
 def have_effect(pairs, load):

@@ -143,6 +143,22 @@ def _tucker(a, b, core, name):
     return (a[1], b[1], *core[2:])
 
 
+def as_loha(value):
+    """Tensors, by part, of a matrix (o, i) as LoHa: its factors, entry by entry times ones.
+
+    A `.diff` has the shape of the weight, which factors do not tell: (o, i k k) may be a convolution of (o, i, k, k).
+    """
+    if not np.isfinite(value).all():
+        return {"diff": value}  # to be refused
+    u, s, vt = np.linalg.svd(np.asarray(value, np.float64), full_matrices=False)
+    rank = max(1, int((s > np.finfo(np.float32).eps / 4 * s[0]).sum()))
+    ones = np.zeros((len(u), rank)), np.zeros((rank, vt.shape[1]))
+    ones[0][:, 0], ones[1][0] = 1.0, 1.0
+    root = np.sqrt(s[:rank])
+    parts = u[:, :rank] * root, root[:, None] * vt[:rank], *ones, np.float32(rank)
+    return dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"), parts, strict=True))
+
+
 def delta(made, read, scale):
     """Delta-W of a Recipe, in its shape and dtype.
 

@@ -13,12 +13,11 @@ import re
 import numpy as np
 
 from jaxsub import descriptors, errors
-from jaxsub.formats import _files, _peft, _rewrite, _sniff, safetensors
+from jaxsub.formats import _factors, _files, _peft, _rewrite, _sniff, safetensors
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks of vLLM 0.26, without 1
 CONFIG, WEIGHTS = "adapter_config.json", _sniff.ADAPTER_FILES[0]
 OTHER = "other_tensors.safetensors"  # full values beside the updates, which no server takes with an adapter
-ROUNDING = 4 * float(np.finfo(np.float32).eps)  # share of an update's norm that factors in float32 lose anyway
 LINEAR, FAN_IN_FAN_OUT, EMBEDDING = "linear", "fan_in_fan_out", "embedding"
 _KEY = re.compile(re.escape(_peft.PREFIX) + r".+\.(lora_(?P<side>[AB])\.weight|lora_embedding_(?P<other>[AB]))")
 
@@ -46,28 +45,6 @@ def orientation(pair):
     if ".lora_embedding_" in pair.a.name:
         return EMBEDDING
     return FAN_IN_FAN_OUT if pair.transposed else LINEAR
-
-
-def balanced(a, b, scale=1.0):
-    """(a (r, i), b (o, r)) float64 with the product scale * b @ a and equal singular values, r the rank of it.
-
-    Left out are the last directions that together hold less than ROUNDING of the norm.
-
-    Raises:
-        ValueError: the product is not finite.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    left, inner = np.linalg.qr(b)
-    right, outer = np.linalg.qr(a.T)
-    core = scale * (inner @ outer.T)
-    if not np.isfinite(core).all():
-        raise ValueError("the update is not finite")
-    u, s, vt = np.linalg.svd(core, full_matrices=False)
-    shares = s / s[0] if s.size and s[0] > 0 else s
-    tails = np.sqrt(np.cumsum(np.square(shares[::-1])))[::-1]  # norm of what is lost by stopping before each
-    rank = int(np.sum(tails > ROUNDING * tails[0])) if s.size else 0
-    root = np.sqrt(s[:rank])
-    return (root[:, None] * vt[:rank]) @ right.T, (left @ u[:, :rank]) * root
 
 
 def rank_for(ranks):
@@ -125,7 +102,7 @@ def write(folder, updates, *, fields=None, other=None):
     """
     if not updates:
         raise errors.ConfigError(f"{errors.quote(folder)}: no low-rank update to write")
-    factors = {layer: _factors(layer, update, folder) for layer, update in updates.items()}
+    factors = {layer: _balanced(layer, update, folder) for layer, update in updates.items()}
     r = rank_for({layer: len(a) for layer, (a, _) in factors.items()})
     tensors = {}
     for layer, (a, b) in factors.items():
@@ -174,12 +151,12 @@ def save(folder, config, tensors):
     _files.write_atomic(os.path.join(folder, CONFIG), [text])
 
 
-def _factors(layer, update, folder):
+def _balanced(layer, update, folder):
     """(lora_A (r, in), lora_B (out, r)) of an Update, as PEFT orients them."""
     if np.ndim(update.a) != 2 or np.ndim(update.b) != 2:
         raise convolution(layer)
     try:
-        a, b = balanced(update.a, update.b, update.scale)
+        a, b = _factors.balanced(update.a, update.b, update.scale)
     except ValueError as error:
         raise errors.InputError(folder, str(error), key=layer, rule="N1") from error
     return (a, b) if update.orientation == LINEAR else (b.T, a.T)

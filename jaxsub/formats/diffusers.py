@@ -123,16 +123,17 @@ def rewrite(model, path, layers):
     ranks = {name: pair.rank for name, pair in model.adapters.items()}
     alphas = {name: pair.scale * pair.rank for name, pair in model.adapters.items()}
     for name, value in layers.items():
-        pair, (a, b) = model.adapters[name], value
+        pair = model.adapters[name]
+        a, b, scale = _factors.written(value, pair)
         if pair.transposed:
             a, b = b.T, a.T
-        ranks[name], alphas[name] = len(a), float(len(a))
+        ranks[name], alphas[name] = len(a), scale * len(a)
         shapes = (len(a), *pair.a.shape[1:]), (pair.b.shape[0], len(a), *pair.b.shape[2:])
         for tensor, array, shape in zip((pair.a, pair.b), (a, b), shapes, strict=True):
             dtype = descriptors.numpy_dtype(tensor.dtype)
             tensors[tensor.name] = _rewrite.cast(array.reshape(shape), dtype, model, name)
         if name in scaled:
-            tensors[name + _ALPHA] = _factors.alpha_array(len(a), tensors[name + _ALPHA])
+            tensors[name + _ALPHA] = _factors.alpha_array(scale * len(a), tensors[name + _ALPHA])
     if layers and not scaled:
         _describe(metadata, ranks, alphas, model.path)
     _files.make_folder(os.path.dirname(os.path.abspath(path)))

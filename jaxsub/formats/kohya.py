@@ -177,36 +177,44 @@ def _refusal(file, name):
 def rewrite(model, path, layers):
     """Writes a file again at `path` with other values in some layers; see `formats.rewrite`.
 
-    Rebuilt pairs have alpha = r. Layers of LoHa, LoKr and Tucker factors become `.diff`, in the dtype of the factors.
+    Rebuilt pairs have alpha = r. Layers of LoKr and Tucker factors become `.diff`, in the dtype of the factors; those
+    whose factors do not say whether they are of a convolution become LoHa, which holds for both.
     """
     content = _header.content(model.path)
     plan, tensors, metadata = _plan(content), safetensors.read(model.path), dict(model.metadata)
-    own = dict(plan.alphas)
+    own, ranks = dict(plan.alphas), {name: pair.rank for name, pair in model.adapters.items()}
+    alphas = {name: pair.scale * pair.rank for name, pair in model.adapters.items()}
     for name, value in layers.items():
         pair, alpha = model.adapters.get(name), content.tensors[own[name]].name if name in own else None
         if pair is not None:
-            _put_pair(tensors, model, name, pair, value, alpha)
+            ranks[name], alphas[name] = _put_pair(tensors, model, name, pair, value, alpha)
         elif name in plan.recipes:
             used = [content.tensors[position].name for position in plan.recipes[name].parts.values()]
             dtypes = {tensors[key].dtype for key in used}
             dtype = dtypes.pop() if len(dtypes) == 1 else descriptors.numpy_dtype(plan.recipes[name].dtype)
             for key in filter(None, (*used, alpha)):
                 del tensors[key]
-            shape = plan.recipes[name].shape
-            tensors[f"{name}.diff"] = _rewrite.cast(np.reshape(value, shape), dtype, model, name)
+            value = np.reshape(value, plan.recipes[name].shape)
+            made = _lycoris.as_loha(value) if value.ndim == 2 else {"diff": value}
+            for part, x in made.items():  # narrow numbers do not hold every alpha
+                tensors[f"{name}.{part}"] = _rewrite.cast(
+                    x, np.dtype("float32") if part == "alpha" else dtype, model, name
+                )
         else:
             stored = tensors[model.tensors[name].name]
             tensors[model.tensors[name].name] = _rewrite.cast(
                 np.reshape(value, stored.shape), stored.dtype, model, name
             )
-    _describe(metadata, model, layers)
+    if any(name in ranks for name in layers):
+        _describe(metadata, {*ranks.values()}, {*alphas.values()})
     _hash(metadata, tensors)
     _files.make_folder(os.path.dirname(os.path.abspath(path)))
     safetensors.write(path, tensors, metadata)
 
 
 def _put_pair(tensors, model, name, pair, value, alpha):
-    a, b = value
+    """Writes factors in a pair's place; their rank and alpha."""
+    a, b, scale = _factors.written(value, pair)
     rank = len(a)
     shapes = (rank, *pair.a.shape[1:]), (pair.b.shape[0], rank, *pair.b.shape[2:])
     for tensor, array, shape in zip((pair.a, pair.b), (a, b), shapes, strict=True):
@@ -215,18 +223,12 @@ def _put_pair(tensors, model, name, pair, value, alpha):
     # Other spellings are read by tools that take no alpha; without one it is r for all.
     if alpha is not None or pair.a.name.endswith(_OWN):
         alpha = alpha or f"{name}.alpha"
-        tensors[alpha] = _factors.alpha_array(rank, tensors.get(alpha, tensors[pair.b.name]))
+        tensors[alpha] = _factors.alpha_array(scale * rank, tensors.get(alpha, tensors[pair.b.name]))
+    return rank, scale * rank
 
 
-def _describe(metadata, model, layers):
+def _describe(metadata, ranks, alphas):
     """Rank and alpha as kohya-ss writes them: a number for all layers, or "Dynamic"."""
-    if not any(name in model.adapters for name in layers):
-        return
-    ranks = {len(layers[name][0]) if name in layers else pair.rank for name, pair in model.adapters.items()}
-    alphas = {
-        float(len(layers[name][0]) if name in layers else pair.scale * pair.rank)
-        for name, pair in model.adapters.items()
-    }
     for key, values in (("ss_network_dim", ranks), ("ss_network_alpha", alphas)):
         if key in metadata:
             metadata[key] = f"{values.pop():g}" if len(values) == 1 else "Dynamic"

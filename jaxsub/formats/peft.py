@@ -150,10 +150,10 @@ def rewrite(model, path, layers):
             dtype = descriptors.numpy_dtype(tensor.dtype)
             tensors[tensor.name] = _rewrite.cast(np.reshape(value, tensor.shape), dtype, model, name)
             continue
-        a, b = value
+        a, b, scale = _factors.written(value, pair)
         if pair.transposed:
             a, b = b.T, a.T
-        ranks[name], alphas[name] = len(a), float(len(a))
+        ranks[name], alphas[name] = len(a), scale * len(a)
         for tensor, array in ((pair.a, a), (pair.b, b)):
             array = np.reshape(array, _shape_like(tensor.shape, array))
             tensors[tensor.name] = _rewrite.cast(array, descriptors.numpy_dtype(tensor.dtype), model, name)
@@ -208,10 +208,11 @@ def rewrite_portable(model, path, layers, pairs=None):
         if len(pair.shape) != 2:  # rebuilt ones are flat
             raise _portable.convolution(layer)
         dtype = max((pair.a.dtype, pair.b.dtype), key=lambda name: descriptors.numpy_dtype(name).itemsize)
-        a, b = layers[layer] if layer in layers else (_model.read(pair.a, model.load), _model.read(pair.b, model.load))
-        if layer not in layers and pair.transposed:
-            a, b = b.T, a.T
-        scale = 1.0 if layer in layers else pair.scale
+        if layer in layers:
+            a, b, scale = (*layers[layer], 1.0)[:3]
+        else:
+            (a, b), scale = (_model.read(t, model.load) for t in (pair.a, pair.b)), pair.scale
+            a, b = (b.T, a.T) if pair.transposed else (a, b)
         updates[layer] = Update(a, b, scale, orientation(pair), dtype)
     done = write_portable(path, updates, fields=fields_of(model), other=other)
     without = (CONFIG, *_sniff.ADAPTER_FILES, _portable.OTHER)

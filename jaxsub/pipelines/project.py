@@ -172,8 +172,8 @@ def _joined(layers, model):
             (formats.read(model, tensor) if one is None else one).reshape(tensor.shape)
             for one, tensor in zip(own, (pair.a, pair.b), strict=True)
         )
-        a, b = a.reshape(len(a), -1), pair.scale * b.reshape(len(b), -1)
-        found[name] = (b.T, a.T) if pair.transposed else (a, b)
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        found[name] = (b.T, a.T, pair.scale) if pair.transposed else (a, b, pair.scale)
     return found
 
 
@@ -191,10 +191,11 @@ def _layer(group, layer, opened, base, *, is_kept):
 
     def again(values, key, position):
         c, own = values[key][position : position + 1], kept.get(position)
+        if ranks and own is not None:
+            return own.own()
         if ranks:
             rank = ranks[position] if is_kept else max(ranks)  # steps on coefficients may raise it
-            a, b = (np.array(part) for part in space.reconstruct_factors(c, rank))
-            a, b = (a, b) if own is None else own.apply_factors(a, b)
+            a, b = space.reconstruct_factors(c, rank)
             return a[0, :rank], b[0, :, :rank]
         rebuilt = np.array(space.reconstruct(c))
         return (rebuilt if own is None else own.applied(rebuilt))[0]

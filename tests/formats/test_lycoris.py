@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxsub import errors, formats
-from jaxsub.formats import safetensors
+from jaxsub.formats import _lycoris, safetensors
 from tests.formats.lora_files import DENSE, STEM, delta, factor, locon, loha, lokr, opened, pair, stored
 
 
@@ -95,18 +95,32 @@ def test_factors_that_are_no_floats_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_rebuilt_dense_layers_become_differences_of_the_same_name(tmp_path, kind):
+def test_rebuilt_dense_layers_keep_their_name_and_dtype(tmp_path, kind):
+    """As differences where the factors tell the weight's shape, else as LoHa, which has the shape it is loaded into."""
     parts, expected = DENSE[kind]()
     half = {name: array.astype(np.float16) for name, array in parts.items()}
     model = opened(tmp_path, stored(half, alpha=3) | pair("other", alpha=1))
     formats.rewrite(model, tmp_path / "new.safetensors", {STEM: expected + 1})
     again, found = safetensors.read(tmp_path / "new.safetensors"), formats.open_model(tmp_path / "new.safetensors")
-    assert {name for name in again if name.startswith(STEM)} == {f"{STEM}.diff"}
-    assert again[f"{STEM}.diff"].dtype == np.float16 and (set(found.tensors), set(found.adapters)) == (
-        {STEM},
-        {"other"},
-    )
-    np.testing.assert_array_equal(delta(found, STEM), (expected + 1).astype("f2"))
+    is_flat = expected.ndim == 2
+    loha = {f"{STEM}.{part}" for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")}
+    assert {name for name in again if name.startswith(STEM)} == (loha if is_flat else {f"{STEM}.diff"})
+    assert {again[name].dtype for name in again if name.startswith(STEM) and "alpha" not in name} == {np.dtype("f2")}
+    assert (set(found.tensors), set(found.adapters)) == ({STEM}, {"other"})
+    scale = np.abs(expected + 1).max()
+    np.testing.assert_allclose(delta(found, STEM), expected + 1, rtol=0, atol=(1 + is_flat) * 2**-10 * scale)
     formats.rewrite(found, tmp_path / "third.safetensors", {STEM: expected})
     third = delta(formats.open_model(tmp_path / "third.safetensors"), STEM)
-    np.testing.assert_array_equal(third, expected.astype("f2"))
+    np.testing.assert_allclose(third, expected, rtol=0, atol=(1 + is_flat) * 2**-10 * np.abs(expected).max())
+
+
+def test_a_matrix_as_loha_is_also_the_convolution_that_it_may_be():
+    """LyCORIS makes the product of the two halves' products and gives it the shape of the weight."""
+    w = np.random.default_rng(0).standard_normal((6, 2, 3, 3))
+    for value in (w, np.zeros_like(w), w[:, :1, :1, :1] * np.ones(w.shape)):
+        parts = _lycoris.as_loha(value.reshape(6, -1))
+        product = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+        rank = len(parts["hada_w1_b"])
+        assert parts["alpha"] == rank == max(1, np.linalg.matrix_rank(value.reshape(6, -1)))
+        assert {x.shape for x in parts.values()} == {(6, rank), (rank, 18), ()}
+        np.testing.assert_allclose(product.reshape(w.shape), value, atol=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsub import errors, formats
-from jaxsub.formats import _portable, peft, safetensors
+from jaxsub.formats import _factors, _portable, peft, safetensors
 
 RNG = np.random.default_rng(0)
 
@@ -47,7 +47,7 @@ def deltas(folder):
 @pytest.mark.parametrize("shape", [(9, 13, 4), (13, 9, 4), (3, 20, 5), (20, 3, 5), (6, 6, 6), (1, 1, 1)])
 def test_the_scale_is_split_evenly_between_the_factors(shape, scale):
     one = update(*shape, scale=scale)
-    a, b = _portable.balanced(one.a, one.b, one.scale)
+    a, b = _factors.balanced(one.a, one.b, one.scale)
     assert relative(b @ a, product(one)) < 1e-12
     values = np.linalg.svd(product(one), compute_uv=False)[: len(a)]
     assert len(a) == min(shape)
@@ -58,11 +58,11 @@ def test_the_scale_is_split_evenly_between_the_factors(shape, scale):
 def test_directions_that_float32_cannot_hold_are_left_out():
     one = update(30, 20, 12, rank=3)
     noisy = one.a + 1e-8 * RNG.standard_normal(one.a.shape)
-    a, _ = _portable.balanced(noisy, one.b)
+    a, _ = _factors.balanced(noisy, one.b)
     assert len(a) == 3
     seen = one.a + 1e-3 * RNG.standard_normal(one.a.shape)
-    assert len(_portable.balanced(seen, one.b)[0]) == 12  # the control: what is larger stays
-    a, b = _portable.balanced(np.zeros((2, 5)), np.zeros((4, 2)))
+    assert len(_factors.balanced(seen, one.b)[0]) == 12  # the control: what is larger stays
+    a, b = _factors.balanced(np.zeros((2, 5)), np.zeros((4, 2)))
     assert a.shape == (0, 5) and b.shape == (4, 0)
 
 
