@@ -40,7 +40,11 @@ def family(content):
 
 
 def _family(names):
-    if any(_KOHYA.search(name) for name in names) or (names and all(_DELTA.search(name) for name in names)):
+    if (
+        any(_KOHYA.search(name) for name in names)
+        or _has_other_kinds(names)
+        or (names and all(_DELTA.search(name) for name in names))
+    ):
         return "kohya"
     if any(_SUBSPACE.search(name) for name in names):
         return "subspaceadapter"
@@ -48,6 +52,14 @@ def _family(names):
     # Of other names the scale is nowhere: PEFT keeps it in adapter_config.json, and its prefix is no component.
     known = all(COMPONENT.match(name) or name.startswith(_COMFY) for name in factors)
     return "diffusers" if factors and known else None
+
+
+def _has_other_kinds(names):
+    """Whether some are of LyCORIS' GLoRA or IA3, which the reader of its files refuses by name."""
+    known = {*names}
+    stems = {name.removesuffix(".a1.weight") for name in names if name.endswith(".a1.weight")}
+    glora = any(known >= {f"{stem}.{part}.weight" for part in ("a1", "a2", "b1", "b2")} for stem in stems)
+    return glora or any(name.endswith(".on_input") for name in names)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

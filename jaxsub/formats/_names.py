@@ -38,8 +38,9 @@ _QUANTISED = re.compile(
 )
 
 _FACTOR = re.compile(
-    r"[._](lora_(A|B|down|up|mid|embedding_A|embedding_B|magnitude_vector)|hada_w[12]|lokr_w[12]|lora_linear_layer)"
-    r"([._]|$)|[._]lora\.(up|down)\."
+    r"(^|[._/])(lora_(A|B|a|b|down|up|mid|embedding_A|embedding_B|magnitude_vector)|hada_[wt][12]|lokr_[wt][12]|"
+    r"lora_linear_layer|vera_lambda_[bd]|vera_[AB]|ia3_l|dora_scale|oft_blocks|oft_diag|boft_[RS])"
+    r"(_[ab])?([._/]|$)|[._/]lora[._/](up|down|a|b|A|B)([._/]|$)"
 )
 
 

@@ -11,6 +11,7 @@ import logging
 import numpy as np
 
 from jaxsub import collection, descriptors, errors, formats, lineup
+from jaxsub.formats import _torch
 from jaxsub.pipelines import aside
 
 POLICIES = ("fail", "copy", "crop")
@@ -95,7 +96,10 @@ def line_up(opened, base, policy, chosen):
     work.say_dtypes()
     if base is not None and all(layer.is_lora for layer in work.found):
         work.said.append("base: not used, as low-rank updates are differences already")
-    copied = {**opened.models[template].skipped, **work.copied}
+    skipped, merged = opened.models[template].skipped, {layer.name for layer in work.found}
+    tied = {n: of for n, why in skipped.items() if (of := why.removeprefix(_torch.TWIN)) in merged}
+    work.said += [f"{errors.quote(n)}: tied to {errors.quote(of)}, and merged with it" for n, of in tied.items()]
+    copied = {**{n: why for n, why in skipped.items() if n not in tied}, **work.copied}
     return Lineup(tuple(work.found), template, copied, tuple(work.said))
 
 

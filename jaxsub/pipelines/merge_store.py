@@ -44,7 +44,7 @@ class Journal:
         """Notes a finished layer."""
         line = {"layer": layer, "of": self.of, "checksum": checksum, "record": record}
         self.lines[layer] = line
-        text = json.dumps(line, sort_keys=True, allow_nan=False)
+        text = json.dumps(line, allow_nan=False)  # the order of a record stays: what goes on gives the same bytes
         with _writing(self.path):
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:

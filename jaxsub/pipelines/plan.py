@@ -87,7 +87,7 @@ def require_disk(folder, num_bytes):
     if free is not None and num_bytes > free:
         raise errors.ResourceError(
             f"{errors.quote(folder)}: about {size(num_bytes)} are to be written ({num_bytes} bytes), {size(free)} are "
-            f"free there ({free} bytes); make room, or give another --workdir"
+            f"free there ({free} bytes); make room, or give another folder"
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxsub import bundle as bundles, errors, formats, precision, subspace
 from jaxsub.bundle import export, files
 from jaxsub.formats import _files, _rewrite, peft, safetensors
-from jaxsub.pipelines import aside, progress, project_kept, project_plan, scoring, sharing, workdir as workdirs
+from jaxsub.pipelines import aside, plan, progress, project_kept, project_plan, scoring, sharing, workdir as workdirs
 from jaxsub.report import _write, words
 
 COEFFICIENTS, RECORD = "coefficients.safetensors", "project.json"
@@ -143,21 +143,33 @@ def _project(opened, bundle, config, layout, score, workdir, stream):
         safetensors.write(os.path.join(workdir, COEFFICIENTS), values)
         _write.write_json(os.path.join(workdir, RECORD), found)
     if config.write_models:
-        found["written"] = []
-        for member, (ref, model) in enumerate(zip(opened.refs, opened.models, strict=True)):
-            layers = {  # of one model at a time
-                group.name: rebuild(group.members.index(member))
-                for (group, _), rebuild in zip(pairs, again, strict=True)
-                if member in group.members
-            }
-            if bundle.is_of_factors:
-                layers = _joined(layers, model)
-            place = _rewrite.place(config.write_models, ref.id)
-            if layout == "exact":
-                formats.rewrite(model, place + formats.ending(model), layers)
-            else:
-                done = peft.rewrite_portable(model, place, layers)
-                found["written"].append({"model": ref.id, "folder": place, **done})
+        wanted = sum(group.num_bytes for group, _ in pairs) if layout == "exact" else 0
+        plan.require_disk(os.path.dirname(os.path.abspath(config.write_models)), wanted)
+        with _files.new_folder(config.write_models) as folder:
+            found["written"] = _write_models(opened, bundle, pairs, again, layout, folder)
+        for one in found["written"]:
+            for key in ("folder", "other_tensors"):
+                one[key] = one[key] and one[key].replace(folder, os.path.abspath(config.write_models), 1)
+    return found
+
+
+def _write_models(opened, bundle, pairs, again, layout, folder):
+    """Writes the models, one at a time; what is said of those whose layout is not the input's own."""
+    found = []
+    for member, (ref, model) in enumerate(zip(opened.refs, opened.models, strict=True)):
+        layers = {
+            group.name: rebuild(group.members.index(member))
+            for (group, _), rebuild in zip(pairs, again, strict=True)
+            if member in group.members
+        }
+        if bundle.is_of_factors:
+            layers = _joined(layers, model)
+        place = _rewrite.place(folder, ref.id)
+        if layout == "exact":
+            formats.rewrite(model, place + formats.ending(model), layers)
+        else:
+            done = peft.rewrite_portable(model, place, layers)
+            found.append({"model": ref.id, "folder": place, **done})
     return found
 
 

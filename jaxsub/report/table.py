@@ -6,7 +6,7 @@ One row a layer; more than forty layers are grouped by verdict and the first of 
 import collections
 import textwrap
 
-from ..errors import quote
+from ..errors import plain, quote
 from . import fields, words
 
 _GROUP_FROM = 40  # layers; above it, equal verdicts are grouped
@@ -189,7 +189,7 @@ def _collection_lines(collection, width):
     if collection["untrained"]:
         lines += _wrap(f"look untrained: {_ids(collection['untrained'])}", width, "  ")
     for warning in collection["warnings"][:_LISTED]:
-        lines += _wrap(f"warning: {quote(warning, 300)}", width, "  ")
+        lines += _wrap(f"warning: {words.cut(plain(warning), 300)}", width, "  ")
     return lines + _more(collection["warnings"], "warnings")
 
 

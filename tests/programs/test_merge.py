@@ -400,7 +400,6 @@ def test_a_second_algorithm_is_said_after_a_resume_too(tmp_path, monkeypatch):
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, at):
     collection(tmp_path)
     config = {"base": str(tmp_path / "base.safetensors"), "options": ("density=0.4",)}
-    run(tmp_path, "dare_ties", **config, out=str(tmp_path / "whole"))
     module, merged = plugins.load("merges", "dare_ties"), []
     original = module.merge
 
@@ -420,11 +419,24 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     monkeypatch.setattr(module, "merge", lambda *a: counted(*a, fails=99))
     run(tmp_path, "dare_ties", **config)
     assert len(merged) == 5 and merged[: len(first)] == first  # nothing twice
-    assert (
-        folders.contents(tmp_path / "out")["model.safetensors"]
-        == folders.contents(tmp_path / "whole")["model.safetensors"]
-    )
+    (tmp_path / "out").rename(tmp_path / "again")
+    run(tmp_path, "dare_ties", **config)  # undisturbed, into a folder of that name
+    assert folders.contents(tmp_path / "again") == folders.contents(tmp_path / "out")
     assert not os.path.exists(tmp_path / "out.part")
+
+
+def test_tensors_of_one_storage_are_not_said_to_be_the_first_models(tmp_path):
+    torch = pytest.importorskip("torch")
+    for n in range(3):
+        (tmp_path / f"m{n}").mkdir()
+        shared = torch.ones(20, 8) * torch.arange(8) + n
+        state = {"embed.weight": shared, "lm_head.weight": shared, "w": torch.ones(5, 4) + n, "count": torch.tensor(3)}
+        torch.save(state, tmp_path / f"m{n}" / "pytorch_model.bin")
+        (tmp_path / f"m{n}" / "config.json").write_text("{}")
+    config = {"collection": (str(tmp_path / "m?"),), "method": "mean", "out": str(tmp_path / "out"), "force": True}
+    found = merge.run(merge.Config(**config))
+    assert list(found["copied"]) == ["count"]
+    assert "lm_head.weight: tied to embed.weight, and merged with it" in found["said"]
 
 
 def test_a_layer_that_was_damaged_meanwhile_is_merged_again(tmp_path, monkeypatch):

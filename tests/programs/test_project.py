@@ -1,5 +1,7 @@
 """`jaxsub project`: errors beside those of a mean and a random subspace; reconstructions that load as the originals."""
 
+import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -225,6 +227,32 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_any_model_is_read(t
     with pytest.raises(errors.WorkdirError, match="cannot be made: Not a directory"):
         calls[program]()
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_what_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    """A folder with some of its models would pass for all of them, and stop the same command from going on."""
+    folder = weights(tmp_path / "m", count=4)
+    jaxsub.fit(folder, str(tmp_path / "b"), rank=1, layers=["w"])
+    config = project.Config(bundle=str(tmp_path / "b"), collection=(folder,), write_models=str(tmp_path / "new"))
+    real, written = formats.rewrite, []
+
+    def full(model, path, layers):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        real(model, path, layers)
+
+    before = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(formats, "rewrite", full)
+    with pytest.raises(errors.ResourceError, match="new: cannot be written: No space left"):
+        project.run(config)
+    assert sorted(os.listdir(tmp_path)) == before
+    monkeypatch.setattr(formats, "rewrite", real)
+    project.run(config)
+    assert len(os.listdir(tmp_path / "new")) == 4
+    monkeypatch.setattr("jaxsub.pipelines.plan._files.free_bytes", lambda _: 100)
+    with pytest.raises(errors.ResourceError, match="are to be written"):
+        project.run(dataclasses.replace(config, write_models=str(tmp_path / "other")))
 
 
 def test_ids_do_not_lead_out_of_the_folder(tmp_path):
