@@ -10,12 +10,16 @@ Collections of models on disk are for `jaxsub.analyze`, which reads them block b
 
 import inspect
 import math
+import numbers
 
 import jax
 import numpy as np
 
 from jaxsub import hostmemory, precision
 from jaxsub.linalg import svd, tucker, unfold
+
+RESOLVED = 1e-3  # share of the energy that float32 tells by a difference of sums of squares; float64 its square
+PIECE = 2**20  # float64 entries of a residual that are made at a time
 
 
 class _Estimator:
@@ -102,6 +106,15 @@ class _Estimator:
             raise error(f"This {type(self).__name__} instance is not fitted yet. Call 'fit' first.")
 
 
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def _is_count(value, most):
+    """Whether it is a whole number from 1 to `most`, of a type that is one: 1.0 is a share that cannot be meant."""
+    return _is_number(value) and isinstance(value, numbers.Integral) and 1 <= value <= most
+
+
 class _PCA(_Estimator):
     """What a fitted PCA does, however its components were found."""
 
@@ -127,8 +140,12 @@ class _PCA(_Estimator):
         self.n_components_ = len(s)
         self.n_samples_, self.n_features_in_ = x.shape
         left = max(1.0 - float(self.explained_variance_ratio_.sum()), 0.0)
-        self.relative_error_ = math.sqrt(left) if energy > 0 else 0.0
+        self.relative_error_ = self._error(centred, components, left) if energy > 0 else 0.0
         return self
+
+    def _error(self, x, components, left):
+        """Relative error of centred rows in these components, whose values leave a share of the energy."""
+        return math.sqrt(left)
 
     def transform(self, X):  # noqa: N803
         """Coefficients (n, k) of rows, (X - mean_) @ components_.T."""
@@ -167,7 +184,7 @@ class GramPCA(_PCA):
     def _decompose(self, x):
         cap = min(len(x) - 1, x.shape[1])
         wanted = self.n_components
-        if wanted is not None and not (0 < wanted < 1) and not 1 <= wanted <= cap:
+        if wanted is not None and not (_is_number(wanted) and 0 < wanted < 1) and not _is_count(wanted, cap):
             raise ValueError(f"n_components={wanted!r}: a share in (0, 1) or 1 to {cap} for X of shape {x.shape}")
         rank = min(cap, x.shape[0], x.shape[1]) if wanted is None or wanted < 1 else int(wanted)
         found = svd.gram_svd(x, rank=rank, dtype="float64")
@@ -199,7 +216,7 @@ class RandomizedPCA(_PCA):
 
     def _decompose(self, x):
         cap = min(x.shape)
-        if not 1 <= self.n_components <= cap:
+        if not _is_count(self.n_components, cap):
             raise ValueError(f"n_components={self.n_components!r}: 1 to {cap} for X of shape {x.shape}")
         found = svd.randomized_svd(
             x,
@@ -209,6 +226,18 @@ class RandomizedPCA(_PCA):
             passes=self.passes,
         )
         return np.asarray(found.s, np.float64), np.asarray(found.vt), float(found.energy)
+
+    def _error(self, x, components, left):
+        """By the residual itself where float32 does not resolve what its sums of squares leave."""
+        if left > RESOLVED or x.dtype == np.float64 and left > RESOLVED**2:
+            return math.sqrt(left)
+        v, missed, whole = np.asarray(components, np.float64), 0.0, 0.0
+        step = max(1, PIECE // x.shape[1])
+        for start in range(0, len(x), step):
+            rows = x[start : start + step].astype(np.float64)
+            missed += float(np.square(rows - (rows @ v.T) @ v).sum())
+            whole += float(np.square(rows).sum())
+        return math.sqrt(missed / whole)
 
 
 class Tucker(_Estimator):
@@ -234,8 +263,10 @@ class Tucker(_Estimator):
             raise ValueError(f"shape={shape}: rows have {x.shape[1]} features")
         mean, stack, _ = _centred(x)
         stack = stack.reshape(len(x), *shape)
-        rule = {"ranks": (None, *self.ranks)} if self.ranks else {"energy": self.energy}
-        if not self.ranks:
+        if self.ranks is not None and not (len(self.ranks) == len(shape) and all(map(_is_count, self.ranks, shape))):
+            raise ValueError(f"ranks={self.ranks!r}: one for each axis of {shape}, from 1 to its size")
+        rule = {"energy": self.energy} if self.ranks is None else {"ranks": (None, *map(int, self.ranks))}
+        if self.ranks is None:
             rule["axes"] = tuple(range(1, stack.ndim))
         with jax.enable_x64(True), hostmemory.one_blas_thread(max(stack.shape)):
             found = tucker.sthosvd(stack, dtype="float64", **rule)

@@ -1,5 +1,6 @@
 """Array-level estimators: scikit-learn's own checks, and its PCA as oracle."""
 
+import math
 import warnings
 
 import numpy as np
@@ -71,6 +72,36 @@ def test_tucker_of_all_directions_is_exact_and_fewer_say_their_error(rows):
     rebuilt = part.inverse_transform(part.transform(rows))
     true = np.linalg.norm(rows - rebuilt) / np.linalg.norm(rows - rows.mean(0))
     assert part.transform(rows).shape == (40, 28) and abs(part.relative_error_ - true) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_errors_are_those_of_the_residual(dtype, noise):
+    """A difference of sums of squares in float32 would say 0 of 3e-5 and 6e-4 of 1e-4."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((200, 5)) @ rng.standard_normal((5, 1000))
+    x = (x + noise * np.linalg.norm(x) / math.sqrt(x.size) * rng.standard_normal(x.shape)).astype(dtype)
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    for estimator in (estimators.RandomizedPCA(5), estimators.GramPCA(5)):
+        v = estimator.fit(x).components_.astype(np.float64)
+        truth = np.linalg.norm(centred - centred @ v.T @ v) / np.linalg.norm(centred)
+        assert estimator.relative_error_ == pytest.approx(truth, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [1.0, 1.5, True, 0, -1, 999, "2", float("nan")])
+def test_numbers_of_components_that_are_none_are_refused(rows, count):
+    for make in (estimators.GramPCA, estimators.RandomizedPCA):
+        with pytest.raises(ValueError, match="n_components="):
+            make(count).fit(rows)
+    with pytest.raises(ValueError, match="ranks="):
+        estimators.Tucker(ranks=(count,)).fit(rows)
+
+
+def test_ranks_of_numpy_are_taken_and_lists_of_another_length_refused(rows):
+    assert [len(f) for f in estimators.Tucker(ranks=np.array([2])).fit(rows).factors_] == [2]
+    for ranks in ((2, 2), (None,), ()):
+        with pytest.raises(ValueError, match="ranks="):
+            estimators.Tucker(ranks=ranks).fit(rows)
 
 
 def test_works_in_a_pipeline(rows):

@@ -14,6 +14,7 @@ from jaxsub.parametrisations import _spaces
 
 REFERENCE = "Zhou et al. 2019, Continuity of rotation representations; Wang et al. 2023, Grassmann class representation"
 NEEDS_SPACES = True
+MANIFOLD = "riemannian_sgd"  # the optimizer for frames
 METHODS = {"qr": frames.qr, "polar": frames.polar, "newton_schulz": frames.newton_schulz, "riemannian": None}
 
 
@@ -23,6 +24,15 @@ class Options:
 
     rank: int = 0  # components a layer; 0: all that the bundle holds
     method: str = "newton_schulz"  # qr, polar, newton_schulz or riemannian
+
+
+def require_optimizer(options, optimizer):
+    """Refuses to train a frame itself with steps that leave the manifold: V V^T - I came to 159 with Adam, unsaid."""
+    if options.method == "riemannian" and optimizer != MANIFOLD:
+        raise errors.ConfigError(
+            f"method=riemannian: optimizer={optimizer} does not keep frames orthonormal; give --optimizer={MANIFOLD}, "
+            "or another method"
+        )
 
 
 def init(key, start, spaces, options):

@@ -44,6 +44,8 @@ def methods(config, setup):
     if rank and "rank" not in own:
         raise errors.ConfigError(f"rank: parametrisation={config.parametrisation} has none")
     options = parse_options(module.Options, (*rank, *config.options))
+    if hasattr(module, "require_optimizer"):
+        module.require_optimizer(options, config.optimizer)
     if module.NEEDS_SPACES and not setup.spaces:
         raise errors.ConfigError(f"parametrisation={config.parametrisation}: give --bundle=FOLDER that fit wrote")
     if config.initial in initial.BY_EXAMPLES and not module.NEEDS_SPACES:

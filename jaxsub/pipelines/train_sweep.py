@@ -53,7 +53,8 @@ def run(config, setup, stream=None, folder=None):
             if stream is not None:
                 stream.write(f"{name}: {d} numbers, {scores[-1].mean():.4f}\n")
         each = [crossing(sizes[: len(scores)], [s[seed] for s in scores], goal) for seed in range(config.seeds)]
-        found["curves"][name] = {"scores": np.array(scores).tolist(), "largest": held, "d_int90": _interval(each)}
+        own = _interval(each, is_bound=bool((scores[0] >= goal).any()) if scores else False)
+        found["curves"][name] = {"scores": np.array(scores).tolist(), "largest": held, "d_int90": own}
     return found
 
 
@@ -118,13 +119,18 @@ def crossing(sizes, scores, goal):
     return None
 
 
-def _interval(each):
-    """{"seeds": values, "mean", "low", "high"}; None where a run never reaches the goal."""
+def _interval(each, *, is_bound=False):
+    """{"seeds": values, "mean", "low", "high", "at_most"}; None where a run never reaches the goal.
+
+    With `is_bound` a run reached it with the fewest numbers that were tried: a mean is then one that is not exceeded.
+    """
+    nothing = {"seeds": each, "mean": None, "low": None, "high": None, "at_most": None}
     if any(one is None for one in each):
-        return {"seeds": each, "mean": None, "low": None, "high": None}
-    mean, low, high = intervals.interval(np.log([each]))
-    values = {"mean": mean, "low": low, "high": high}
-    return {"seeds": each, **{k: v if v is None else float(math.exp(v)) for k, v in values.items()}}
+        return nothing
+    mean, low, high = (one if one is None else float(math.exp(one)) for one in intervals.interval(np.log([each])))
+    if is_bound:
+        return nothing | {"at_most": mean}
+    return nothing | {"mean": mean, "low": low, "high": high}
 
 
 def table(found):
@@ -135,11 +141,14 @@ def table(found):
         means = [float(np.mean(s)) for s in curve["scores"]]
         own, cells = curve["d_int90"], "".join(f" {m:>7.4f}" for m in means).ljust(8 * len(sizes))
         shown = "-" if own["mean"] is None else f"{own['mean']:.0f}"
+        shown = shown if own["at_most"] is None else f"<={own['at_most']:.0f}"
         span = "" if own["low"] is None else f"{own['low']:.0f} to {own['high']:.0f}"
         lines.append(f"{name:24}{cells} {shown:>8}  {span}")
     seeds = len(found["full"])
     said = f"full training {np.mean(found['full']):.4f}; d_int90: fewest numbers that reach {found['share']:.0%} of it"
     lines.append(f"{said}; {seeds} seeds" if seeds > 1 else f"{said}; a single seed, of which no interval follows")
+    if any(curve["d_int90"]["at_most"] is not None for curve in found["curves"].values()):
+        lines.append("<=: reached with the fewest numbers tried; smaller ones in --config.sweep would tell")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ import pytest
 import jaxsub
 from jaxsub import errors
 from jaxsub.formats import safetensors
-from jaxsub.pipelines import intervals, train, train_setup, train_table, workdir, zoo
+from jaxsub.pipelines import intervals, train, train_setup, train_sweep, train_table, workdir, zoo
 from jaxsub.tasks import _data, digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -184,6 +184,7 @@ def test_trained_adapters_give_the_same_outputs_in_peft(adapted, tmp_path, layou
         ({"task_options": ("variant=inverted", "draw=3"), "tasks": 2}, "the task has 1 variations"),
         ({"task_options": ("variant=turned",), "tasks": 4}, "the task has 3 variations"),
         ({"baselines": ("randm",)}, "did you mean 'random'"),
+        ({"parametrisation": "moving_basis", "options": ("method=riemannian",)}, "give --optimizer=riemannian_sgd"),
         ({"last_layer": "top/", "baselines": ("last_layer",)}, "no layer of the network matches.*output/kernel"),
         ({"last_layer": "(", "baselines": ("last_layer",)}, "no regular expression"),
         ({"optimizer_options": ("b1=fast",)}, "optimizer=adam fails with them"),
@@ -418,11 +419,19 @@ def test_a_sweep_finds_fewer_numbers_in_the_joint_subspace(made, tmp_path):
 
 
 def test_crossing_is_between_sizes_on_a_log_scale():
-    from jaxsub.pipelines import train_sweep
-
     assert train_sweep.crossing([8, 32], [0.2, 0.6], 0.4) == pytest.approx(16)
     assert train_sweep.crossing([8, 32], [0.5, 0.6], 0.4) == 8
     assert train_sweep.crossing([8, 32], [0.2, 0.3], 0.4) is None
+
+
+def test_a_goal_reached_with_the_fewest_numbers_tried_is_a_bound():
+    known, bound = train_sweep._interval([12.0, 20.0]), train_sweep._interval([8.0, 20.0], is_bound=True)
+    assert known["mean"] == pytest.approx(240**0.5) and known["at_most"] is None and known["low"] < known["high"]
+    assert bound["at_most"] == pytest.approx(160**0.5) and bound["mean"] is bound["low"] is bound["high"] is None
+    curves = {"a": {"scores": [[0.5, 0.2]], "d_int90": bound}, "b": {"scores": [[0.1, 0.2]], "d_int90": known}}
+    text = train_sweep.table({"dimensions": [8], "full": [0.4, 0.4], "share": 0.9, "curves": curves})
+    assert "<=13" in text and " 15  " in text and "smaller ones in --config.sweep" in text
+    assert "<=" not in train_sweep.table({"dimensions": [8], "full": [0.4], "share": 0.9, "curves": {"b": curves["b"]}})
 
 
 @pytest.mark.slow
@@ -442,8 +451,6 @@ def test_cores_have_no_covariance_to_match(adapted):
 
 @pytest.mark.slow
 def test_a_sweep_that_was_stopped_goes_on(made, tmp_path, monkeypatch):
-    from jaxsub.pipelines import train_sweep
-
     options = {"task_options": ("variant=plain",), "sweep": (4, 8), "seeds": 2, "learning_rates": (0.03,)}
     whole, real, trained = run(made, str(tmp_path / "whole"), **options), train_sweep._scores, []
 
