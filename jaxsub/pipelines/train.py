@@ -187,13 +187,15 @@ def _train(config, setup, workdir, stream):
         return _swept(config, setup, found, workdir, stream)
     methods = train_runs.methods(config, setup)
     if config.dry_run:
-        found["plan"] = [_planned(train_runs.Training(m, setup, config)) for m in methods]
+        found["plan"] = [_planned(train_runs.Training(m, setup, config), is_compiled=True) for m in methods]
         return found
     for method in methods:
         training = train_runs.Training(method, setup, config, mesh)
         if stream is not None:
             one = _planned(training)
-            stream.write(f"{method.name}: {one['runs']} runs of {one['numbers']} numbers, {plan.size(one['bytes'])}\n")
+            stream.write(
+                f"{method.name}: {one['runs']} runs of {one['numbers']} numbers, arrays of {plan.size(one['bytes'])}\n"
+            )
         state, metrics = training.train(workdir, _bar(stream))
         record, chosen = _record(training, state, metrics)
         found["methods"].append(record)
@@ -239,11 +241,16 @@ def _mesh(config):
     return mesh
 
 
-def _planned(training):
+def _planned(training, *, is_compiled=False):
+    """What a method trains, and its bytes: arrays that stay, and with `is_compiled` what its kernels take beside them.
+
+    Activations and the scores of all runs on all rows at once can be many times the arrays; only the compiler knows.
+    """
     import jax
 
     leaves = jax.tree.leaves((training.trainable, training.runs.frozen, training.runs.data))
     size = sum(x.nbytes for x in leaves) + 5 * sum(x.nbytes for x in jax.tree.leaves(training.trainable))
+    size += training.kernel_bytes() if is_compiled else 0
     return {"method": training.method.name, "runs": len(training.runs.rates), "numbers": training.count, "bytes": size}
 
 

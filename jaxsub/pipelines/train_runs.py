@@ -264,6 +264,17 @@ class Training:
                 bar(record)
         return state, log.records
 
+    def kernel_bytes(self):
+        """Bytes on one device that the largest kernel takes beside its arguments; compiles them."""
+        config, state, found = self.config, self.begin(), []
+        size = min(config.evaluate_every, config.steps)
+        found.append(steps.advance.lower(state, self.runs, plan=self.plan, axes=self.axes, num_steps=size))
+        for part in ("choose", "held_out"):
+            runs, axes = self._given(part)
+            found.append(steps.scores.lower(state.trainable, runs, plan=self.plan, axes=axes))
+        analyses = [one.compile().memory_analysis() for one in found]
+        return max((int(one.temp_size_in_bytes) for one in analyses if one is not None), default=0)
+
     def _like(self, kept, state):
         """A restored State on the devices of a new one."""
         return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), kept, state)

@@ -387,6 +387,21 @@ def test_runs_that_diverge_are_never_the_best(made, tmp_path, rates):
 
 
 @pytest.mark.slow
+def test_a_plan_counts_what_kernels_hold_beside_arrays():
+    """All runs are scored on all rows at once: their activations are many times the weights of LoRA."""
+    options = {
+        "parametrisation": "lora",
+        "model": "mlp",
+        "model_options": ("hidden=4000",),
+        "baselines": (),
+        "seeds": 2,
+    }
+    (plan,) = train.run(train.Config(**options, steps=4, evaluate_every=4, dry_run=True))["plan"]
+    scored = 360  # held-out rows, of 1797
+    assert plan["bytes"] > plan["runs"] * scored * 4000 * 4 and plan["bytes"] > 100 * 2**20
+
+
+@pytest.mark.slow
 def test_a_layer_in_which_all_models_are_equal_stays_as_it_is(made, tmp_path):
     """A frozen layer has no directions: the others are trained, and that is said."""
     models = tmp_path / "models"
