@@ -36,7 +36,9 @@ def error(bundle, x):
 
 
 @pytest.mark.parametrize("decomposition", first(["gram", "hosvd"], 1))
-@pytest.mark.parametrize("narrow", [("", ""), ("bfloat16", ""), ("int8", ""), ("", "int8"), ("int8", "bfloat16")])
+@pytest.mark.parametrize(
+    "narrow", first([(("int8", ""),), (("", ""),), (("bfloat16", ""),), (("", "int8"),), (("int8", "bfloat16"),)], 2)
+)
 def test_a_bound_counts_what_storing_adds(tmp_path, decomposition, narrow):
     rng = np.random.default_rng(0)
     for mean, rank in itertools.product((0.0, 50.0), (3, N - 1)):
@@ -56,8 +58,8 @@ def test_a_bound_counts_what_storing_adds(tmp_path, decomposition, narrow):
         assert certificate.relative_error == pytest.approx(found, rel=0.01, abs=3e-4)
 
 
-@pytest.mark.parametrize("narrow", ["", "bfloat16", "int8"])
-@pytest.mark.parametrize("change", ["added", "removed", "both"])
+@pytest.mark.parametrize("narrow", first(["int8", "", "bfloat16"]))
+@pytest.mark.parametrize("change", first(["both", "added", "removed"]))
 def test_a_bound_holds_where_models_come_and_go(tmp_path, narrow, change):
     rng = np.random.default_rng(1)
     x = models(rng, N + 4, 5.0)
@@ -92,6 +94,7 @@ def test_an_update_of_a_whole_bundle_has_the_errors_of_a_fit_of_all(tmp_path, de
             assert made.layers[0].figures[figure] == pytest.approx(want.layers[0].figures[figure], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_bound_counts_cores_that_are_cut_to_a_rank(tmp_path):
     rng, products = np.random.default_rng(3), []
     for n in range(20):
