@@ -188,7 +188,8 @@ def test_eight_devices_equal_one():
     assert np.abs(one.gram - eight.gram).max() < 8e-6 * np.abs(one.gram).max()
 
 
-@pytest.mark.parametrize("width", first([17 * 4096 + 64, 16 * 4096, 37 * 4096 - 64]))
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [17 * 4096 + 64, 16 * 4096, 37 * 4096 - 64])
 def test_pieces_side_by_side_equal_one_program(width, monkeypatch):
     monkeypatch.setattr(hostmemory, "cores", lambda: 2)
     mesh, rng = placement.make_mesh(1), np.random.default_rng(9)

@@ -179,6 +179,7 @@ def test_ranks_by_energy_and_by_total_error(fit, rule):
         assert captured[k - 1] >= tau - 1e-12 and (k == 1 or captured[k - 2] < tau)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", first(FITS))
 @pytest.mark.parametrize("shape", first([((8, 24, 20, 3, 3),), ((8, 3, 3, 20, 24),)]))
 def test_the_error_that_short_axes_cannot_use_is_for_the_long_ones(fit, shape):

@@ -9,7 +9,7 @@ from jaxsub.models import _blocks, _trees, cnn, transformer, vit
 from tests.selected import first
 
 
-@pytest.mark.parametrize(("size", "stride"), first([(3, 2), (3, 1), (1, 2), (5, 1)]))
+@pytest.mark.parametrize(("size", "stride"), first([(1, 2), (3, 2), (3, 1), (5, 1)]))
 def test_convolution_is_that_of_xla(size, stride):
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     layer = _blocks.Conv(4, size=size, stride=stride)
