@@ -208,11 +208,18 @@ def scores(trainable, runs, /, *, plan, axes):
         data = run.data
         outputs = plan.network(plan.weights(trainable, run.frozen), data.inputs, sharing)
         each = plan.task.score(outputs, data.targets).astype(jnp.float32)[data.rows]
-        lost = jnp.isnan(outputs).any(axis=tuple(range(1, outputs.ndim)))[data.rows]
+        lost = _have_nan(outputs)[data.rows]
         used = jnp.arange(len(each)) < data.num_rows
         return jnp.where(used, jnp.where(lost, jnp.nan, each), 0).sum() / data.num_rows
 
     return jax.vmap(one, in_axes=(0, Runs(*_axes(runs, axes))))(trainable, runs)
+
+
+def _have_nan(outputs):
+    """(n,) bool, rows of outputs, an array or a tree of arrays (n, ...), that hold a NaN."""
+    parts = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    found = [jnp.isnan(x).any(axis=tuple(range(1, x.ndim))) for x in parts]
+    return functools.reduce(jnp.logical_or, found) if found else jnp.zeros(len(jax.tree.leaves(outputs)[0]), bool)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "axes"))

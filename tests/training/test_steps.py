@@ -137,6 +137,15 @@ def test_what_all_runs_have_in_common_stands_once():
 
 
 @pytest.mark.slow
+def test_rows_with_a_nan_are_told_in_trees_of_outputs_too():
+    a = jnp.zeros((3, 2, 4)).at[1, 0, 2].set(jnp.nan)
+    assert steps._have_nan(a).tolist() == [False, True, False]
+    tree = {"logits": a, "spare": jnp.zeros(3).at[2].set(jnp.nan), "count": jnp.arange(3)}
+    assert steps._have_nan(tree).tolist() == [False, True, True]
+    assert steps._have_nan({"labels": jnp.arange(3)}).tolist() == [False] * 3
+    assert not steps._have_nan(jnp.full((3, 1), -jnp.inf)).any()  # a class that is ruled out
+
+
 def test_a_run_stops_where_nothing_better_comes_and_keeps_its_best():
     plan = plan_of()
     runs, axes, trainable = runs_of(plan, count=2)
