@@ -141,7 +141,7 @@ def _layer(layer, group, opened, config, fitted):
     if bound >= 0 and not (is_held and len(keep) == len(layer.model_ids)):
         raise errors.ConfigError(
             f"{errors.quote(layer.name)}: max_error={bound} cannot be promised for a basis fitted again without the "
-            "members' files; use --config.exact, or fit again"
+            "members' files; use --exact, or fit again"
         )
     ids, dtypes = (), ()
     if group is not None:
