@@ -3,11 +3,12 @@
 import json
 import os
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
 
-from jaxsub import errors, formats
+from jaxsub import descriptors, errors, formats
 from jaxsub.formats import _factors, _portable, peft, safetensors
 
 RNG = np.random.default_rng(0)
@@ -220,3 +221,17 @@ def test_the_header_of_the_weights_names_no_targets(tmp_path):
     path = tmp_path / "x" / peft.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ".*q"}))
     assert peft.fields_of(formats.open_model(tmp_path / "x"))["target_modules"] == []
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 1e-3), ("bfloat16", 8e-3), ("float32", 1e-6)])
+@pytest.mark.parametrize("small", [1.0, 1e-7])
+def test_products_go_into_narrow_dtypes_balanced_where_a_factor_would_be_lost(dtype, most, small):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((4, 30)), small * rng.standard_normal((20, 4))
+    tensor = types.SimpleNamespace(dtype=dtype)
+    even_a, even_b, scale = _factors.written((a, b), types.SimpleNamespace(a=tensor, b=tensor))
+    stored = [x.astype(descriptors.numpy_dtype(dtype)).astype(np.float64) for x in (even_a, even_b)]
+    assert scale == 1 and np.linalg.norm(stored[1] @ stored[0] - b @ a) <= most * np.linalg.norm(b @ a)
+    assert (even_a is a) == (small == 1.0 or dtype != "float16")  # the others hold such numbers as they are
+    kept_a, kept_b, scale = _factors.written((a, b, 0.25), types.SimpleNamespace(a=tensor, b=tensor))
+    assert kept_a is a and kept_b is b and scale == 0.25

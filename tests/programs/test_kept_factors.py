@@ -66,6 +66,7 @@ def test_kept_ones_are_bit_equal(tmp_path, kind, dtype):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.slow  # `_factors.written` by itself is tested with the formats
 @pytest.mark.parametrize("kind", first(NAMES, 2))
 @pytest.mark.parametrize(("dtype", "most"), first([("float16", 1e-3), ("bfloat16", 8e-3), ("float32", 1e-6)], 1))
 def test_rebuilt_ones_lose_no_more_than_a_rounding(tmp_path, kind, dtype, most):
